@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every check, on a machine with Python and nothing else: set-up with the development extras, ruff, mypy, all tests.
+# Arguments go to pytest: ./test/run.sh -m "not slow" for the quick part.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/torchtrain/tools/environment.sh"
+use_python "$root" dev "${RUN_MODULES[@]}" pytest pytest_timeout hypothesis transformers ruff mypy
+cd "$root"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest "$@"

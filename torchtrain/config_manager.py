@@ -1,0 +1,966 @@
+"""The configuration of a run: typed sections, filled from a TOML file and the command line, checked whole.
+
+    config = JobConfig().parse_args()          # default < TOML < command line
+    python -m torchtrain.config_manager --world-size 8 -- --job.config_file FILE ...     # check alone
+
+Sections and keys have torchtitan v0.2.2's names where it has an option for the same thing
+(https://github.com/pytorch/torchtitan/blob/v0.2.2/torchtitan/config/job_config.py); `[data]` is ours. A field's
+docstring is its help text; its type and bounds are what the help and the messages say is allowed.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tomli
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from torchtrain.datasets.registry import DATASETS
+from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
+from torchtrain.utils import UserError, nearest
+
+HELP_SHOWN = 3  # exit status of `python -m torchtrain.config_manager` after --help: all is well, but start nothing
+HELP_OPTIONS = ("-h", "--help")
+DEBUG_TOKENIZER = Path(__file__).parent / "datasets" / "debug_tokenizer.model"
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("zero")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+CountOrAuto = Annotated[int, Field(ge=-1, le=10**9, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown key, no conversion between types (an int may stand for a float), no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Job(Section):
+    """The run itself."""
+
+    config_file: str | None = None
+    """TOML file to read; on the command line alone."""
+    dump_folder: Name = "./outputs"
+    """Folder that gets all outputs of the run."""
+    description: str = "default job"
+    """What the run is for, in your words."""
+    print_config: bool = False
+    """Print the merged config at the start."""
+
+
+class Profiling(Section):
+    """Profiler traces and memory snapshots."""
+
+    enable_profiling: bool = False
+    """Record PyTorch profiler traces."""
+    save_traces_folder: Name = "profiling/traces"
+    """Folder of the traces, inside job.dump_folder."""
+    profile_freq: Count = 10
+    """Steps from one trace, or memory snapshot, to the next."""
+    profiler_active: Count = 1
+    """Steps that a trace records."""
+    profiler_warmup: CountOrZero = 3
+    """Steps for which the profiler runs before it records."""
+    enable_memory_snapshot: bool = False
+    """Dump the allocation history each profile_freq steps (CUDA)."""
+    save_memory_snapshot_folder: Name = "profiling/memory"
+    """Folder of the memory snapshots, inside job.dump_folder."""
+
+
+class Metrics(Section):
+    """What is logged, and where to."""
+
+    log_freq: Count = 1
+    """Steps from one full line (loss, gradient norm, speed, memory) to the next."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard scalars."""
+    disable_color_printing: bool = False
+    """Plain lines, on a terminal too."""
+    save_tb_folder: Name = "tb"
+    """Folder of the TensorBoard files, inside job.dump_folder."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases (to be installed separately)."""
+
+
+class Model(Section):
+    """Which model: a family, a size of it, a tokenizer. The keys from dim on replace the flavor's own value."""
+
+    name: str = "llama3"
+    """Model family."""
+    flavor: str = "debugmodel"
+    """Size within the family."""
+    tokenizer_path: Name | None = None
+    """Tokenizer file, or the folder that holds it; unset: the small tokenizer of the debug runs."""
+    hf_assets_path: Name | None = None
+    """The same under torchtitan's name; give one of the two."""
+    dim: Count | None = None
+    """Model width, in features."""
+    n_layers: Count | None = None
+    """Transformer blocks."""
+    n_heads: Count | None = None
+    """Query heads; must divide dim into heads of an even width."""
+    n_kv_heads: Count | None = None
+    """Key/value heads; must divide n_heads."""
+    ffn_hidden_dim: Count | None = None
+    """Feed-forward width, in features."""
+    vocab_size: CountOrZero | None = None
+    """Rows of the embedding; 0 takes the tokenizer's size."""
+    rope_theta: Positive | None = None
+    """Base of the rotary frequencies."""
+    norm_eps: Positive | None = None
+    """Added to the mean square inside RMSNorm."""
+    tied_embeddings: bool | None = None
+    """Use the embedding matrix as the output projection too."""
+    rope_scaling_factor: Annotated[float, Field(ge=1)] | None = None
+    """Llama 3.1's context extension: divisor of the low rotary frequencies; 1 turns it off."""
+    rope_low_freq_factor: Positive | None = None
+    """Wavelengths above rope_original_seq_len / this are scaled in full."""
+    rope_high_freq_factor: Positive | None = None
+    """Wavelengths below rope_original_seq_len / this are left alone; must be above rope_low_freq_factor."""
+    rope_original_seq_len: Count | None = None
+    """Context, in tokens, for which the unscaled frequencies were trained."""
+
+
+class Optimizer(Section):
+    """The optimizer."""
+
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Algorithm."""
+    lr: Positive = 8e-4
+    """Largest learning rate; [lr_scheduler] says how it is reached and left."""
+    beta1: Beta = 0.9
+    """Decay, a step, of the running mean of the gradient."""
+    beta2: Beta = 0.95
+    """Decay, a step, of the running mean of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the running mean square."""
+    weight_decay: NotNegative = 0.1
+    """Decay of the weights, times the learning rate a step; norms are left out."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """PyTorch's implementation; fused is the fastest."""
+
+
+class LRScheduler(Section):
+    """The learning rate over the run: linear warm-up, a stable stretch if asked for, decay."""
+
+    warmup_steps: CountOrZero | None = None
+    """Steps of warm-up, 0 for none; unset: from warmup_ratio. Goes before warmup_ratio."""
+    warmup_ratio: Share = 0.1
+    """Share of total_steps that warms up, but at least 2 steps."""
+    total_steps: Count | None = None
+    """Steps that the schedule spans; unset: training.steps."""
+    decay_ratio: Share | None = None
+    """Share of total_steps that decays; unset: all after the warm-up."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: Share = 0.1
+    """Learning rate at the last step, as a share of optimizer.lr."""
+    log_schedule: bool = True
+    """State the schedule at the start."""
+    log_lr: bool = True
+    """Log the learning rate of every step."""
+
+
+class Training(Section):
+    """Data, batch, length and precision."""
+
+    dataset: str = "python_stdlib"
+    """Name of the dataset."""
+    dataset_path: Name | None = None
+    """File or folder with the documents, for the datasets that read your own."""
+    local_batch_size: Count = 8
+    """Largest microbatch of a rank, in sequences."""
+    global_batch_size: CountOrAuto = -1
+    """Sequences in an optimizer step over all ranks; -1: local_batch_size x data-parallel degree."""
+    seq_len: Count = 2048
+    """Sequence length, in tokens."""
+    max_norm: Positive = 1.0
+    """Norm to which a larger gradient is clipped."""
+    steps: Count = 10_000
+    """Optimizer steps of the run."""
+    dtype: Dtype = "float32"
+    """Type in which parameters and optimizer states are kept."""
+    mixed_precision_param: Dtype = "bfloat16"
+    """Type in which the model computes."""
+    mixed_precision_reduce: Dtype = "float32"
+    """Type in which gradients are summed over ranks."""
+    gc_freq: Count = 50
+    """Steps from one garbage collection to the next, the same on all ranks."""
+    gc_debug: bool = False
+    """Collect everything at each step, and say what was found."""
+
+
+class Data(Section):
+    """How documents become tokens."""
+
+    cache_folder: Name | None = None
+    """Folder of the token cache; unset: $XDG_CACHE_HOME/torchtrain or ~/.cache/torchtrain."""
+    text_key: Name = "text"
+    """Field of a jsonl line that holds the document."""
+
+
+class Parallelism(Section):
+    """How the model is spread; the product of the degrees is the world size."""
+
+    data_parallel_replicate_degree: Count = 1
+    """Copies of the (sharded) model."""
+    data_parallel_shard_degree: CountOrAuto = -1
+    """Ranks that share a copy of parameters, gradients and optimizer states; -1: all that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """When a block's gathered parameters are freed: less memory (always) or less communication (never)."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest complete one in the folder."""
+    folder: Name = "checkpoint"
+    """Folder of the checkpoints, inside job.dump_folder."""
+    interval: Count = 500
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    initial_load_path: Name | None = None
+    """Checkpoint (a step-N folder) to start from while the run has none of its own."""
+    initial_load_model_only: bool = True
+    """Take the weights alone from initial_load_path, not optimizer, step and data position."""
+    keep_latest_k: CountOrZero = 10
+    """Checkpoints to keep, 0 for all."""
+    load_step: CountOrAuto = -1
+    """Step to resume from; -1: the newest."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to see early that saving works."""
+    load_only: bool = False
+    """Load, but save nothing."""
+
+
+class ActivationCheckpoint(Section):
+    """Recomputing activations in the backward, for memory."""
+
+    mode: Literal["none", "full"] = "none"
+    """Keep all activations, or recompute each block's."""
+
+
+class Compile(Section):
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile the components."""
+    components: Annotated[list[Literal["model", "loss"]], Field(min_length=1)] = ["model", "loss"]
+    """What is compiled: the model block by block, the loss."""
+    backend: Name = "inductor"
+    """Backend of torch.compile."""
+
+
+class Comm(Section):
+    """Communication between ranks."""
+
+    init_timeout_seconds: Count = 300
+    """Longest wait for other ranks during set-up and the first step, in seconds."""
+    train_timeout_seconds: Count = 100
+    """The same from the second step on, in seconds."""
+
+
+class Debug(Section):
+    """Reproducing and finding faults."""
+
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Seed of initial weights and data order."""
+    deterministic: bool = False
+    """Use deterministic kernels alone; an operation that has none is an error."""
+    deterministic_warn_only: bool = False
+    """Make that error a warning."""
+    detect_anomaly: bool = False
+    """Find the operation whose gradient is NaN (slow)."""
+
+
+# What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
+UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "experimental", "validation")
+UNSUPPORTED_KEYS = {
+    "job": "save_config_file custom_config_module",
+    "metrics": "save_for_all_ranks",
+    "model": "converters print_after_conversion",
+    "optimizer": "early_step_in_backward",
+    "training": "enable_cpu_offload dataloader",
+    "parallelism": "tensor_parallel_degree disable_loss_parallel enable_async_tensor_parallel pipeline_parallel_degree "
+    "module_fqns_per_model_part pipeline_parallel_first_stage_less_layers "
+    "pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage "
+    "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
+    "pipeline_parallel_expert_parallel_overlap context_parallel_degree context_parallel_load_balancer "
+    "context_parallel_rotate_method expert_parallel_degree expert_tensor_parallel_degree "
+    "expert_parallel_comm_backend",
+    "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf initial_load_in_hf_quantized "
+    "last_save_model_only last_save_in_hf export_dtype async_mode exclude_from_loading "
+    "create_seed_checkpoint",
+    "activation_checkpoint": "selective_ac_option per_op_sac_force_recompute_mm_shapes_by_fqns early_stop "
+    "memory_budget visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
+    "comm": "trace_buf_size save_traces_folder save_traces_file_prefix mode",
+    "debug": "moe_force_load_balance",
+}
+UNSUPPORTED_VALUES = {"activation_checkpoint.mode": ("selective", "memory_budget")}
+NOT_YET = "is a torchtitan v0.2.2 option that torchtrain does not support yet"
+NOT_NEEDED = {
+    "checkpoint.create_seed_checkpoint": "it is not needed: initial weights are a function of debug.seed and the "
+    "parameter's name, the same on every layout"
+}
+
+
+class ConfigError(UserError):
+    """All faults of a configuration, one a line."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with the values given."""
+
+    keys: tuple[str, ...]
+    """The `section.key` whose values it leaves in doubt: no combination that depends on one of them is judged."""
+    text: str
+    """What was given, what is allowed, what to do."""
+
+
+class JobConfig(BaseModel):
+    """All sections. `JobConfig()` holds the defaults; `parse_args` fills it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    job: Job = Field(default_factory=Job)
+    profiling: Profiling = Field(default_factory=Profiling)
+    metrics: Metrics = Field(default_factory=Metrics)
+    model: Model = Field(default_factory=Model)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
+    training: Training = Field(default_factory=Training)
+    data: Data = Field(default_factory=Data)
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
+    compile: Compile = Field(default_factory=Compile)
+    comm: Comm = Field(default_factory=Comm)
+    debug: Debug = Field(default_factory=Debug)
+
+    def parse_args(self, args_list: list[str] | None = None, world_size: int | None = None) -> "JobConfig":
+        """Fill in place: default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
+
+        Args:
+            args_list: the command line; by default this process's.
+            world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1.
+
+        Raises:
+            ConfigError: every fault that can be known, in one report.
+        """
+        args = sys.argv[1:] if args_list is None else args_list
+        if wants_help(args):
+            print_help()
+            raise SystemExit(0)
+        sources = [("command line", *read_command_line(args))]
+        config_file = sources[0][1].get("job.config_file")
+        if config_file is not None:
+            sources.insert(0, (config_file, *read_toml(config_file)))
+
+        lines: list[str] = []
+        faulty: set[str] = set()
+        merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        origin: dict[str, str] = {}
+        for source, values, faults in sources:
+            faults += [fault for name, value in values.items() if (fault := value_fault(name, value)) is not None]
+            lines += [f"{source}: {fault.text}" for fault in faults]
+            faulty.update(*(fault.keys for fault in faults))
+            for name in values.keys() - faulty:
+                section, _, key = name.partition(".")
+                merged[section][key] = values[name]
+                origin[name] = source
+
+        config = JobConfig.model_validate(merged)
+        if world_size is None:
+            world_size, environment_faults = world_size_from_environment()
+            lines += environment_faults
+        for clash in check(config, world_size):
+            if not faulty.intersection(clash.keys):
+                where = list(dict.fromkeys(origin[key] for key in clash.keys if key in origin))
+                lines.append(f"{', '.join(where) or 'defaults'}: {clash.text}")
+        if lines:
+            heading = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+            raise ConfigError("\n".join([f"The configuration has {heading}:", *(f"  {line}" for line in lines)]))
+        for section in SECTIONS:
+            setattr(self, section, config.__dict__[section])
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {name: get_type_hints(JobConfig)[name] for name in JobConfig.model_fields}
+
+
+def world_size_from_environment() -> tuple[int | None, list[str]]:
+    """The number of ranks that torchrun announces, 1 without it; None and a line of report where it is no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if text.isdecimal() and int(text) > 0:
+        return int(text), []
+    return None, [f"environment: WORLD_SIZE = {shown(text)}: must be a whole number >= 1"]
+
+
+# ---- the fields, described for the help, the command line and the messages ----
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field."""
+
+    kind: str
+    """JSON Schema's name of its type: integer, number, boolean, string or array."""
+    optional: bool
+    """Whether it can be unset."""
+    allowed: str
+    """Type and bounds, in words."""
+    default: Any
+    doc: str
+
+
+@functools.cache
+def options() -> dict[str, Option]:
+    """Every field by its full name, `section.key`, in the order of declaration."""
+    names = {
+        "model.flavor": [f"{family}: {', '.join(flavors)}." for family, flavors in FLAVORS.items()],
+        "training.dataset": [f"{name}: {spec.description}." for name, spec in DATASETS.items()],
+    }
+    found = {}
+    for section, model in SECTIONS.items():
+        for key, schema in model.model_json_schema()["properties"].items():
+            optional = "anyOf" in schema
+            value_schema = schema["anyOf"][0] if optional else schema
+            found[f"{section}.{key}"] = Option(
+                kind=value_schema["type"],
+                optional=optional,
+                allowed=_in_words(value_schema),
+                default=schema["default"],
+                doc=" ".join([schema["description"], *names.get(f"{section}.{key}", [])]),
+            )
+    return found
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "array":
+        return "a list with at least one of " + ", ".join(schema["items"]["enum"])
+    words = {
+        "integer": "a whole number",
+        "number": "a finite number",
+        "boolean": "true or false",
+        "string": "text",
+    }[schema["type"]]
+    if "minLength" in schema:
+        words += ", not empty"
+    minimum = schema.get("minimum")
+    if "not" in schema:
+        words, minimum = f"{minimum}, or {words}", 1
+    bounds = {
+        ">=": minimum,
+        ">": schema.get("exclusiveMinimum"),
+        "<=": schema.get("maximum"),
+        "<": schema.get("exclusiveMaximum"),
+    }
+    limits = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound is not None]
+    return f"{words} {' and '.join(limits)}".rstrip()
+
+
+def wants_help(args: list[str]) -> bool:
+    """Whether the help is asked for, anywhere on the command line."""
+    return any(arg in HELP_OPTIONS for arg in args)
+
+
+def print_help() -> None:
+    """Print the help; a reader that has seen enough (`--help | head`) is no fault."""
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def help_text() -> str:
+    """Every option with what it allows, its default and its meaning."""
+    lines = [
+        "Train a Llama. Options may stand in a TOML file too, as KEY under [SECTION]; the command line goes before it.",
+        "",
+        "  --SECTION.KEY VALUE or --SECTION.KEY=VALUE; true/false options also bare, for true; lists with commas;",
+        "  the value none unsets an option that can be unset.",
+    ]
+    for section, model in SECTIONS.items():
+        lines += ["", f"[{section}] {model.__doc__}"]
+        for name, option in options().items():
+            if name.startswith(f"{section}."):
+                lines.append(f"  --{name}  ({option.allowed}; default: {shown(option.default)})")
+                lines += textwrap.wrap(option.doc, 112, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+# ---- reading ----
+
+
+def read_command_line(args: list[str]) -> tuple[dict[str, Any], list[Fault]]:
+    """Values by full name, and what is wrong with the arguments themselves; the values are checked by `value_fault`."""
+    values: dict[str, Any] = {}
+    faults = []
+    rest = list(args)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            faults.append(Fault((), f"{shown(argument)} belongs to no option; options are --section.key value"))
+            continue
+        name, has_value, text = argument[2:].partition("=")
+        option = options().get(name)
+        if not has_value and rest and not rest[0].startswith("--"):
+            has_value, text = "=", rest.pop(0)
+        if option is None:
+            faults.append(unknown_key(name, given=f"--{name}", prefix="--"))
+        elif name in values:
+            faults.append(Fault((name,), f"--{name} is given twice; give it once"))
+        elif has_value:
+            values[name] = _from_text(option, text)
+        elif option.kind == "boolean":
+            values[name] = True
+        else:
+            faults.append(Fault((name,), f"--{name} has no value; it must be {option.allowed}"))
+    return values, faults
+
+
+def _from_text(option: Option, text: str) -> Any:
+    """The value of the option's type that the text stands for; where there is none the text, to be refused as such."""
+    if option.optional and text == "none":
+        return None
+    if option.kind == "boolean":
+        return {"true": True, "false": False}.get(text, text)
+    if option.kind == "array":
+        return text.split(",")
+    try:
+        return {"integer": int, "number": float, "string": str}[option.kind](text)
+    except ValueError:
+        return text
+
+
+def read_toml(path: str) -> tuple[dict[str, Any], list[Fault]]:
+    """Values by full name, and what is wrong with the file or its sections; the values are checked by `value_fault`."""
+    everything = tuple(options())
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as fault:
+        return {}, [Fault(everything, f"the config file cannot be read: {fault.strerror}")]
+    except UnicodeDecodeError as fault:
+        line = fault.object[: fault.start].count(b"\n") + 1
+        where = f"byte {fault.object[fault.start]:#04x} in line {line}"
+        return {}, [Fault(everything, f"not UTF-8 text: {where}; save the file as UTF-8")]
+    try:
+        tables = tomli.loads(text)
+    except (ValueError, RecursionError) as fault:
+        return {}, [Fault(everything, _locate(str(fault), text.replace("\r\n", "\n")))]
+
+    values: dict[str, Any] = {}
+    faults = []
+    for section, table in tables.items():
+        if section in SECTIONS and isinstance(table, dict):
+            values |= {f"{section}.{key}": value for key, value in table.items()}
+        elif section in SECTIONS:
+            faults.append(Fault((), f"{section} = {shown(table)}: this is a section; write [{section}] and its keys"))
+        else:
+            faults.append(unknown_section(section, table))
+    if "job.config_file" in values:
+        del values["job.config_file"]
+        faults.append(Fault(("job.config_file",), "job.config_file: is for the command line alone; leave it out"))
+    return values, faults
+
+
+def _locate(message: str, text: str) -> str:
+    """tomli's message with the line it is about; one that says no position is handed on as it is."""
+    problem, _, position = message.partition(" (at ")
+    at = re.fullmatch(r"line (\d+), column (\d+)\)", position)
+    if at:
+        line, column = int(at[1]), int(at[2])
+    elif position:  # "end of document"
+        last = text.rstrip("\n")
+        line, column = last.count("\n") + 1, len(last) - last.rfind("\n")
+    else:
+        return f"not TOML: {problem}"
+    if problem == "Cannot overwrite a value":
+        problem = "this key was given before; give it once"
+    quoted = text.split("\n")[line - 1]
+    return f"not TOML: line {line}, column {column}: {problem}\n      {line} | {_shortened(quoted)}"
+
+
+# ---- what is wrong with one key ----
+
+
+def value_fault(name: str, value: Any) -> Fault | None:
+    """What is wrong with this key or its value, or None."""
+    given = f"{name} = {shown(value)}"
+    option = options().get(name)
+    if option is None:
+        return unknown_key(name, given)
+    if value in UNSUPPORTED_VALUES.get(name, ()):
+        return Fault((name,), f"{given}: this value {NOT_YET}; it must be {option.allowed}")
+    section, _, key = name.partition(".")
+    try:
+        SECTIONS[section].model_validate({key: value})
+    except ValidationError:
+        return Fault((name,), f"{given}: must be {option.allowed}")
+    return None
+
+
+def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
+    """A `section.key` that is none of ours, with the nearest that is; `prefix` is written before that."""
+    section, _, key = name.partition(".") if "." in name else ("", "", name)
+    if section in UNSUPPORTED_SECTIONS or key.split(".")[0] in UNSUPPORTED_KEYS.get(section, "").split():
+        return Fault((name,), f"{given}: {NOT_YET}; {NOT_NEEDED.get(name, 'leave it out')}")
+    close = _suggestions(section, key)
+    if close:
+        hint = "did you mean " + " or ".join(prefix + other for other in close) + "?"
+    elif section in SECTIONS:
+        hint = f"the keys of [{section}] are {', '.join(SECTIONS[section].model_fields)}"
+    else:
+        hint = f"the sections are {', '.join(SECTIONS)}; --help prints every option"
+    return Fault((name, *close), f"{given}: unknown; {hint}")
+
+
+def unknown_section(name: str, content: Any) -> Fault:
+    """What stands at the top of a file and is no section of ours."""
+    if name in UNSUPPORTED_SECTIONS:
+        return Fault((), f"[{name}]: this section {NOT_YET}; leave it out")
+    if not isinstance(content, dict):
+        close = _suggestions("", name)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        return Fault(tuple(close), f"{name} = {shown(content)}: a key must stand in a section{hint}")
+    section = nearest(name, SECTIONS)
+    hint = f"; did you mean [{section}]?" if section else ""
+    doubtful = tuple(option for option in options() if section and option.startswith(f"{section}."))
+    return Fault(doubtful, f"[{name}]: unknown section{hint}; the sections are {', '.join(SECTIONS)}")
+
+
+def _suggestions(section: str, key: str) -> list[str]:
+    """The same key elsewhere; else the nearest of its section; else the nearest of all."""
+    by_key: dict[str, list[str]] = {}
+    for name in options():
+        by_key.setdefault(name.partition(".")[2], []).append(name)
+    if key in by_key:
+        return by_key[key]
+    close = nearest(key, SECTIONS[section].model_fields) if section in SECTIONS else None
+    if close:
+        return [f"{section}.{close}"]
+    close = nearest(key, by_key)
+    return by_key[close] if close else []
+
+
+def shown(value: Any) -> str:
+    """A value as TOML writes it, cut where it is long; None is "unset"."""
+    if value is None:
+        return "unset"
+    try:
+        return _shortened(_toml_value(value))
+    except TypeError:  # a date or a table: TOML has them, no field of ours does
+        return _shortened(str(value))
+    except ValueError:  # Python does not print an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# ---- what is wrong with keys together ----
+
+
+def check(config: JobConfig, world_size: int | None) -> list[Fault]:
+    """Every combination that cannot work; with a world size of None, those that need none."""
+    return [
+        *_check_model(config.model),
+        *_check_data(config.training),
+        *_check_layout(config, world_size),
+        *_check_folders(config),
+        *_check_checkpoint(config.checkpoint),
+        *_check_switches(config),
+    ]
+
+
+def _check_model(model: Model) -> Iterator[Fault]:
+    if model.tokenizer_path is not None and model.hf_assets_path is not None:
+        yield Fault(
+            ("model.tokenizer_path", "model.hf_assets_path"),
+            f"model.tokenizer_path = {shown(model.tokenizer_path)}, model.hf_assets_path = "
+            f"{shown(model.hf_assets_path)}: the two mean the same; give one of them",
+        )
+    flavor = ("model.name", "model.flavor")
+    try:
+        shape = model_shape(model)
+    except UserError as fault:
+        yield Fault(flavor, str(fault))
+        return
+    if shape.dim % shape.n_heads:
+        yield Fault(
+            (*flavor, "model.dim", "model.n_heads"),
+            f"model.n_heads = {shape.n_heads} must divide model.dim = {shape.dim}",
+        )
+    elif shape.dim // shape.n_heads % 2:
+        yield Fault(
+            (*flavor, "model.dim", "model.n_heads"),
+            f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = {shape.dim // shape.n_heads}: the head width "
+            "must be even, since RoPE turns pairs of features",
+        )
+    if shape.n_heads % shape.n_kv_heads:
+        yield Fault(
+            (*flavor, "model.n_heads", "model.n_kv_heads"),
+            f"model.n_kv_heads = {shape.n_kv_heads} must divide model.n_heads = {shape.n_heads}"
+            + (" (it is the flavor's own; give it too)" if model.n_kv_heads is None else ""),
+        )
+    if shape.rope_scaling_factor > 1 and shape.rope_high_freq_factor <= shape.rope_low_freq_factor:
+        yield Fault(
+            (*flavor, "model.rope_scaling_factor", "model.rope_high_freq_factor", "model.rope_low_freq_factor"),
+            f"model.rope_high_freq_factor = {shape.rope_high_freq_factor} must be above "
+            f"model.rope_low_freq_factor = {shape.rope_low_freq_factor}",
+        )
+
+
+def _check_data(training: Training) -> Iterator[Fault]:
+    given = f"training.dataset = {shown(training.dataset)}"
+    keys = ("training.dataset", "training.dataset_path")
+    if training.dataset not in DATASETS:
+        close = nearest(training.dataset, DATASETS)
+        hint = f", did you mean {close}?" if close else ""
+        allowed = ", ".join(DATASETS)
+        yield Fault(keys[:1], f"{given} is unknown{hint}; allowed: {allowed}")
+        return
+    spec = DATASETS[training.dataset]
+    if spec.needs_path and training.dataset_path is None:
+        yield Fault(keys, f"{given} needs training.dataset_path: {spec.description}")
+    elif not spec.needs_path and training.dataset_path is not None:
+        yield Fault(
+            keys, f"training.dataset_path = {shown(training.dataset_path)} has no effect: {given} takes no path"
+        )
+    elif training.dataset_path is not None and not Path(training.dataset_path).exists():
+        yield Fault(
+            keys, f"training.dataset_path = {shown(training.dataset_path)} does not exist (seen from {Path.cwd()})"
+        )
+
+
+def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
+    if world_size is None:
+        return
+    degrees = ("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree")
+    try:
+        ranks = data_parallel_degree(config.parallelism, world_size)
+    except UserError as fault:
+        yield Fault(degrees, str(fault))
+        return
+    try:
+        plan_batch(config.training, ranks)
+    except UserError as fault:
+        yield Fault(("training.global_batch_size", *degrees), str(fault))
+
+
+def _check_folders(config: JobConfig) -> Iterator[Fault]:
+    for key, folder in {
+        "profiling.save_traces_folder": config.profiling.save_traces_folder,
+        "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
+        "metrics.save_tb_folder": config.metrics.save_tb_folder,
+        "checkpoint.folder": config.checkpoint.folder,
+    }.items():
+        path = Path(folder)
+        if not path.is_absolute() and (not path.parts or ".." in path.parts):
+            yield Fault((key,), f"{key} = {shown(folder)}: must name a folder inside job.dump_folder")
+
+
+def _check_checkpoint(checkpoint: Checkpoint) -> Iterator[Fault]:
+    if not checkpoint.enable:
+        for key in ("load_step", "initial_load_path", "load_only", "enable_first_step_checkpoint"):
+            name, value = f"checkpoint.{key}", checkpoint.__dict__[key]
+            if value != options()[name].default:
+                yield Fault(
+                    (name, "checkpoint.enable"),
+                    f"{name} = {shown(value)} has no effect while checkpoint.enable = false",
+                )
+    if checkpoint.load_only and checkpoint.enable_first_step_checkpoint:
+        yield Fault(
+            ("checkpoint.enable_first_step_checkpoint", "checkpoint.load_only"),
+            "checkpoint.enable_first_step_checkpoint = true has no effect: checkpoint.load_only = true saves nothing",
+        )
+    path = checkpoint.initial_load_path
+    if path is None and not checkpoint.initial_load_model_only:
+        yield Fault(
+            ("checkpoint.initial_load_model_only", "checkpoint.initial_load_path"),
+            "checkpoint.initial_load_model_only = false has no effect without checkpoint.initial_load_path",
+        )
+    if path is not None and not Path(path).is_dir():
+        yield Fault(
+            ("checkpoint.initial_load_path",),
+            f"checkpoint.initial_load_path = {shown(path)} is not a folder that exists (seen from {Path.cwd()})",
+        )
+
+
+def _check_switches(config: JobConfig) -> Iterator[Fault]:
+    profiling = config.profiling
+    if profiling.enable_profiling and profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
+        yield Fault(
+            ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"),
+            f"profiling.profile_freq = {profiling.profile_freq} is too short for profiling.profiler_warmup = "
+            f"{profiling.profiler_warmup} and profiling.profiler_active = {profiling.profiler_active} steps: it must "
+            f"be at least {profiling.profiler_warmup + profiling.profiler_active}",
+        )
+    if config.debug.deterministic_warn_only and not config.debug.deterministic:
+        yield Fault(
+            ("debug.deterministic_warn_only", "debug.deterministic"),
+            "debug.deterministic_warn_only = true has no effect while debug.deterministic = false",
+        )
+
+
+# ---- what follows from the values ----
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the sequences of one optimizer step are split."""
+
+    global_batch_size: int
+    """Sequences of all ranks."""
+    microbatch_size: int
+    """Sequences of one forward and backward of one rank."""
+    accumulation_steps: int
+    """Microbatches of one rank."""
+    data_parallel_degree: int
+    """Ranks that read different sequences."""
+
+
+def plan_batch(training: Training, data_parallel_degree: int) -> BatchPlan:
+    """Split the global batch over ranks, and a rank's part into the largest equal microbatches it may have.
+
+    Raises:
+        UserError: the degree does not divide the global batch; names the nearest degrees, and batches, that do.
+    """
+    total = training.global_batch_size
+    if total == -1:
+        total = training.local_batch_size * data_parallel_degree
+    if total % data_parallel_degree:
+        fitting = _divisors(total)
+        near = [max(d for d in fitting if d < data_parallel_degree)]
+        near += [d for d in fitting if d > data_parallel_degree][:1]
+        below = total - total % data_parallel_degree
+        batches = [size for size in (below, below + data_parallel_degree) if size]
+        raise UserError(
+            f"training.global_batch_size = {total} cannot be divided over {data_parallel_degree} data-parallel ranks; "
+            f"the nearest data-parallel degrees that divide it: {' and '.join(map(str, near))}; "
+            f"the nearest global batches for {data_parallel_degree} ranks: {' and '.join(map(str, batches))}"
+        )
+    of_a_rank = total // data_parallel_degree
+    microbatch = max(d for d in _divisors(of_a_rank) if d <= training.local_batch_size)
+    return BatchPlan(total, microbatch, of_a_rank // microbatch, data_parallel_degree)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
+    """Ranks that read different samples: replicate x shard, with a shard degree of -1 resolved to what is left.
+
+    Raises:
+        UserError: the degrees do not multiply to the world size.
+    """
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    if shard == -1:
+        if world_size % replicate:
+            raise UserError(
+                f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the world size {world_size};"
+                f" allowed: {', '.join(map(str, _divisors(world_size)))}"
+            )
+        return world_size
+    if replicate * shard != world_size:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} x parallelism.data_parallel_shard_degree = "
+            f"{shard} gives {replicate * shard} ranks, but the world size is {world_size}; "
+            "a shard degree of -1 takes what is left"
+        )
+    return replicate * shard
+
+
+def model_shape(model: Model) -> ModelShape:
+    """The flavor's shape under the overrides given.
+
+    Raises:
+        UserError: unknown family or flavor.
+    """
+    return resolve_shape(model.name, model.flavor, model.model_dump(include=set(ModelShape.__dataclass_fields__)))
+
+
+def tokenizer_path(model: Model) -> str:
+    """The tokenizer file or folder, which may not exist: that is found when it is loaded."""
+    return model.tokenizer_path or model.hf_assets_path or str(DEBUG_TOKENIZER)
+
+
+def to_toml(config: JobConfig) -> str:
+    """The values as a config file: unset keys and `job.config_file` are left out, -1 stays."""
+    lines = []
+    for section, table in config.model_dump().items():
+        lines.append(f"[{section}]")
+        for key, value in table.items():
+            if value is not None and (section, key) != ("job", "config_file"):
+                lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    """One value in TOML's notation (https://toml.io/en/v1.0.0).
+
+    JSON's escapes are TOML's too, but for DEL, which JSON leaves as it is.
+
+    Raises:
+        TypeError: none of str, bool, int, float and lists of them.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise TypeError(f"no TOML for {type(value).__name__}")
+
+
+def main(args: list[str]) -> int:
+    """Check a run that is about to start: `--world-size N -- <trainer options>`, the report going to stderr.
+
+    Returns:
+        The exit status: 0 good, 2 a fault, HELP_SHOWN when the options ask for the help, which is printed.
+    """
+    if len(args) < 3 or args[0] != "--world-size" or not args[1].isdecimal() or int(args[1]) < 1 or args[2] != "--":
+        print("usage: python -m torchtrain.config_manager --world-size N -- [trainer options]", file=sys.stderr)
+        return 2
+    if wants_help(args[3:]):
+        print_help()
+        return HELP_SHOWN
+    try:
+        JobConfig().parse_args(args[3:], world_size=int(args[1]))
+    except ConfigError as fault:
+        print(fault, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""The order of samples: pure functions of (seed, global sample index), in O(1) memory.
+
+Sample i of N belongs to epoch i div N; each epoch is a permutation of range(N) keyed by (seed, epoch). The permutation
+is a Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds N; a value that falls at or
+beyond N goes through again until it falls below ("cycle walking", Black & Rogaway 2002), which keeps it a permutation.
+"""
+
+import hashlib
+
+import numpy as np
+
+ROUNDS = 8
+"""Four make a Feistel network of good round functions look random; on few bits, more mix better."""
+
+
+def permuted(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the permutation of range(n) of (seed, epoch) sends `indices`, int64 `[B]`, each in range(n)."""
+    half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    key = hashlib.blake2b(f"torchtrain data order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    round_keys = np.frombuffer(key, dtype="<u8")
+    values = indices.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():  # the domain is less than 4n, so under 4 turns are expected
+        values[outside] = _feistel(values[outside], half_bits, round_keys)
+        outside = values >= n
+    return values.astype(np.int64)
+
+
+def locate(sample_ids: np.ndarray, n_samples: int, seed: int) -> np.ndarray:
+    """The place in the corpus, in range(n_samples), of global samples `[B]`, which may lie in several epochs."""
+    epochs, indices = np.divmod(sample_ids.astype(np.int64), n_samples)
+    places = np.empty_like(indices)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        places[chosen] = permuted(indices[chosen], n_samples, seed, int(epoch))
+    return places
+
+
+def _feistel(values: np.ndarray, half_bits: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for key in round_keys:
+        left, right = right, left ^ (_mixed(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit moves every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

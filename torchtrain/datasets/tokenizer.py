@@ -1,0 +1,262 @@
+"""SentencePiece tokenizers: reading one, and training a small lossless one.
+
+    python -m torchtrain.datasets.tokenizer train --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
+
+The committed `debug_tokenizer.model` is what this command makes of `python_stdlib`.
+
+SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) writes a space as U+2581 inside its pieces, so by itself it
+reads a U+2581 of the text as a space. Wherever the model allows it, `encode` spells that character in byte pieces
+instead; with a model that puts a space before every text (Llama 2's) it stays a space, as in Meta's own use.
+"""
+
+import argparse
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from torchtrain.datasets.corpora import open_corpus
+from torchtrain.datasets.registry import DATASETS
+from torchtrain.utils import UserError
+
+SPACE_MARK = "\u2581"
+WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
+LONG_TEXT = 1 << 16
+"""Characters after which a text is cut for encoding: SentencePiece needs some 60 bytes of memory for each, and on one
+long text it is half as fast and uses one thread."""
+
+BATCH_CHARACTERS = 1 << 20
+"""Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
+
+WHAT_WORKS = (
+    "This version reads SentencePiece models alone, such as Llama 2's tokenizer.model; "
+    "`python -m torchtrain.datasets.tokenizer train` makes one of your own text"
+)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
+
+    def __init__(self, model: bytes, name: str) -> None:
+        """Load `model`, the bytes of a model file; `name` is how messages call it.
+
+        Raises:
+            UserError: not a SentencePiece model, or one without BOS or EOS.
+        """
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"tokenizer {name!r} is damaged, or no SentencePiece model. {WHAT_WORKS}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        missing = [kind for kind, id in (("BOS", self.bos_id), ("EOS", self.eos_id)) if id < 0]
+        if missing:
+            raise UserError(
+                f"tokenizer {name!r} has no {' and no '.join(missing)} piece, which separate the documents. "
+                "Train it with bos_id and eos_id set"
+            )
+        self._cut_keeps_space = self._rule_for_cuts()
+        self._space_mark_ids = self._bytes_of_space_mark()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS and EOS.
+
+        Raises:
+            UserError: `text` holds a lone surrogate, which no UTF-8 text can.
+        """
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """As `encode` for each text, int32 `[tokens]`, but faster, on several threads, and in bounded extra memory."""
+        parts_of = [self._parts(text) for text in texts]
+        encoded = self._encoded((part for parts in parts_of for part in parts), threads)
+        return [np.concatenate([next(encoded) for _ in parts]) for parts in parts_of]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; BOS and EOS have none, and bytes that are not UTF-8 become U+FFFD."""
+        return self._model.decode([int(id) for id in ids])
+
+    def _parts(self, text: str) -> list[str]:
+        """`text` cut so that the parts' ids in a row are the text's, with every U+2581 on its own where it is kept."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
+                "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
+            ) from error
+        if self._space_mark_ids and SPACE_MARK in text:
+            return [part for piece in re.split(f"({SPACE_MARK})", text) for part in self._cut(piece)]
+        return self._cut(text)
+
+    def _encoded(self, parts: Iterable[str], threads: int) -> Iterator[np.ndarray]:
+        for batch in in_batches(parts):
+            for part, ids in zip(batch, self._model.encode(batch, num_threads=threads), strict=True):
+                kept_mark = part == SPACE_MARK and self._space_mark_ids
+                yield np.array(self._space_mark_ids if kept_mark else ids, dtype=np.int32)
+
+    def _cut(self, text: str) -> list[str]:
+        """`text` in parts of a little over LONG_TEXT characters, each cut before a space that begins a word."""
+        parts = []
+        start = 0
+        while self._cut_keeps_space is not None and len(text) - start > LONG_TEXT:
+            space = WORD_BEGINS.search(text, start + LONG_TEXT)
+            if space is None:
+                break
+            parts.append(text[start : space.start()])
+            start = space.start() if self._cut_keeps_space else space.end()
+        return [*parts, text[start:]]
+
+    def _rule_for_cuts(self) -> bool | None:
+        """Whether a part keeps the space it was cut at, or loses it (the model adds one); None: ids would change."""
+        pieces = self._model.id_to_piece(list(range(self.vocab_size)))
+        if any(re.search(f"[^{SPACE_MARK}]{SPACE_MARK}", piece) for piece in pieces):
+            return None
+        whole = self._model.encode("a b")
+        if whole == self._model.encode("a") + self._model.encode(" b"):
+            return True
+        return False if whole == self._model.encode("a") + self._model.encode("b") else None
+
+    def _bytes_of_space_mark(self) -> list[int]:
+        """The byte pieces of U+2581; none where the model has none, or puts a space before every part."""
+        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
+        spelled = self._model.encode("a") + ids + self._model.encode("b")
+        kept = all(self._model.is_byte(id) for id in ids) and self._model.decode(spelled) == f"a{SPACE_MARK}b"
+        return ids if kept else []
+
+
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """`texts` in lists that are closed at BATCH_CHARACTERS characters."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer:
+    """The tokenizer at `path`: a model file, or a folder that holds `tokenizer.model`.
+
+    Raises:
+        UserError: nothing there, another format (said which), damaged, or a model without BOS or EOS.
+    """
+    given = Path(path).expanduser()
+    file = given / "tokenizer.model" if given.is_dir() else given
+    if given.is_dir() and not file.is_file():
+        if (given / "tokenizer.json").is_file():
+            raise UserError(f"model.tokenizer_path = {str(path)!r} holds a Hugging Face tokenizer.json. {WHAT_WORKS}")
+        raise UserError(f"model.tokenizer_path = {str(path)!r} is a folder without tokenizer.model")
+    if not file.exists():
+        raise UserError(f"model.tokenizer_path = {str(path)!r} does not exist (from {str(Path.cwd())!r})")
+    if not file.is_file():
+        raise UserError(f"model.tokenizer_path = {str(path)!r} is neither a file nor a folder")
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read model.tokenizer_path = {str(file)!r}: {error.strerror}") from error
+    _refuse_other_formats(model, str(file))
+    return SentencePieceTokenizer(model, str(file))
+
+
+def _refuse_other_formats(model: bytes, name: str) -> None:
+    if not model:
+        raise UserError(f"tokenizer {name!r} is an empty file")
+    if model.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"tokenizer {name!r} is a Git LFS pointer, not the file itself: run `git lfs pull` where it lies"
+        )
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", model):  # Llama 3's own file: base64 of the token's bytes, rank
+        raise UserError(f"tokenizer {name!r} is in tiktoken format, as Llama 3's original is. {WHAT_WORKS}")
+    if model.lstrip().startswith(b"{"):
+        raise UserError(f"tokenizer {name!r} is JSON, as Hugging Face's tokenizer.json is. {WHAT_WORKS}")
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
+    """The model file of a lossless byte-fallback BPE of `texts`, which are all held in memory.
+
+    The same texts and size give the same bytes, since the number of threads is fixed and no path goes in.
+
+    Raises:
+        UserError: `vocab_size` is too large or too small for these texts.
+    """
+    if vocab_size < 260:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and <unk>, BOS, EOS come before any text"
+        )
+    model = io.BytesIO()
+    # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
+    cuts = (text[start : start + LONG_TEXT] for text in texts for start in range(0, len(text), LONG_TEXT))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=cuts,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            max_sentence_length=4 * LONG_TEXT,
+            # Lossless: nothing normalised, and what has no piece is spelled in bytes.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            # Indentation in one piece: source code shrinks by a third.
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
+        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from error
+    return model.getvalue()
+
+
+def _train_command(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
+    corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
+    model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
+    tokenizer = SentencePieceTokenizer(model, options.output)
+    try:
+        output.write_bytes(model)
+    except OSError as error:
+        raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
+    print(f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status is 2 for a fault of the user's."""
+    parser = argparse.ArgumentParser(prog="python -m torchtrain.datasets.tokenizer", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a lossless byte-fallback BPE model", allow_abbrev=False)
+    train.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
+    train.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
+    train.add_argument("--dataset", default="python_stdlib", choices=list(DATASETS), help="default: %(default)s")
+    train.add_argument("--dataset-path", metavar="PATH", help="the text's file or folder, for text and jsonl")
+    train.add_argument("--text-key", default="text", help="the documents' key in jsonl (default: %(default)s)")
+    try:
+        _train_command(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""What a run tells: a line a step, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtrain.config_manager import Metrics
+from torchtrain.logging_utils import BLUE, BOLD, DIM, GREEN, RESET, YELLOW, logger, use_colour
+from torchtrain.utils import METRICS_FILE, UserError
+
+GIB = 2**30
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
+PEAK_BF16_FLOPS = (
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("MI300X", 1307e12),
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's peak in FLOP/s for this compute precision, or None where it is not known (every CPU)."""
+    if device.type == "cpu" or dtype != torch.bfloat16:
+        return None
+    name = torch.get_device_module(device).get_device_name(device)
+    return next((peak for known, peak in PEAK_BF16_FLOPS if known in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held: allocated on the accelerator, or resident in RAM on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return (peak if sys.platform == "darwin" else peak * 1024) / GIB  # KiB on Linux, bytes on macOS
+    return torch.accelerator.max_memory_allocated(device) / GIB
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One optimizer step of the whole job, the same on every rank."""
+
+    step: int
+    loss: float
+    """Mean over the valid labels of the global batch, nats a token."""
+    max_loss: float
+    """Largest mean loss of one sequence of the global batch."""
+    grad_norm: float
+    """Norm of the full model's gradient, before clipping."""
+    lr: float
+    """The rate the step used."""
+    tokens_seen: int
+    memory_gib: float
+    """Peak, worst rank."""
+    data_time_s: float
+    """Time the step waited for data, worst rank."""
+
+
+class Stopwatch:
+    """Times a step and the part of it that waited for data."""
+
+    def __init__(self) -> None:
+        self.step_started = time.perf_counter()
+        self.data_time_s = 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting."""
+        started = time.perf_counter()
+        yield
+        self.data_time_s += time.perf_counter() - started
+
+    def elapsed(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.step_started
+
+
+class MetricsLogger:
+    """Rank 0's voice. A window is the steps since the last full line; a process's first step is never in one,
+    since it warms up (allocation, autotuning, compilation)."""
+
+    def __init__(
+        self,
+        config: Metrics,
+        run_folder: Path,
+        *,
+        total_steps: int,
+        resumed_step: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        log_lr: bool,
+        wandb_config: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            total_steps: the step that ends the run.
+            resumed_step: the last step already taken; TensorBoard drops what it holds past it.
+            tokens_per_step: of the global batch.
+            flops_per_token: of the model, forward and backward.
+            peak_flops: of all devices of the job, FLOP/s; None leaves MFU out.
+            log_lr: whether lines carry the learning rate.
+            wandb_config: handed to Weights & Biases.
+        """
+        self.config, self.run_folder = config, run_folder
+        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
+        self.flops_per_token, self.peak_flops, self.log_lr = flops_per_token, peak_flops, log_lr
+        self.colour = use_colour(config.disable_color_printing)
+        self.first_step = resumed_step + 1
+        self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
+        self.jsonl = open(run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.tensorboard = self._open_tensorboard(resumed_step) if config.enable_tensorboard else None
+        self.wandb = self._open_wandb(wandb_config) if config.enable_wandb else None
+
+    def log(self, summary: StepSummary, stopwatch: Stopwatch) -> None:
+        """Report one step: in full at every `log_freq` steps and at the last, else step and rate alone."""
+        step_time = stopwatch.elapsed()
+        if summary.step != self.first_step:
+            self.window.append((step_time, summary.data_time_s))
+        if summary.step % self.config.log_freq and summary.step != self.total_steps:
+            if self.log_lr:
+                logger.info(self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")]))
+            return
+        record = self._record(summary, step_time)
+        self.jsonl.write(json.dumps(record) + "\n")
+        self.jsonl.flush()
+        scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+        if self.tensorboard is not None:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, summary.step)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=summary.step)
+        logger.info(self._describe(record))
+        self.window.clear()
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self.jsonl.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _record(self, summary: StepSummary, step_time: float) -> dict[str, Any]:
+        """The line of metrics.jsonl; throughput is null where only the first step could tell."""
+        window_time = sum(step for step, _ in self.window)
+        tokens_per_second = self.tokens_per_step * len(self.window) / window_time if self.window else None
+        mfu = None
+        if tokens_per_second is not None and self.peak_flops is not None:
+            mfu = tokens_per_second * self.flops_per_token / self.peak_flops
+        data_time, total_time = (
+            (sum(data for _, data in self.window), window_time) if self.window else (summary.data_time_s, step_time)
+        )
+        return {
+            "step": summary.step,
+            "loss": summary.loss,
+            "max_loss": summary.max_loss,
+            "grad_norm": summary.grad_norm,
+            "lr": summary.lr,
+            "tokens_seen": summary.tokens_seen,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            "memory_gib": summary.memory_gib,
+            "data_time_pct": 100 * data_time / total_time,
+            "step_time_s": window_time / len(self.window) if self.window else step_time,
+        }
+
+    def _describe(self, record: dict[str, Any]) -> str:
+        """The line on the screen."""
+        parts = [
+            self._progress(record["step"]),
+            ("loss", f"{record['loss']:.4f}", GREEN),
+            ("grad_norm", f"{record['grad_norm']:.3f}", YELLOW),
+        ]
+        if self.log_lr:
+            parts.append(("lr", f"{record['lr']:.2e}", ""))
+        if record["tokens_per_second"] is not None:
+            parts.append(("tok/s", f"{record['tokens_per_second']:,.0f}", BLUE))
+        if record["mfu"] is not None:
+            parts.append(("mfu", f"{100 * record['mfu']:.1f}%", ""))
+        parts.append(("mem", f"{record['memory_gib']:.2f} GiB", ""))
+        parts.append(("data", f"{record['data_time_pct']:.1f}%", ""))
+        if record["tokens_per_second"] is not None:
+            left = (self.total_steps - record["step"]) * record["step_time_s"]
+            parts.append(("eta", str(timedelta(seconds=round(left))), ""))
+        return self._line(parts)
+
+    def _progress(self, step: int) -> tuple[str, str, str]:
+        return "step", f"{step:>{len(str(self.total_steps))}}/{self.total_steps}", BOLD
+
+    def _line(self, parts: list[tuple[str, str, str]]) -> str:
+        if not self.colour:
+            return "  ".join(f"{name} {value}" for name, value, _ in parts)
+        return "  ".join(f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts)
+
+    def _open_tensorboard(self, resumed_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
+        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=resumed_step + 1)
+
+    def _open_wandb(self, config: dict[str, Any]) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("metrics.enable_wandb = true needs the package wandb: pip install wandb") from None
+        folder = self.run_folder / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "run-id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
+        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config)

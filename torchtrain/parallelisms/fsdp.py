@@ -1,0 +1,47 @@
+"""Fully sharded data parallelism (FSDP2): each rank keeps a slice of every parameter, gradient and optimizer state.
+
+A block's parameters are gathered just before its forward and backward, in the compute precision; its gradients are
+summed and scattered in the reduction precision. Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchtrain.models.llama import Transformer
+
+
+def apply_fsdp(
+    model: Transformer,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: str,
+) -> None:
+    """Shard the model in place, a group of parameters a block; a mesh of one rank takes the same path.
+
+    Args:
+        model: on the meta device or materialised.
+        mesh: one dimension shards; of two, the first replicates (HSDP).
+        param_dtype: precision of compute, into which gathered parameters and block inputs are cast.
+        reduce_dtype: precision of the gradient reduction and accumulation.
+        reshard_after_forward: "always" frees gathered parameters after the forward and gathers them again for the
+            backward; "never" keeps them; "default" is "always", but keeps the last group, which the backward needs first.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    reshard = reshard_after_forward != "never"
+    if not model.shape.tied_embeddings:
+        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        head: list[nn.Module] = [model.norm, model.output]
+        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the number of valid labels of all ranks, so gradients are summed, not
+            # averaged; a plain SUM on every backend, since gloo knows no pre-multiplied sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,105 @@
+"""What a run can record of itself: profiler traces, CUDA memory snapshots, and when Python collects garbage."""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from torchtrain.config_manager import Profiling
+from torchtrain.logging_utils import logger
+from torchtrain.utils import UserError
+
+MEMORY_SNAPSHOT_ENTRIES = 100_000  # allocations kept in a snapshot's ring buffer
+
+
+class Profiler:
+    """Traces `profiler_active` steps in every `profile_freq`, and keeps the allocation history, as the config asks.
+
+    A trace is a Chrome trace (chrome://tracing, ui.perfetto.dev), a file a rank, under
+    `<dump_folder>/<save_traces_folder>/step-N/`; a snapshot is read by https://pytorch.org/memory_viz.
+
+    Raises:
+        UserError: memory snapshots asked for on a device that cannot record them.
+    """
+
+    def __init__(self, config: Profiling, run_folder: Path, device: torch.device, rank: int) -> None:
+        self.config, self.run_folder, self.rank = config, run_folder, rank
+        self.step_number = 0
+        self.trace: torch.profiler.profile | None = None
+        if config.enable_memory_snapshot:
+            if device.type != "cuda":
+                raise UserError(
+                    f"profiling.enable_memory_snapshot = true needs a CUDA device; this run is on {device.type}"
+                )
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
+        if config.enable_profiling:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            idle = config.profile_freq - config.profiler_warmup - config.profiler_active
+            self.trace = torch.profiler.profile(
+                activities=activities,
+                schedule=torch.profiler.schedule(
+                    wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
+                ),
+                on_trace_ready=self._write_trace,
+                record_shapes=True,
+            )
+
+    def step(self, step: int) -> None:
+        """Tell the profiler that optimizer step `step` has ended."""
+        self.step_number = step
+        if self.trace is not None:
+            self.trace.step()
+        if self.config.enable_memory_snapshot and step % self.config.profile_freq == 0:
+            self.write_memory_snapshot(f"step-{step}")
+
+    def write_memory_snapshot(self, name: str) -> None:
+        """Dump the allocation history, also after an out-of-memory error, when it is wanted most."""
+        if not self.config.enable_memory_snapshot:
+            return
+        folder = self.run_folder / self.config.save_memory_snapshot_folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(folder / f"rank{self.rank}.pickle"))
+        logger.info(f"memory snapshot: {folder}")
+
+    def _write_trace(self, trace: torch.profiler.profile) -> None:
+        folder = self.run_folder / self.config.save_traces_folder / f"step-{self.step_number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        trace.export_chrome_trace(str(folder / f"rank{self.rank}.json.gz"))
+        logger.info(f"profiler trace: {folder} ({time.perf_counter() - started:.1f} s to write)")
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record while the loop runs."""
+        if self.trace is None:
+            yield
+            return
+        with self.trace:
+            yield
+
+
+class GarbageCollection:
+    """Collects on every rank at the same steps, since one rank's pause in the middle of a step is every rank's pause."""
+
+    def __init__(self, every: int, debug: bool) -> None:
+        self.every, self.debug = every, debug
+        gc.disable()
+        gc.collect()
+        gc.freeze()  # what set-up built stays to the end; no collection needs to walk it
+
+    def step(self, step: int) -> None:
+        """Collect young objects every `every` steps; with `debug`, everything at each step, and say what was found."""
+        if self.debug:
+            logger.info(f"step {step}: garbage collection found {gc.collect()} unreachable objects")
+        elif step % self.every == 0:
+            gc.collect(1)
+
+    def close(self) -> None:
+        """Hand collection back to Python."""
+        gc.unfreeze()
+        gc.enable()

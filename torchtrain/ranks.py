@@ -1,0 +1,105 @@
+"""How the ranks of a run come up, agree, and fail together."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchtrain.utils import UserError
+
+T = TypeVar("T")
+
+
+class PeerFault(RuntimeError):
+    """Another rank has failed and says why; this one only stops, with the same exit status."""
+
+    def __init__(self, rank: int, fault: "Fault") -> None:
+        super().__init__(f"rank {rank} failed: {fault.text}")
+        self.is_user_error = fault.is_user_error
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What of an exception travels between ranks."""
+
+    text: str
+    is_user_error: bool
+
+    @classmethod
+    def of(cls, exception: BaseException | None) -> "Fault | None":
+        """None where nothing was raised."""
+        return None if exception is None else cls(f"{exception}", isinstance(exception, UserError))
+
+
+def join_process_group(timeout_seconds: int) -> torch.device:
+    """Take this rank's device and join the process group, of one rank where no launcher has set one up.
+
+    The group carries CPU tensors over gloo and, with an accelerator, device tensors over that device's own backend.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if accelerator is not None and accelerator.type in dist.Backend.default_device_backend_map:
+        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device.index)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
+    """From here on a collective that takes longer is an error: a stopped or lost rank ends the run, not a hang."""
+    dist.barrier()
+    for group in [dist.group.WORLD, *groups]:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any, all ranks fail, the lowest failing one with the cause.
+
+    Without this, one rank would raise while the others wait for it in their next collective.
+    """
+    result, fault = _attempt(action)
+    faults: list[Fault | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, Fault.of(fault))
+    for rank, theirs in enumerate(faults):
+        if theirs is not None:
+            raise fault if fault is not None and rank == dist.get_rank() else PeerFault(rank, theirs)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and hand its (small) result to all; if it fails, all ranks fail.
+
+    On a shared file system ranks can disagree about what exists, so one of them decides.
+    """
+    if dist.get_rank() == 0:
+        result, fault = _attempt(action)
+        dist.broadcast_object_list([result, Fault.of(fault)])
+        if fault is not None:
+            raise fault
+        return result  # type: ignore[return-value]
+    received: list = [None, None]
+    dist.broadcast_object_list(received)
+    if received[1] is not None:
+        raise PeerFault(0, received[1])
+    return received[0]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return action(), None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:  # not only Exception: DCP's CheckpointException is none
+        return None, fault
+
+

@@ -1,0 +1,44 @@
+"""Small helpers without torch, shared by every room."""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object a logged step
+
+
+class UserError(ValueError):
+    """Something the user can mend: shown as its message alone, without a traceback, with exit status 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name closest in spelling to `name`, or None when nothing comes near."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's own entries (new names, renames) durable; file contents are synced by their writers."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a reader, or a crash at any instant, sees the old or the new file whole."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)

@@ -1,0 +1,416 @@
+"""Pretrain a Llama: `torchrun train.py --job.config_file FILE`, or plain `python train.py …` for one process.
+
+`main` checks the config, `run` sets up in order and hands over to `train`, the whole loop. `set_up`,
+`forward_backward` and `optimizer_step` can be called from a tool.
+"""
+
+import math
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtrain.checkpoint import Checkpointer, Progress, Source
+from torchtrain.config_manager import BatchPlan, JobConfig, model_shape, plan_batch, tokenizer_path
+from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
+from torchtrain.datasets.tokenizer import load_tokenizer
+from torchtrain.logging_utils import init_logging, logger
+from torchtrain.loss import count_valid, sequence_losses
+from torchtrain.lr_scheduling import get_lr_scheduler
+from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops, peak_memory_gib
+from torchtrain.models.flavors import ModelShape
+from torchtrain.models.llama import Transformer, flops_per_token
+from torchtrain.optimizer import build_optimizer, clip_grad_norm_
+from torchtrain.parallelisms.apply import DTYPES, parallelize
+from torchtrain.parallelisms.initial_weights import materialise
+from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.profiling import GarbageCollection, Profiler
+from torchtrain.ranks import PeerFault, join_process_group, on_rank_zero, set_timeout, together
+from torchtrain.run_folder import RunFolder
+from torchtrain.utils import UserError
+
+
+@dataclass
+class Trainer:
+    """What a step needs, in the order in which it is made."""
+
+    config: JobConfig
+    device: torch.device
+    dims: ParallelDims
+    mesh: DeviceMesh
+    batch: BatchPlan
+    loader: DataLoader
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    sequence_losses: Callable[[Tensor, Tensor], Tensor]
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens_seen: int = 0
+    """Of the whole job."""
+
+
+def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None, profiler: Profiler) -> None:
+    """The training loop: from the step after `trainer.step` to `training.steps`, or until a signal asks to stop."""
+    config = trainer.config
+    collector = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
+    stop = StopRequest()
+    first_step = trainer.step + 1
+    with profiler.recording():
+        for step in range(first_step, config.training.steps + 1):
+            stopwatch = Stopwatch()
+            with stopwatch.waiting_for_data():
+                microbatches = trainer.loader.step_batches(step)
+            loss, max_loss = forward_backward(trainer, microbatches)
+            grad_norm = clip_grad_norm_(trainer.model.parameters(), config.training.max_norm)
+            summary, stopping = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
+            check_finite(summary, trainer.batch)
+            optimizer_step(trainer)
+            if metrics is not None:
+                metrics.log(summary, stopwatch)
+            if checkpointer.should_save(step, config.training.steps) or stopping:
+                checkpointer.save(trainer.model, trainer.optimizer, progress_of(trainer))
+            profiler.step(step)
+            collector.step(step)
+            if step == first_step:
+                set_timeout(config.comm.train_timeout_seconds, trainer.mesh.get_all_groups())
+            if stopping:
+                raise Stopped(stop.signal_number, step)
+
+
+def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradient of the global batch's mean loss over this rank's microbatches, tokens [B, S] each.
+
+    Returns:
+        This rank's part of the loss (a sum over its labels, divided by the valid labels of all ranks) and the largest
+        mean loss of one of its sequences; both 0-dim, fp64, on the device.
+
+    Raises:
+        UserError: the global batch has no valid label.
+    """
+    valid = torch.zeros((), dtype=torch.int64, device=trainer.device)
+    batches = []
+    for microbatch in microbatches:
+        tokens = microbatch.tokens.to(trainer.device, non_blocking=True)
+        labels = microbatch.labels.to(trainer.device, non_blocking=True)
+        batches.append((tokens, labels, count_valid(labels)))
+        valid += batches[-1][2].sum()
+    dist.all_reduce(valid)
+    if valid.item() == 0:
+        raise UserError(f"step {trainer.step + 1}: no valid label in the global batch, {sample_range(trainer.batch, trainer.step + 1)}")
+
+    loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    max_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    for index, (tokens, labels, sequence_valid) in enumerate(batches):
+        # Gradients cross the network once a step, with the last microbatch.
+        trainer.model.set_requires_gradient_sync(index == len(batches) - 1)
+        losses = trainer.sequence_losses(trainer.model(tokens), labels)
+        (losses.sum() / valid).backward()
+        losses = losses.detach().double()
+        loss += losses.sum() / valid
+        max_loss = torch.maximum(max_loss, (losses / sequence_valid.clamp(min=1)).max())
+    return loss, max_loss
+
+
+def optimizer_step(trainer: Trainer) -> None:
+    """Update the weights, set the next step's learning rate, and count the step."""
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    trainer.optimizer.zero_grad()
+    trainer.step += 1
+    trainer.tokens_seen += trainer.batch.global_batch_size * trainer.config.training.seq_len
+
+
+def combine_ranks(
+    trainer: Trainer, loss: Tensor, max_loss: Tensor, grad_norm: Tensor, stopwatch: Stopwatch, stop: "StopRequest"
+) -> tuple[StepSummary, bool]:
+    """The step seen by the whole job, and whether any rank was asked to stop: one small collective a step.
+
+    The terms are gathered and added in rank order, so the sum does not depend on the order of arrival.
+    """
+    local = [peak_memory_gib(trainer.device), stopwatch.data_time_s, float(stop.signal_number)]
+    mine = torch.cat([torch.stack([loss, max_loss]), torch.tensor(local, dtype=torch.float64, device=loss.device)])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    by_rank = torch.stack(gathered)  # [R, 5]
+    worst = by_rank.max(dim=0).values.tolist()
+    stop.signal_number = int(worst[4])
+    summary = StepSummary(
+        step=trainer.step + 1,
+        loss=by_rank[:, 0].sum().item(),
+        max_loss=worst[1],
+        grad_norm=grad_norm.item(),
+        lr=trainer.lr_scheduler.get_last_lr()[0],
+        tokens_seen=trainer.tokens_seen + trainer.batch.global_batch_size * trainer.config.training.seq_len,
+        memory_gib=worst[2],
+        data_time_s=worst[3],
+    )
+    return summary, stop.signal_number != 0
+
+
+def check_finite(summary: StepSummary, batch: BatchPlan) -> None:
+    """Stop before a loss or gradient that is not a number reaches the weights.
+
+    Raises:
+        NonFinite: the same on every rank, since the summary is.
+    """
+    if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):
+        return
+    raise NonFinite(
+        f"step {summary.step}: loss {summary.loss}, gradient norm {summary.grad_norm}, on "
+        f"{sample_range(batch, summary.step)}. The weights are still those of step {summary.step - 1}. "
+        "Find the operation with --debug.detect_anomaly; a lower optimizer.lr or a longer warm-up often helps."
+    )
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient is infinite or not a number."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to stop, and it did so after a whole step."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step in hand; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def set_up(config: JobConfig, device: torch.device, saved: Progress | None = None) -> Trainer:
+    """Everything a step needs, with initial weights; `saved` is what a checkpoint to be loaded says of itself.
+
+    Raises:
+        UserError: tokenizer, corpus, vocabulary or batch that cannot be, on the rank that found it.
+        PeerFault: the same, on the other ranks.
+    """
+    configure_numerics(config)
+    tokenizer = together(lambda: load_tokenizer(tokenizer_path(config.model)))
+    dataset = together(
+        lambda: build_dataset(config.training, config.data, tokenizer, config.debug.seed, log=logger.info)
+    )
+    shape = shape_for(config, tokenizer.vocab_size)
+    dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
+    mesh = dims.build_mesh(device.type)
+    training = config.training
+    if saved is not None and training.global_batch_size == -1:
+        training = training.model_copy(update={"global_batch_size": saved.data["global_batch_size"]})
+    batch = plan_batch(training, dims.data_parallel)
+    loader = DataLoader(dataset, batch.global_batch_size, dist.get_rank(), dims.data_parallel, batch.microbatch_size)
+
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.to(DTYPES[config.training.dtype])
+    parallelize(model, mesh, config)
+    materialise(model, device, config.debug.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    losses = sequence_losses
+    if config.compile.enable and "loss" in config.compile.components:
+        losses = torch.compile(sequence_losses, backend=config.compile.backend, dynamic=False)
+    lr_scheduler = get_lr_scheduler(optimizer, config)
+    return Trainer(config, device, dims, mesh, batch, loader, model, optimizer, lr_scheduler, losses)
+
+
+def shape_for(config: JobConfig, tokenizer_size: int) -> ModelShape:
+    """The model's shape with its vocabulary settled; 0 takes the tokenizer's."""
+    shape = model_shape(config.model)
+    if shape.vocab_size == 0:
+        return replace(shape, vocab_size=tokenizer_size)
+    if shape.vocab_size < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size = {shape.vocab_size} is smaller than the tokenizer's {tokenizer_size} pieces "
+            f"({tokenizer_path(config.model)}); give at least that, or 0 to take the tokenizer's"
+        )
+    return shape
+
+
+def configure_numerics(config: JobConfig) -> None:
+    """Process-wide switches of [debug] and [training] that must be set before the first kernel runs."""
+    torch.manual_seed(config.debug.seed)
+    if config.debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
+    torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
+
+
+def run(config: JobConfig) -> None:
+    """One run, from joining the process group to the last step."""
+    device = join_process_group(config.comm.init_timeout_seconds)
+    rank = dist.get_rank()
+    init_logging(rank, dist.get_world_size(), config.metrics.disable_color_printing)
+    folder = together(lambda: RunFolder(config, owner=rank == 0))
+    checkpointer = Checkpointer(config.checkpoint, folder.path)
+    source = checkpointer.find()
+    continues = source is not None and source.path.parent == checkpointer.folder
+    if continues and source.progress.step >= config.training.steps:
+        logger.info(f"nothing to do: {source.path} already holds all {config.training.steps} steps of this run")
+        return
+
+    trainer = set_up(config, device, None if source is None or source.model_only else source.progress)
+    if source is not None:
+        resume(trainer, checkpointer, source)
+    profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
+    checkpointer.prepare(trainer.model, trainer.optimizer)
+    together(lambda: folder.resume_at(trainer.step) if continues else folder.begin_afresh())
+    facts = describe(trainer, folder)
+    together(lambda: folder.describe_run(facts))
+    metrics = together(lambda: open_metrics(trainer, folder, facts))
+    try:
+        train(trainer, checkpointer, metrics, profiler)
+    except torch.OutOfMemoryError:
+        profiler.write_memory_snapshot("out-of-memory")
+        raise
+    finally:
+        if metrics is not None:
+            metrics.close()
+    logger.info(f"done: {trainer.step} steps, {trainer.tokens_seen:,} tokens; outputs in {folder.path}")
+
+
+def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
+    """Load the weights and, unless only they are wanted, the rest of the state; what was loaded is stated."""
+    checkpointer.load(source, trainer.model, trainer.optimizer)
+    if source.model_only:
+        return
+    saved = source.progress
+    together(lambda: trainer.loader.check_state(saved.data, saved.step))
+    trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
+    set_step(trainer.lr_scheduler, trainer.step)
+    report_schedule_changes(trainer.config, saved.config)
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """What a checkpoint holds beside tensors."""
+    return Progress(
+        step=trainer.step,
+        tokens_seen=trainer.tokens_seen,
+        data=trainer.loader.state(trainer.step),
+        config=trainer.config.model_dump(mode="json"),
+    )
+
+
+def sample_range(batch: BatchPlan, step: int) -> str:
+    """The global samples of one step, in words, for error messages."""
+    first = (step - 1) * batch.global_batch_size
+    return f"global samples {first} to {first + batch.global_batch_size - 1}"
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
+    """Print what will run; return the same as facts for run.json."""
+    config, batch, model = trainer.config, trainer.batch, trainer.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens_per_step = batch.global_batch_size * config.training.seq_len
+    device_name = "cpu" if trainer.device.type == "cpu" else torch.get_device_module(trainer.device).get_device_name()
+    logger.info(
+        f"torchtrain {VERSION}, torch {torch.__version__}: {dist.get_world_size()} x {device_name}, "
+        f"outputs in {config.job.dump_folder}"
+    )
+    logger.info(f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters, {model.shape}")
+    logger.info(f"layout     {trainer.dims.describe()}")
+    logger.info(
+        f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} tokens "
+        f"a step; microbatch {batch.microbatch_size}, accumulation {batch.accumulation_steps}"
+    )
+    logger.info(
+        f"precision  parameters {config.training.dtype}, compute {config.training.mixed_precision_param}, "
+        f"reductions {config.training.mixed_precision_reduce}"
+    )
+    logger.info(f"data       {trainer.loader.dataset.describe()}")
+    if config.lr_scheduler.log_schedule:
+        schedule = build_schedule(config.lr_scheduler, config.training.steps)
+        logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")
+    return {
+        "torchtrain": VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "device": device_name,
+        "world_size": dist.get_world_size(),
+        "degrees": asdict(trainer.dims),
+        "batch": asdict(batch),
+        "tokens_per_step": tokens_per_step,
+        "shape": asdict(model.shape),
+        "parameters": parameters,
+        "data_fingerprint": trainer.loader.dataset.fingerprint,
+        "first_step": trainer.step + 1,
+    }
+
+
+def open_metrics(trainer: Trainer, folder: RunFolder, facts: dict[str, Any]) -> MetricsLogger | None:
+    """Rank 0's metrics; the other ranks have none."""
+    if not folder.owner:
+        return None
+    config = trainer.config
+    peak = peak_flops(trainer.device, DTYPES[config.training.mixed_precision_param])
+    return MetricsLogger(
+        config.metrics,
+        folder.path,
+        total_steps=config.training.steps,
+        resumed_step=trainer.step,
+        tokens_per_step=facts["tokens_per_step"],
+        flops_per_token=flops_per_token(trainer.model.shape, config.training.seq_len),
+        peak_flops=None if peak is None else peak * dist.get_world_size(),
+        log_lr=config.lr_scheduler.log_lr,
+        wandb_config={**config.model_dump(mode="json"), "run": facts},
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit status: 0 done; 1 a crash; 2 something the user can mend; 128 + n stopped by signal n."""
+    try:
+        config = JobConfig().parse_args(args)
+    except UserError as fault:
+        print(fault, file=sys.stderr)
+        return 2
+    end_with_launcher()
+    init_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        run(config)
+    except UserError as fault:
+        logger.error(str(fault))
+        return 2
+    except PeerFault as fault:
+        return 2 if fault.is_user_error else 1
+    except Stopped as stopped:
+        logger.warning(str(stopped))
+        return 128 + stopped.signal_number
+    except NonFinite as fault:
+        if dist.get_rank() == 0:
+            logger.error(str(fault))
+        return 1
+    except BaseException:
+        logger.error(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}")
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        # Not sys.exit: tearing down a process group whose peers have gone can hang or abort, and hide the cause.
+        os._exit(status)
