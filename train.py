@@ -10,25 +10,32 @@ import platform
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from torchtrain.config_manager import JobConfig, parse_or_exit
+
+# Before torch is imported, so that --help and a faulty config are answered at once.
+CONFIG = parse_or_exit() if __name__ == "__main__" else JobConfig()
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
+from torchtrain import __version__
 from torchtrain.checkpoint import Checkpointer, Progress, Source
-from torchtrain.config_manager import BatchPlan, JobConfig, model_shape, plan_batch, tokenizer_path
+from torchtrain.config_manager import BatchPlan, LRScheduler, model_shape, plan_batch, tokenizer_path
 from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid, sequence_losses
-from torchtrain.lr_scheduling import get_lr_scheduler
+from torchtrain.lr_scheduling import build_schedule, differences, get_lr_scheduler, set_step
+from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops, peak_memory_gib
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
@@ -37,7 +44,14 @@ from torchtrain.parallelisms.apply import DTYPES, parallelize
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.profiling import GarbageCollection, Profiler
-from torchtrain.ranks import PeerFault, join_process_group, on_rank_zero, set_timeout, together
+from torchtrain.ranks import (
+    PeerFault,
+    end_with_launcher,
+    join_process_group,
+    require_equal,
+    set_timeout,
+    together,
+)
 from torchtrain.run_folder import RunFolder
 from torchtrain.utils import UserError
 
@@ -109,8 +123,11 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
         valid += batches[-1][2].sum()
     dist.all_reduce(valid)
     if valid.item() == 0:
-        raise UserError(f"step {trainer.step + 1}: no valid label in the global batch, {sample_range(trainer.batch, trainer.step + 1)}")
+        raise UserError(
+            f"step {trainer.step + 1}: no valid label in the global batch, {sample_range(trainer.batch, trainer.step + 1)}"
+        )
 
+    assert isinstance(trainer.model, FSDPModule)
     loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     max_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     for index, (tokens, labels, sequence_valid) in enumerate(batches):
@@ -152,7 +169,7 @@ def combine_ranks(
         loss=by_rank[:, 0].sum().item(),
         max_loss=worst[1],
         grad_norm=grad_norm.item(),
-        lr=trainer.lr_scheduler.get_last_lr()[0],
+        lr=trainer.optimizer.param_groups[0]["lr"],
         tokens_seen=trainer.tokens_seen + trainer.batch.global_batch_size * trainer.config.training.seq_len,
         memory_gib=worst[2],
         data_time_s=worst[3],
@@ -212,6 +229,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     dataset = together(
         lambda: build_dataset(config.training, config.data, tokenizer, config.debug.seed, log=logger.info)
     )
+    require_equal(dataset.fingerprint, "the corpus, as each rank reads it,")
     shape = shape_for(config, tokenizer.vocab_size)
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     mesh = dims.build_mesh(device.type)
@@ -264,9 +282,9 @@ def run(config: JobConfig) -> None:
     folder = together(lambda: RunFolder(config, owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
-    continues = source is not None and source.path.parent == checkpointer.folder
-    if continues and source.progress.step >= config.training.steps:
-        logger.info(f"nothing to do: {source.path} already holds all {config.training.steps} steps of this run")
+    own = source if source is not None and source.path.parent == checkpointer.folder else None
+    if own is not None and own.progress.step >= config.training.steps:
+        logger.info(f"nothing to do: {own.path} already holds all {config.training.steps} steps of this run")
         return
 
     trainer = set_up(config, device, None if source is None or source.model_only else source.progress)
@@ -274,8 +292,8 @@ def run(config: JobConfig) -> None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
     checkpointer.prepare(trainer.model, trainer.optimizer)
-    together(lambda: folder.resume_at(trainer.step) if continues else folder.begin_afresh())
-    facts = describe(trainer, folder)
+    together(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
+    facts = describe(trainer)
     together(lambda: folder.describe_run(facts))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
@@ -291,14 +309,27 @@ def run(config: JobConfig) -> None:
 
 def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
     """Load the weights and, unless only they are wanted, the rest of the state; what was loaded is stated."""
-    checkpointer.load(source, trainer.model, trainer.optimizer)
-    if source.model_only:
-        return
     saved = source.progress
+    if source.model_only:
+        checkpointer.load(source, trainer.model, None)
+        return
     together(lambda: trainer.loader.check_state(saved.data, saved.step))
+    checkpointer.load(source, trainer.model, trainer.optimizer)
     trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
-    report_schedule_changes(trainer.config, saved.config)
+    for change in schedule_changes(trainer.config, saved):
+        logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
+
+
+def schedule_changes(config: JobConfig, saved: Progress) -> list[str]:
+    """How the current schedule, which is the one that counts, differs from the one the checkpoint was made under."""
+    before = build_schedule(LRScheduler(**saved.config["lr_scheduler"]), saved.config["training"]["steps"])
+    now = build_schedule(config.lr_scheduler, config.training.steps)
+    changes = differences(asdict(before), now)
+    rate = saved.config["optimizer"]["lr"]
+    if rate != config.optimizer.lr:
+        changes.insert(0, f"optimizer.lr was {rate}, is {config.optimizer.lr}")
+    return changes
 
 
 def progress_of(trainer: Trainer) -> Progress:
@@ -324,14 +355,14 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     tokens_per_step = batch.global_batch_size * config.training.seq_len
     device_name = "cpu" if trainer.device.type == "cpu" else torch.get_device_module(trainer.device).get_device_name()
     logger.info(
-        f"torchtrain {VERSION}, torch {torch.__version__}: {dist.get_world_size()} x {device_name}, "
+        f"torchtrain {__version__}, torch {torch.__version__}: {dist.get_world_size()} x {device_name}, "
         f"outputs in {config.job.dump_folder}"
     )
     logger.info(f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters, {model.shape}")
     logger.info(f"layout     {trainer.dims.describe()}")
     logger.info(
-        f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} tokens "
-        f"a step; microbatch {batch.microbatch_size}, accumulation {batch.accumulation_steps}"
+        f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} "
+        f"tokens a step; microbatch {batch.microbatch_size}, accumulation {batch.accumulation_steps}"
     )
     logger.info(
         f"precision  parameters {config.training.dtype}, compute {config.training.mixed_precision_param}, "
@@ -342,7 +373,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         schedule = build_schedule(config.lr_scheduler, config.training.steps)
         logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")
     return {
-        "torchtrain": VERSION,
+        "torchtrain": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "host": socket.gethostname(),
@@ -377,15 +408,11 @@ def open_metrics(trainer: Trainer, folder: RunFolder, facts: dict[str, Any]) -> 
     )
 
 
-def main(args: list[str] | None = None) -> int:
+def main(config: JobConfig) -> int:
     """Exit status: 0 done; 1 a crash; 2 something the user can mend; 128 + n stopped by signal n."""
-    try:
-        config = JobConfig().parse_args(args)
-    except UserError as fault:
-        print(fault, file=sys.stderr)
-        return 2
+    rank = int(os.environ.get("RANK", "0"))
+    init_logging(rank, int(os.environ.get("WORLD_SIZE", "1")), config.metrics.disable_color_printing)
     end_with_launcher()
-    init_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     try:
         run(config)
     except UserError as fault:
@@ -397,18 +424,18 @@ def main(args: list[str] | None = None) -> int:
         logger.warning(str(stopped))
         return 128 + stopped.signal_number
     except NonFinite as fault:
-        if dist.get_rank() == 0:
+        if rank == 0:
             logger.error(str(fault))
         return 1
     except BaseException:
-        logger.error(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}")
+        logger.error(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    status = main()
+    status = main(CONFIG)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

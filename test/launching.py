@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +44,11 @@ def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
 def options(overrides: dict) -> list[str]:
     """Command-line options of TINY with `overrides` over it; a value None leaves the option out."""
     merged = {**TINY, **overrides}
-    pairs = [(f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)) for key, value in merged.items()
-             if value is not None]
+    pairs = [
+        (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+        for key, value in merged.items()
+        if value is not None
+    ]
     return [text for pair in pairs for text in pair]
 
 
@@ -82,10 +85,8 @@ def running(ranks: int, overrides: dict, **extra: str):
 
 def kill_group(process: subprocess.Popen) -> None:
     """SIGKILL to the launcher and all its ranks, and nobody else."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def train(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:

@@ -93,7 +93,11 @@ def test_batch_on_threads_equals_one_by_one(tokenizer):
 
 @pytest.mark.parametrize(
     "options",
-    [{"add_dummy_prefix": False, "allow_whitespace_only_pieces": True}, {}, {"model_type": "unigram", "vocab_size": 305}],
+    [
+        {"add_dummy_prefix": False, "allow_whitespace_only_pieces": True},
+        {},
+        {"model_type": "unigram", "vocab_size": 305},
+    ],
     ids=["ours", "llama2", "unigram"],
 )
 def test_cutting_a_long_text_does_not_change_its_ids(monkeypatch, options):

@@ -137,8 +137,11 @@ class Checkpointer:
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
         needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         probe, text = on_rank_zero(lambda: self._write_probe(needed))
-        together(lambda: self._read_probe(probe, text))
-        on_rank_zero(probe.unlink)
+        try:
+            together(lambda: self._read_probe(probe, text))
+        finally:
+            if dist.get_rank() == 0:
+                probe.unlink(missing_ok=True)
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
         """Write `step-N` and remove what `keep_latest_k` no longer keeps; nothing to do if `step-N` is complete.

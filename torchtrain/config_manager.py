@@ -38,6 +38,13 @@ def _not_zero(value: int) -> int:
     return value
 
 
+def _utf8(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("NUL, which no path can hold")
+    value.encode()  # bytes of the command line that were no UTF-8 arrive as lone surrogates, which no file can hold
+    return value
+
+
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 CountOrAuto = Annotated[int, Field(ge=-1, le=10**9, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
@@ -45,7 +52,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, AfterValidator(_utf8)]
+Name = Annotated[Text, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -62,7 +70,7 @@ class Job(Section):
     """TOML file to read; on the command line alone."""
     dump_folder: Name = "./outputs"
     """Folder that gets all outputs of the run."""
-    description: str = "default job"
+    description: Text = "default job"
     """What the run is for, in your words."""
     print_config: bool = False
     """Print the merged config at the start."""
@@ -105,9 +113,9 @@ class Metrics(Section):
 class Model(Section):
     """Which model: a family, a size of it, a tokenizer. The keys from dim on replace the flavor's own value."""
 
-    name: str = "llama3"
+    name: Text = "llama3"
     """Model family."""
-    flavor: str = "debugmodel"
+    flavor: Text = "debugmodel"
     """Size within the family."""
     tokenizer_path: Name | None = None
     """Tokenizer file, or the folder that holds it; unset: the small tokenizer of the debug runs."""
@@ -184,7 +192,7 @@ class LRScheduler(Section):
 class Training(Section):
     """Data, batch, length and precision."""
 
-    dataset: str = "python_stdlib"
+    dataset: Text = "python_stdlib"
     """Name of the dataset."""
     dataset_path: Name | None = None
     """File or folder with the documents, for the datasets that read your own."""
@@ -465,7 +473,7 @@ def _in_words(schema: dict[str, Any]) -> str:
         "integer": "a whole number",
         "number": "a finite number",
         "boolean": "true or false",
-        "string": "text",
+        "string": "UTF-8 text",
     }[schema["type"]]
     if "minLength" in schema:
         words += ", not empty"
@@ -940,6 +948,15 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     raise TypeError(f"no TOML for {type(value).__name__}")
+
+
+def parse_or_exit() -> JobConfig:
+    """This process's config; a fault is reported on stderr and ends the process with status 2, help with 0."""
+    try:
+        return JobConfig().parse_args()
+    except ConfigError as fault:
+        print(fault, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def main(args: list[str]) -> int:

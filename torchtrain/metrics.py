@@ -107,6 +107,8 @@ class MetricsLogger:
     ) -> None:
         """
         Args:
+            config: the section [metrics].
+            run_folder: where metrics.jsonl, `tb/` and `wandb/` go.
             total_steps: the step that ends the run.
             resumed_step: the last step already taken; TensorBoard drops what it holds past it.
             tokens_per_step: of the global batch.

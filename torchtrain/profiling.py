@@ -84,7 +84,7 @@ class Profiler:
 
 
 class GarbageCollection:
-    """Collects on every rank at the same steps, since one rank's pause in the middle of a step is every rank's pause."""
+    """Collects on every rank at the same steps, since one rank's pause within a step is every rank's pause."""
 
     def __init__(self, every: int, debug: bool) -> None:
         self.every, self.debug = every, debug

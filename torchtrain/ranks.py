@@ -1,6 +1,9 @@
 """How the ranks of a run come up, agree, and fail together."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +58,14 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     return device
 
 
+def end_with_launcher() -> None:
+    """On Linux, have the kernel end this rank when torchrun dies: a SIGKILLed launcher would leave it training on."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
     """From here on a collective that takes longer is an error: a stopped or lost rank ends the run, not a hang."""
     dist.barrier()
@@ -103,3 +114,16 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, fault
 
 
+def require_equal(value: str, what: str) -> None:
+    """Refuse to train where ranks differ in something that must be one.
+
+    Raises:
+        UserError: on the first rank that differs from rank 0; PeerFault on the others.
+    """
+    reference = on_rank_zero(lambda: value)
+
+    def compare() -> None:
+        if value != reference:
+            raise UserError(f"{what} differs between ranks: {reference} on rank 0, {value} on rank {dist.get_rank()}")
+
+    together(compare)

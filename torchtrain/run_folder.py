@@ -49,7 +49,7 @@ class RunFolder:
         return lock
 
     def begin_afresh(self) -> None:
-        """Move what an earlier run left to `previous-<n>/`, so that nothing is overwritten and no curve doubles back."""
+        """Move what an earlier run left to `previous-<n>/`: nothing is overwritten, no curve doubles back."""
         if not self.owner:
             return
         config = self.config
@@ -77,7 +77,8 @@ class RunFolder:
         metrics = self.path / METRICS_FILE
         if not self.owner or not metrics.exists():
             return
-        kept, moved = [], []
+        kept: list[str] = []
+        moved: list[str] = []
         for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
             (kept if _logged_step(line) <= step else moved).append(line)
         if not moved:

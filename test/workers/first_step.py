@@ -1,4 +1,4 @@
-"""Save the whole initial weights, and the whole gradient, loss and gradient norm of step 1: first_step.py OUT [--mask] -- options."""
+"""Save initial weights, and gradients, loss and gradient norm of step 1, all whole: OUT [--mask] -- trainer options."""
 
 import sys
 

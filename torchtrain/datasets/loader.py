@@ -5,23 +5,19 @@ Shapes: B sequences of a microbatch, S tokens of a sequence.
 There is no reader process and no prefetching: a step's batch comes from the page cache in well under a millisecond.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from torchtrain.config_manager import Data, Training
 from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.data_order import locate
 from torchtrain.datasets.token_cache import TokenCache, cache_root, open_token_cache
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer
 from torchtrain.utils import UserError
-
-if TYPE_CHECKING:
-    from torchtrain.config_manager import Data, Training
 
 
 class PackedDataset:
@@ -170,7 +166,7 @@ class DataLoader:
             "corpus": "the corpus' contents (training.dataset, training.dataset_path, data.text_key)",
             "tokenizer": "the tokenizer (model.tokenizer_path)",
             "seq_len": "training.seq_len",
-            "seed": "training.seed",
+            "seed": "debug.seed",
             "n_samples": "the number of samples in an epoch",
             "global_batch_size": "training.global_batch_size",
             "samples_consumed": "the samples consumed so far",

@@ -98,6 +98,8 @@ def open_token_cache(
     with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock", log) as progress:
+            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
+                shutil.rmtree(leftover)
             cache = _open_if_unchanged(corpus, tokenizer, seen)  # another process may have built it meanwhile
             if cache:
                 return cache
@@ -106,14 +108,13 @@ def open_token_cache(
             cache = _open(target, log)
             if cache:
                 return cache
-            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
-                shutil.rmtree(leftover)
             log(f"tokenising {corpus.name} ({contents.bytes / 1e6:,.1f} MB) into {target}")
             started = time.monotonic()
             with tempfile.TemporaryDirectory(prefix=f"{name}.building-", dir=folder) as temporary:
                 _build(corpus, contents, tokenizer, Path(temporary, "cache"), progress)
                 _publish(Path(temporary, "cache"), target)
             cache = _open(target)
+            _draw("")
             log(f"tokenised in {time.monotonic() - started:.1f} s")
     assert cache, f"{target} was just built"
     return cache

@@ -26,10 +26,9 @@ from torchtrain.utils import UserError
 
 SPACE_MARK = "\u2581"
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
-LONG_TEXT = 1 << 16
-"""Characters after which a text is cut for encoding: SentencePiece needs some 60 bytes of memory for each, and on one
-long text it is half as fast and uses one thread."""
-
+LONG_TEXT = 1 << 12
+"""Characters after which a text is cut for encoding. SentencePiece's time grows faster than a text's length (uncut
+source code takes up to twice as long), so does its memory, and one text keeps one thread alone busy."""
 BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
 

@@ -53,9 +53,7 @@ FLAVORS: dict[str, dict[str, ModelShape]] = {
         "debugmodel": ModelShape(256, 6, 16, 16, 768, 0, rope_theta=500_000.0),
         "8B": ModelShape(4096, 32, 32, 8, 14_336, 128_256, rope_theta=500_000.0),
         "70B": ModelShape(8192, 80, 64, 8, 28_672, 128_256, rope_theta=500_000.0),
-        "405B": ModelShape(
-            16_384, 126, 128, 8, 53_248, 128_256, rope_theta=500_000.0, rope_scaling_factor=8.0
-        ),
+        "405B": ModelShape(16_384, 126, 128, 8, 53_248, 128_256, rope_theta=500_000.0, rope_scaling_factor=8.0),
     },
 }
 

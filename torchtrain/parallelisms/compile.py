@@ -1,4 +1,4 @@
-"""torch.compile, a block at a time: all blocks share one compiled program, so a deep model compiles as fast as a shallow one."""
+"""torch.compile, a block at a time: the blocks share one program, so a deep model compiles as fast as a shallow one."""
 
 import torch
 

@@ -5,6 +5,7 @@ same numbers come from widening the bf16 operands to fp32, multiplying with an f
 bf16, which is what a bf16 matrix unit does; so compute precision means the same here as anywhere, at the speed of fp32.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from torchtrain.models.llama import Attention, Transformer
 
 
 def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
-    """Whether compute in this precision would fall on PyTorch's slow path: bf16 on a CPU that oneDNN has no kernel for."""
+    """Whether this compute precision would fall on PyTorch's slow path: bf16 on a CPU that oneDNN has no kernel for."""
     if device_type != "cpu" or param_dtype != torch.bfloat16:
         return False
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -36,6 +37,6 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.float(), module.weight.float()).to(x.dtype)
 
 
-def _widened(kernel: "torch._C._FunctionBase", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _widened(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention kernel on q [B, H, S, C], k and v [B, K, S, C], result in q's dtype."""
     return kernel(q.float(), k.float(), v.float()).to(q.dtype)

@@ -28,7 +28,7 @@ def apply_fsdp(
         param_dtype: precision of compute, into which gathered parameters and block inputs are cast.
         reduce_dtype: precision of the gradient reduction and accumulation.
         reshard_after_forward: "always" frees gathered parameters after the forward and gathers them again for the
-            backward; "never" keeps them; "default" is "always", but keeps the last group, which the backward needs first.
+            backward; "never" keeps them; "default" frees all but the last group, which the backward needs first.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     reshard = reshard_after_forward != "never"

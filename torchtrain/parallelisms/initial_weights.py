@@ -14,12 +14,11 @@ from torchtrain.models.llama import Transformer
 
 
 def materialise(model: Transformer, device: torch.device, seed: int) -> None:
-    """Give a (sharded) model on the meta device its storage on `device`, its initial weights and its buffers."""
+    """Give a (sharded) model on the meta device its storage on `device` and its initial weights."""
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _copy_slice(parameter, draw(model, name, parameter.shape, device, seed))
-    model.init_buffers(device)
 
 
 def draw(model: Transformer, name: str, shape: torch.Size, device: torch.device, seed: int) -> Tensor:

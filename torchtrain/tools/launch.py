@@ -10,6 +10,7 @@ PET_RDZV_ID), or the same names without PET_: https://docs.pytorch.org/docs/stab
 Exit status: 0, or that of the rank that failed first (2: the user can mend it; 128 + n: ended by signal n).
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
         os.environ.setdefault("GLIBC_TUNABLES", tunables)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what failed
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

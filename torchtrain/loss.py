@@ -1,0 +1,31 @@
+"""The loss: sums of token cross-entropies, to be divided once by the valid labels of the whole global batch.
+
+Letters: B batch, S sequence, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""A label that is not valid: it adds nothing to the loss, to the gradient or to the count. PyTorch's own default."""
+
+
+def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each sequence's sum, in nats, of the cross-entropies of its valid labels, computed in fp32.
+
+    Args:
+        logits: [B, S, V], any floating-point type.
+        labels: [B, S], int64, in 0 .. V-1 or IGNORE_INDEX.
+
+    Returns:
+        [B], fp32. Sums, not means: they add up over microbatches and ranks whatever their numbers of valid labels.
+    """
+    token_losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return token_losses.view_as(labels).sum(dim=1)
+
+
+def count_valid(labels: Tensor) -> Tensor:
+    """The number of valid labels of each sequence: [B, S] to [B], int64."""
+    return (labels != IGNORE_INDEX).sum(dim=1)

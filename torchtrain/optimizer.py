@@ -1,0 +1,88 @@
+"""Adam and AdamW over plain or sharded parameters, and clipping by the norm of the whole gradient."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from torchtrain.config_manager import Optimizer as OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of [optimizer] over all parameters of the model, each once.
+
+    Weight decay is for matrices: norm weights, the only parameters of one dimension, scale what the next matrix reads,
+    and decaying them would fight their value of 1. AdamW's decay is decoupled (Loshchilov & Hutter, arXiv:1711.05101),
+    Adam's is added to the gradient.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    algorithm = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
+    return algorithm(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients in place so that the norm of the whole model's gradient is at most `max_norm`.
+
+    A collective call for sharded parameters: every rank of their meshes must make it.
+
+    Args:
+        parameters: plain tensors or DTensors, each once (as `Module.parameters()` lists them); those without a
+            gradient are passed over.
+        max_norm: of the 2-norm.
+
+    Returns:
+        The norm before clipping: 0-dim, fp32, the same on every rank.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, every element of every shard counted once: 0-dim, fp32.
+
+    `torch.nn.utils.get_total_norm` is not used: a CPU's fp32 norm adds a whole tensor's squares in a few running sums
+    and is off by 1e-5 at a million elements and 1e-3 at twenty million, and in bf16 it keeps three digits. Here fp32
+    sums run over one row each, and fp64 takes it from there.
+    """
+    squares: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        rows = torch.linalg.vector_norm(local, dim=-1, dtype=torch.float32)
+        squares[_sharded_over(gradient)].append(rows.double().square().sum())
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
+    for shards, parts in squares.items():
+        part = torch.stack(parts).sum()
+        if shards is not None:
+            mesh, dims = shards
+            for dim in dims:
+                dist.all_reduce(part, group=mesh.get_group(dim))
+        total += part
+    return total.sqrt().float()
+
+
+def _sharded_over(gradient: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
+    """The mesh and those of its dimensions whose ranks hold different parts; None for a tensor that is whole."""
+    if not isinstance(gradient, DTensor):
+        return None
+    assert not any(placement.is_partial() for placement in gradient.placements), "the gradient is not reduced yet"
+    dims = (dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    return gradient.device_mesh, tuple(dims)
