@@ -123,16 +123,16 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
         valid += batches[-1][2].sum()
     dist.all_reduce(valid)
     if valid.item() == 0:
-        raise UserError(
-            f"step {trainer.step + 1}: no valid label in the global batch, {sample_range(trainer.batch, trainer.step + 1)}"
-        )
+        step = trainer.step + 1
+        raise UserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.batch, step)}")
 
     assert isinstance(trainer.model, FSDPModule)
     loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     max_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    # Where each rank holds the whole parameters anyway, it may hold the whole gradient too, and sends it once a step.
+    once_a_step = trainer.dims.dp_shard == 1 or trainer.config.parallelism.fsdp_reshard_after_forward == "never"
     for index, (tokens, labels, sequence_valid) in enumerate(batches):
-        # Gradients cross the network once a step, with the last microbatch.
-        trainer.model.set_requires_gradient_sync(index == len(batches) - 1)
+        trainer.model.set_requires_gradient_sync(not once_a_step or index == len(batches) - 1)
         losses = trainer.sequence_losses(trainer.model(tokens), labels)
         (losses.sum() / valid).backward()
         losses = losses.detach().double()
@@ -274,11 +274,9 @@ def configure_numerics(config: JobConfig) -> None:
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
 
 
-def run(config: JobConfig) -> None:
-    """One run, from joining the process group to the last step."""
-    device = join_process_group(config.comm.init_timeout_seconds)
+def run(config: JobConfig, device: torch.device) -> None:
+    """One run, from claiming its folder to the last step; the process group is up."""
     rank = dist.get_rank()
-    init_logging(rank, dist.get_world_size(), config.metrics.disable_color_printing)
     folder = together(lambda: RunFolder(config, owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
@@ -414,7 +412,7 @@ def main(config: JobConfig) -> int:
     init_logging(rank, int(os.environ.get("WORLD_SIZE", "1")), config.metrics.disable_color_printing)
     end_with_launcher()
     try:
-        run(config)
+        run(config, join_process_group(config.comm.init_timeout_seconds))
     except UserError as fault:
         logger.error(str(fault))
         return 2

@@ -102,11 +102,16 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def worker(name: str, ranks: int, arguments: list[str]) -> str:
-    """Run test/workers/NAME.py under torchrun on `ranks` ranks and return what it printed."""
+def run_cases(scratch: Path, ranks: int, cases: list[dict]) -> str:
+    """Run test/workers/cases.py on `ranks` ranks; a case's "overrides" become its options. Returns what was printed."""
+    listed = [{**case, "options": options(case["overrides"])} for case in cases]
+    for case in listed:
+        case.pop("overrides")
+    file = scratch / f"cases-{ranks}.json"
+    file.write_text(json.dumps(listed))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     process = subprocess.Popen(
-        [*command, str(ROOT / "test" / "workers" / f"{name}.py"), *arguments],
+        [*command, str(ROOT / "test" / "workers" / "cases.py"), str(file)],
         env=environment(ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -281,7 +281,7 @@ def test_norms_compute_in_fp32_and_return_the_input_type():
     assert norm(x).dtype == torch.bfloat16
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + TINY.norm_eps)
     # Half a unit in the last of bf16's eight digits: only the result was rounded, nothing on the way to it.
-    assert ((norm(x) - exact).abs() <= exact.abs() * 2**-9 * (1 + 1e-4)).all()
+    assert ((norm(x) - exact).abs() <= exact.abs() * 2**-8 * (1 + 1e-4)).all()
 
 
 def test_rotations_reach_a_block_uncast_under_mixed_precision(one_rank):

@@ -2,103 +2,127 @@
 
 import pytest
 import torch
-from launching import metrics, options, train, worker
+from launching import metrics, run_cases, train
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
 
 pytestmark = pytest.mark.slow
+
+MICROBATCH_1 = {"training.local_batch_size": 1}
+MICROBATCH_2 = {"training.local_batch_size": 2}
+MICROBATCH_4 = {"training.local_batch_size": 4}
+REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
+TIED = {"model.tied_embeddings": True}
+BF16 = {"training.mixed_precision_param": "bfloat16"}
+RECOMPUTE = {"activation_checkpoint.mode": "full"}
+COMPILED = {"compile.enable": True, "training.steps": 5, "lr_scheduler.total_steps": 20}
+
+# name: (ranks, overrides, the run it must equal)
+CURVES = {
+    "one": (1, {}, None),
+    "one-accumulation-2": (1, MICROBATCH_4, "one"),
+    "one-accumulation-4": (1, MICROBATCH_2, "one"),
+    "one-recomputed": (1, RECOMPUTE, "one"),
+    "one-compiled": (1, COMPILED, "one"),
+    "one-tied": (1, TIED, None),
+    "one-bf16": (1, BF16, None),
+    "two": (2, {}, "one"),
+    "two-accumulation-2": (2, MICROBATCH_2, "one"),
+    "two-accumulation-4": (2, MICROBATCH_1, "one"),
+    "two-replicated": (2, REPLICATE_2 | MICROBATCH_2, "one"),
+    "two-never-resharded": (2, {"parallelism.fsdp_reshard_after_forward": "never"} | MICROBATCH_2, "one"),
+    "two-always-resharded": (2, {"parallelism.fsdp_reshard_after_forward": "always"}, "one"),
+    "two-compiled-recomputed": (2, COMPILED | RECOMPUTE, "one"),
+    "two-tied": (2, TIED, "one-tied"),
+    "two-bf16": (2, BF16, None),
+    "four": (4, {}, "one"),
+    "four-accumulation-2": (4, MICROBATCH_1, "one"),
+    "four-hsdp": (4, REPLICATE_2, "one"),
+}
+
+FIRST_STEPS = {
+    "one": (1, {}),
+    "one-accumulated": (1, MICROBATCH_2),
+    "one-compiled": (1, {"compile.enable": True}),
+    "two": (2, MICROBATCH_1),
+    "two-never-resharded": (2, MICROBATCH_1 | {"parallelism.fsdp_reshard_after_forward": "never"}),
+    "four": (4, {}),
+    "four-hsdp": (4, REPLICATE_2 | MICROBATCH_1),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, data):
+    """All runs of this file, made on three sets of ranks."""
+    scratch = tmp_path_factory.mktemp("training")
+    for ranks in (1, 2, 4):
+        cases = [
+            {"overrides": {**data, "job.dump_folder": str(scratch / name), "training.steps": 20, **overrides}}
+            for name, (wanted, overrides, _) in CURVES.items()
+            if wanted == ranks
+        ]
+        for name, (wanted, overrides) in FIRST_STEPS.items():
+            for mask in (False, True):
+                if wanted == ranks:
+                    out = str(scratch / f"{name}-{mask}.pt")
+                    cases.append({"overrides": {**data, **overrides}, "first_step": out, "mask": mask})
+        run_cases(scratch, ranks, cases)
+    return scratch
 
 
 def relative(a, b):
     return abs(a - b) / abs(b)
 
 
-def run(tmp_path, data, name, ranks, **overrides):
-    folder = tmp_path / name
-    train(ranks, {**data, "job.dump_folder": folder, "training.steps": 20, **overrides})
-    return metrics(folder)
+@pytest.mark.parametrize("name", [name for name, (_, _, reference) in CURVES.items() if reference])
+def test_the_curve_is_the_same(folder, name):
+    reference = CURVES[name][2]
+    lines, expected = metrics(folder / name), metrics(folder / reference)
+    steps = 5 if "compiled" in name else 20
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    for mine, theirs in zip(lines, expected, strict=False):
+        assert mine["tokens_seen"] == theirs["tokens_seen"]
+        assert mine["lr"] == theirs["lr"]
+        assert relative(mine["loss"], theirs["loss"]) <= LOSS, mine["step"]
+        assert relative(mine["max_loss"], theirs["max_loss"]) <= LOSS, mine["step"]
+        assert relative(mine["grad_norm"], theirs["grad_norm"]) <= NORM, mine["step"]
 
 
-def test_twenty_steps_are_the_same_on_every_layout(tmp_path, data):
-    reference = run(tmp_path, data, "one", 1)
-    assert reference[-1]["loss"] < reference[0]["loss"] - 0.1, "the loss does not fall"
-    layouts = {
-        "1 rank, accumulation 2": (1, {"training.local_batch_size": 4}),
-        "1 rank, accumulation 4": (1, {"training.local_batch_size": 2}),
-        "2 ranks": (2, {}),
-        "2 ranks, accumulation 2": (2, {"training.local_batch_size": 2}),
-        "2 ranks, accumulation 4": (2, {"training.local_batch_size": 1}),
-        "4 ranks": (4, {}),
-        "4 ranks, accumulation 2": (4, {"training.local_batch_size": 1}),
-        "2 x 2 ranks, HSDP": (4, {"parallelism.data_parallel_replicate_degree": 2}),
-        "2 ranks, replicated": (2, {"parallelism.data_parallel_replicate_degree": 2}),
-        "recomputation": (1, {"activation_checkpoint.mode": "full"}),
-        "2 ranks, never resharded": (2, {"parallelism.fsdp_reshard_after_forward": "never"}),
-    }
-    for name, (ranks, overrides) in layouts.items():
-        lines = run(tmp_path, data, name.replace(" ", "-"), ranks, **overrides)
-        assert len(lines) == len(reference) == 20
-        for mine, theirs in zip(lines, reference, strict=True):
-            assert mine["tokens_seen"] == theirs["tokens_seen"]
-            assert mine["lr"] == theirs["lr"]
-            assert relative(mine["loss"], theirs["loss"]) <= LOSS, (name, mine["step"])
-            assert relative(mine["max_loss"], theirs["max_loss"]) <= LOSS, (name, mine["step"])
-            assert relative(mine["grad_norm"], theirs["grad_norm"]) <= NORM, (name, mine["step"])
+def test_the_loss_falls(folder):
+    lines = metrics(folder / "one")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
-@pytest.mark.parametrize("mask", [[], ["--mask"]], ids=["all labels", "unequal numbers of valid labels"])
-def test_initial_weights_are_bitwise_equal_and_gradients_agree(tmp_path, data, mask):
-    layouts = {
-        "one": (1, {}),
-        "accumulated": (1, {"training.local_batch_size": 2}),
-        "two": (2, {"training.local_batch_size": 1}),
-        "four": (4, {}),
-        "hsdp": (4, {"parallelism.data_parallel_replicate_degree": 2, "training.local_batch_size": 1}),
-    }
-    results = {}
-    for name, (ranks, overrides) in layouts.items():
-        out = tmp_path / f"{name}.pt"
-        worker("first_step", ranks, [str(out), *mask, "--", *options({**data, **overrides})])
-        results[name] = torch.load(out, weights_only=True)
-    reference = results.pop("one")
-    for name, result in results.items():
-        assert relative(result["loss"].item(), reference["loss"].item()) <= LOSS, name
-        assert relative(result["norm"].item(), reference["norm"].item()) <= NORM, name
-        for parameter, weight in reference["weights"].items():
-            assert torch.equal(result["weights"][parameter], weight), (name, parameter)
-            mine, theirs = result["gradients"][parameter], reference["gradients"][parameter]
-            assert (mine - theirs).norm() <= GRADIENT * theirs.norm(), (name, parameter)
+@pytest.mark.parametrize("mask", [False, True], ids=["all labels", "unequal numbers of valid labels"])
+@pytest.mark.parametrize("name", [name for name in FIRST_STEPS if name != "one"])
+def test_initial_weights_are_bitwise_equal_and_gradients_agree(folder, name, mask):
+    reference = torch.load(folder / f"one-{mask}.pt", weights_only=True)
+    result = torch.load(folder / f"{name}-{mask}.pt", weights_only=True)
+    assert result["weights"].keys() == reference["weights"].keys()
+    assert relative(result["loss"].item(), reference["loss"].item()) <= LOSS
+    assert relative(result["norm"].item(), reference["norm"].item()) <= NORM
+    for parameter, weight in reference["weights"].items():
+        assert torch.equal(result["weights"][parameter], weight), parameter
+        mine, theirs = result["gradients"][parameter], reference["gradients"][parameter]
+        assert (mine - theirs).norm() <= GRADIENT * theirs.norm(), parameter
 
 
-def test_tied_embeddings_train_the_same_on_two_ranks(tmp_path, data):
-    tied = {"model.tied_embeddings": True}
-    for one, two in zip(run(tmp_path, data, "one", 1, **tied), run(tmp_path, data, "two", 2, **tied), strict=True):
-        assert relative(two["loss"], one["loss"]) <= LOSS
-        assert relative(two["grad_norm"], one["grad_norm"]) <= NORM
+def test_masking_labels_changes_the_loss(folder):
+    losses = [torch.load(folder / f"one-{mask}.pt", weights_only=True)["loss"].item() for mask in (False, True)]
+    assert losses[0] != losses[1]
 
 
-def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(tmp_path, data):
-    bf16 = {"training.mixed_precision_param": "bfloat16"}
-    fp32 = run(tmp_path, data, "fp32", 1)
-    one = run(tmp_path, data, "bf16-one", 1, **bf16)
-    two = run(tmp_path, data, "bf16-two", 2, **bf16)
+def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(folder):
+    fp32, one, two = (metrics(folder / name) for name in ("one", "one-bf16", "two-bf16"))
     # 8 bits of mantissa round each product by up to 2^-9; over a model's depth the loss moves by well under 1e-2, and
-    # two ranks differ from one only in the order of fp32 sums of bf16 gradients.
+    # two ranks differ from one only in the order of sums of bf16 gradients.
     assert all(relative(a["loss"], b["loss"]) < 1e-2 for a, b in zip(one, fp32, strict=True))
     assert all(relative(a["loss"], b["loss"]) < 1e-3 for a, b in zip(two, one, strict=True))
     assert any(a["loss"] != b["loss"] for a, b in zip(one, fp32, strict=True)), "bf16 changed nothing"
 
 
-def test_compiled_blocks_and_loss_give_the_same_curve_and_names(tmp_path, data):
-    compiled = {"compile.enable": True, "training.steps": 5}
-    eager = run(tmp_path, data, "eager", 1, **{"training.steps": 5})
-    for name, ranks, overrides in (("one", 1, {}), ("two", 2, {"activation_checkpoint.mode": "full"})):
-        lines = run(tmp_path, data, name, ranks, **compiled, **overrides)
-        for mine, theirs in zip(lines, eager, strict=True):
-            assert relative(mine["loss"], theirs["loss"]) <= LOSS
-            assert relative(mine["grad_norm"], theirs["grad_norm"]) <= NORM
-    out = tmp_path / "names.pt"
-    worker("first_step", 1, [str(out), "--", *options({**data, "compile.enable": True})])
-    worker("first_step", 1, [str(tmp_path / "eager.pt"), "--", *options(data)])
-    names = [torch.load(path, weights_only=True)["weights"].keys() for path in (out, tmp_path / "eager.pt")]
-    assert names[0] == names[1]
+def test_the_launched_run_is_the_same_to_the_bit(tmp_path, data, folder):
+    train(2, {**data, "job.dump_folder": tmp_path / "launched", "training.steps": 20})
+    keys = ("step", "loss", "max_loss", "grad_norm", "lr")
+    launched, inside = metrics(tmp_path / "launched"), metrics(folder / "two")
+    assert [[line[key] for key in keys] for line in launched] == [[line[key] for key in keys] for line in inside]

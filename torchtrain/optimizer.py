@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from torchtrain.config_manager import Optimizer as OptimizerConfig
 
@@ -50,9 +49,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Returns:
         The norm before clipping: 0-dim, fp32, the same on every rank.
     """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    clip_grads_with_norm_(trained, max_norm, norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = total_norm(gradients)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch's own clipping; a norm that is NaN stays visible
+    for gradient in gradients:
+        _local(gradient).mul_(scale)
     return norm
 
 
@@ -65,8 +66,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     """
     squares: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        rows = torch.linalg.vector_norm(local, dim=-1, dtype=torch.float32)
+        rows = torch.linalg.vector_norm(_local(gradient), dim=-1, dtype=torch.float32)
         squares[_sharded_over(gradient)].append(rows.double().square().sum())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
     for shards, parts in squares.items():
@@ -77,6 +77,11 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
                 dist.all_reduce(part, group=mesh.get_group(dim))
         total += part
     return total.sqrt().float()
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """This rank's part, sharing its memory."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sharded_over(gradient: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:

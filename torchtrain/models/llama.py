@@ -10,6 +10,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Dubey et al. 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,7 @@ class Transformer(nn.Module):
         writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
         return InitialValues("normal", 0.02 / math.sqrt(2 * (layer + 1)) if writes_residual else 0.02)
 
-    def _apply(self, fn, recurse: bool = True) -> "Transformer":  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Keep the tie: leaving the meta device (`to_empty`) gives each module a new Parameter of its own."""
         super()._apply(fn, recurse)
         self._tie()

@@ -12,7 +12,7 @@ class ParallelDims:
     """Degrees of each dimension of the mesh; their product is the world size."""
 
     dp_replicate: int
-    """Copies of the sharded model, over which gradients are all-reduced (HSDP; plain replication where dp_shard is 1)."""
+    """Copies of the sharded model, their gradients all-reduced (HSDP; plain replication where dp_shard is 1)."""
     dp_shard: int
     """Ranks that share one copy of parameters, gradients and optimizer states (FSDP)."""
 
