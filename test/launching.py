@@ -80,7 +80,8 @@ def running(ranks: int, overrides: dict, **extra: str):
         yield process
     finally:
         kill_group(process)
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def kill_group(process: subprocess.Popen) -> None:
