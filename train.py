@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtrain import __version__
 from torchtrain.checkpoint import Checkpointer, Progress, Source
-from torchtrain.config_manager import BatchPlan, LRScheduler, model_shape, plan_batch, tokenizer_path
+from torchtrain.config_manager import BatchPlan, LRScheduler, model_shape, plan_batch, to_toml, tokenizer_path
 from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.logging_utils import init_logging, logger
@@ -94,7 +94,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
             optimizer_step(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch)
-            if checkpointer.should_save(step, config.training.steps) or stopping:
+            if checkpointer.should_save(step, config.training.steps, stopping):
                 checkpointer.save(trainer.model, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
             collector.step(step)
@@ -277,6 +277,8 @@ def configure_numerics(config: JobConfig) -> None:
 def run(config: JobConfig, device: torch.device) -> None:
     """One run, from claiming its folder to the last step; the process group is up."""
     rank = dist.get_rank()
+    if config.job.print_config:
+        logger.info(to_toml(config))
     folder = together(lambda: RunFolder(config, owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
@@ -353,10 +355,12 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     tokens_per_step = batch.global_batch_size * config.training.seq_len
     device_name = "cpu" if trainer.device.type == "cpu" else torch.get_device_module(trainer.device).get_device_name()
     logger.info(
-        f"torchtrain {__version__}, torch {torch.__version__}: {dist.get_world_size()} x {device_name}, "
-        f"outputs in {config.job.dump_folder}"
+        f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
+        f"{dist.get_world_size()} x {device_name}, outputs in {config.job.dump_folder}"
     )
-    logger.info(f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters, {model.shape}")
+    logger.info(
+        f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters: {model.shape.describe()}"
+    )
     logger.info(f"layout     {trainer.dims.describe()}")
     logger.info(
         f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} "
@@ -372,6 +376,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")
     return {
         "torchtrain": __version__,
+        "description": config.job.description,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "host": socket.gethostname(),

@@ -119,12 +119,12 @@ class Checkpointer:
         # slow disk for half an hour (torch's default) where training's own timeout is short.
         self.group = dist.new_group(backend="gloo")
 
-    def should_save(self, step: int, last_step: int) -> bool:
-        """Whether a checkpoint is due after this step (counted from 1): every interval, at the end, as asked."""
+    def should_save(self, step: int, last_step: int, stopping: bool = False) -> bool:
+        """Whether a checkpoint is due after this step (counted from 1): at each interval, the end, an early stop."""
         if not self.config.enable or self.config.load_only:
             return False
         first = step == 1 and self.config.enable_first_step_checkpoint
-        return first or step == last_step or step % self.config.interval == 0
+        return first or stopping or step == last_step or step % self.config.interval == 0
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find out before training what would fail at the first save, and remove what dead runs left unfinished.

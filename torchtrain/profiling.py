@@ -98,8 +98,3 @@ class GarbageCollection:
             logger.info(f"step {step}: garbage collection found {gc.collect()} unreachable objects")
         elif step % self.every == 0:
             gc.collect(1)
-
-    def close(self) -> None:
-        """Hand collection back to Python."""
-        gc.unfreeze()
-        gc.enable()

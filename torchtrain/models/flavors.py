@@ -37,6 +37,15 @@ class ModelShape:
     rope_original_seq_len: int = 8192
     """Context length, in tokens, that the unscaled frequencies were trained for."""
 
+    def describe(self) -> str:
+        """The shape in words, for the start of a run."""
+        grouped = "" if self.n_kv_heads == self.n_heads else f" on {self.n_kv_heads} key/value heads"
+        tied = ", tied embeddings" if self.tied_embeddings else ""
+        return (
+            f"{self.n_layers} layers {self.dim} wide, {self.n_heads} heads{grouped}, "
+            f"feed-forward {self.ffn_hidden_dim}, vocabulary {self.vocab_size:,}{tied}"
+        )
+
 
 # Llama 2: Touvron et al. 2023 (arXiv:2307.09288). 271M and 1B are torchtrain's own small sizes.
 # Llama 3: Dubey et al. 2024 (arXiv:2407.21783). The 405B model exists only as 3.1, with its scaled RoPE.
