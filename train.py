@@ -4,6 +4,7 @@
 `forward_backward` and `optimizer_step` can be called from a tool.
 """
 
+import faulthandler
 import math
 import os
 import platform
@@ -416,6 +417,7 @@ def main(config: JobConfig) -> int:
     rank = int(os.environ.get("RANK", "0"))
     init_logging(rank, int(os.environ.get("WORLD_SIZE", "1")), config.metrics.disable_color_printing)
     end_with_launcher()
+    faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where every thread of a rank stands
     try:
         run(config, join_process_group(config.comm.init_timeout_seconds))
     except UserError as fault:
