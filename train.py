@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from torchtrain import __version__
 from torchtrain.checkpoint import Checkpointer, Progress, Source
@@ -49,12 +48,13 @@ from torchtrain.ranks import (
     PeerFault,
     end_with_launcher,
     join_process_group,
+    patient_group,
     require_equal,
     set_timeout,
     together,
 )
 from torchtrain.run_folder import RunFolder
-from torchtrain.utils import UserError
+from torchtrain.utils import SharedUserError, UserError
 
 
 @dataclass
@@ -90,19 +90,19 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
                 microbatches = trainer.loader.step_batches(step)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_grad_norm_(trainer.model.parameters(), config.training.max_norm)
-            summary, stopping = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
+            summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
             check_finite(summary, trainer.batch)
             optimizer_step(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch)
-            if checkpointer.should_save(step, config.training.steps, stopping):
+            if checkpointer.should_save(step, config.training.steps, stopped_by != 0):
                 checkpointer.save(trainer.model, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
             collector.step(step)
             if step == first_step:
                 set_timeout(config.comm.train_timeout_seconds, trainer.mesh.get_all_groups())
-            if stopping:
-                raise Stopped(stop.signal_number, step)
+            if stopped_by:
+                raise Stopped(stopped_by, step)
 
 
 def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
@@ -125,15 +125,13 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     dist.all_reduce(valid)
     if valid.item() == 0:
         step = trainer.step + 1
-        raise UserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.batch, step)}")
+        raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.batch, step)}")
 
-    assert isinstance(trainer.model, FSDPModule)
     loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     max_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
-    # Where each rank holds the whole parameters anyway, it may hold the whole gradient too, and sends it once a step.
-    once_a_step = trainer.dims.dp_shard == 1 or trainer.config.parallelism.fsdp_reshard_after_forward == "never"
-    for index, (tokens, labels, sequence_valid) in enumerate(batches):
-        trainer.model.set_requires_gradient_sync(not once_a_step or index == len(batches) - 1)
+    for tokens, labels, sequence_valid in batches:
+        # Each microbatch's gradient is reduced and added to the shards at once: no rank ever holds a whole gradient,
+        # and it accumulates in the same precision on one rank as on many.
         losses = trainer.sequence_losses(trainer.model(tokens), labels)
         (losses.sum() / valid).backward()
         losses = losses.detach().double()
@@ -153,8 +151,8 @@ def optimizer_step(trainer: Trainer) -> None:
 
 def combine_ranks(
     trainer: Trainer, loss: Tensor, max_loss: Tensor, grad_norm: Tensor, stopwatch: Stopwatch, stop: "StopRequest"
-) -> tuple[StepSummary, bool]:
-    """The step seen by the whole job, and whether any rank was asked to stop: one small collective a step.
+) -> tuple[StepSummary, int]:
+    """The step seen by the whole job, and the signal that asked any rank to stop, or 0: one small collective a step.
 
     The terms are gathered and added in rank order, so the sum does not depend on the order of arrival.
     """
@@ -164,7 +162,6 @@ def combine_ranks(
     dist.all_gather(gathered, mine)
     by_rank = torch.stack(gathered)  # [R, 5]
     worst = by_rank.max(dim=0).values.tolist()
-    stop.signal_number = int(worst[4])
     summary = StepSummary(
         step=trainer.step + 1,
         loss=by_rank[:, 0].sum().item(),
@@ -175,7 +172,7 @@ def combine_ranks(
         memory_gib=worst[2],
         data_time_s=worst[3],
     )
-    return summary, stop.signal_number != 0
+    return summary, int(worst[4])
 
 
 def check_finite(summary: StepSummary, batch: BatchPlan) -> None:
@@ -206,16 +203,20 @@ class Stopped(RuntimeError):
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step in hand; a second one ends at once."""
+    """Turns SIGTERM, SIGHUP and the first SIGINT into a request to stop after the step in hand.
+
+    A repeated SIGTERM changes nothing: schedulers and torchrun each send one. A second Ctrl-C ends at once.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT == self.signal_number:
+            raise KeyboardInterrupt
         self.signal_number = number
-        signal.signal(number, signal.SIG_DFL)
 
 
 def set_up(config: JobConfig, device: torch.device, saved: Progress | None = None) -> Trainer:
@@ -227,17 +228,19 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     """
     configure_numerics(config)
     tokenizer = together(lambda: load_tokenizer(tokenizer_path(config.model)))
+    # On a host whose token cache is warm the ranks wait for one that builds it.
     dataset = together(
-        lambda: build_dataset(config.training, config.data, tokenizer, config.debug.seed, log=logger.info)
+        lambda: build_dataset(config.training, config.data, tokenizer, config.debug.seed, log=logger.info),
+        patient_group(),
     )
     require_equal(dataset.fingerprint, "the corpus, as each rank reads it,")
-    shape = shape_for(config, tokenizer.vocab_size)
+    shape = together(lambda: shape_for(config, tokenizer.vocab_size))
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     mesh = dims.build_mesh(device.type)
     training = config.training
     if saved is not None and training.global_batch_size == -1:
         training = training.model_copy(update={"global_batch_size": saved.data["global_batch_size"]})
-    batch = plan_batch(training, dims.data_parallel)
+    batch = together(lambda: plan_batch(training, dims.data_parallel))
     loader = DataLoader(dataset, batch.global_batch_size, dist.get_rank(), dims.data_parallel, batch.microbatch_size)
 
     with torch.device("meta"):
@@ -288,12 +291,18 @@ def run(config: JobConfig, device: torch.device) -> None:
         logger.info(f"nothing to do: {own.path} already holds all {config.training.steps} steps of this run")
         return
 
+    if source is not None and not source.model_only and source.progress.step >= config.training.steps:
+        raise SharedUserError(
+            f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, and "
+            f"training.steps = {config.training.steps} leaves nothing to do. Raise it, or take the weights alone."
+        )
+
     trainer = set_up(config, device, None if source is None or source.model_only else source.progress)
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
-    checkpointer.prepare(trainer.model, trainer.optimizer)
     together(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
+    checkpointer.prepare(trainer.model, trainer.optimizer)
     facts = describe(trainer)
     together(lambda: folder.describe_run(facts))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
@@ -324,7 +333,8 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
 
 def schedule_changes(config: JobConfig, saved: Progress) -> list[str]:
     """How the current schedule, which is the one that counts, differs from the one the checkpoint was made under."""
-    before = build_schedule(LRScheduler(**saved.config["lr_scheduler"]), saved.config["training"]["steps"])
+    known = {key: value for key, value in saved.config["lr_scheduler"].items() if key in LRScheduler.model_fields}
+    before = build_schedule(LRScheduler(**known), saved.config["training"]["steps"])
     now = build_schedule(config.lr_scheduler, config.training.steps)
     changes = differences(asdict(before), now)
     rate = saved.config["optimizer"]["lr"]
@@ -421,7 +431,8 @@ def main(config: JobConfig) -> int:
     try:
         run(config, join_process_group(config.comm.init_timeout_seconds))
     except UserError as fault:
-        logger.error(str(fault))
+        if rank == 0 or not isinstance(fault, SharedUserError):
+            logger.error(str(fault))
         return 2
     except PeerFault as fault:
         return 2 if fault.is_user_error else 1
@@ -432,6 +443,8 @@ def main(config: JobConfig) -> int:
         if rank == 0:
             logger.error(str(fault))
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BaseException:
         logger.error(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1

@@ -92,6 +92,12 @@ def test_ngpu_must_be_a_positive_number(tmp_path, given):
     assert f"NGPU = {given!r}" in output
 
 
+def test_log_rank_must_name_ranks(tmp_path):
+    status, output = launch_script(ROOT / "run_llama_train.sh", [], tmp_path, ranks=2, LOG_RANK="0,2")
+    assert status == 2
+    assert "LOG_RANK = '0,2'" in output
+
+
 def test_config_fault_is_one_message_before_any_rank_exists(tmp_path, data):
     output = train(3, {**data, "job.dump_folder": tmp_path / "run", "training.global_batch_size": 8}, expect=2)
     assert "Traceback" not in output
@@ -107,6 +113,8 @@ def test_fault_found_by_the_ranks_is_one_message_too(tmp_path, data):
     assert "bad.jsonl:2" in output
     assert output.count("bad.jsonl:2") == 1
     assert "Traceback" not in output
+    output = train(2, {**data, "model.vocab_size": 100, "job.dump_folder": tmp_path / "run"}, expect=2)
+    assert output.count("model.vocab_size = 100") == 1
     output = train(2, {**data, "model.tokenizer_path": bad, "job.dump_folder": tmp_path / "run"}, expect=2)
     assert "bad.jsonl" in output
     assert "Traceback" not in output

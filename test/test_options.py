@@ -380,7 +380,8 @@ def test_emulated_bf16_is_what_a_bf16_unit_computes():
     torch.manual_seed(0)
     layer = nn.Linear(256, 64, bias=False).bfloat16()
     x = torch.randn(32, 256, dtype=torch.bfloat16, requires_grad=True)
-    out = emulated_bf16._linear(layer, x)
+    layer.__class__ = emulated_bf16.WidenedLinear
+    out = layer(x)
     exact = x.detach().double() @ layer.weight.detach().double().T
     assert out.dtype == torch.bfloat16
     # Rounding once to bf16 is off by at most half a unit in the last place, 2^-8; fp32's own sum adds 2^-20 or so.
@@ -427,6 +428,7 @@ def test_checkpoint_options(run, tmp_path):
     )
     assert {path.name for path in (tmp_path / "run" / "saved").glob("step-*")} == {"step-3", "step-6", "step-8"}
     assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not list((tmp_path / "run").glob("previous-*")), "a first run has nothing before it"
 
 
 def test_load_only_saves_nothing(run, tmp_path):
@@ -443,6 +445,8 @@ def test_initial_load_of_all_or_of_the_weights(run, tmp_path):
     source = {"checkpoint.initial_load_path": tmp_path / "whole" / "checkpoint" / "step-2", "training.steps": 4}
     everything, _ = run("all", **saving, **source, **{"checkpoint.initial_load_model_only": False})
     weights, _ = run("weights", **saving, **source)
+    with pytest.raises(UserError, match="nothing to do"):
+        run("over", **saving, **source | {"training.steps": 2}, **{"checkpoint.initial_load_model_only": False})
     assert [line["loss"] for line in everything] == [line["loss"] for line in whole[2:]]
     assert [line["step"] for line in everything] == [3, 4]
     assert [line["step"] for line in weights] == [1, 2, 3, 4]
@@ -461,7 +465,7 @@ def test_recomputation_runs_each_block_twice(data, device):
 
 
 @pytest.mark.slow
-def test_compile_options(data, device):
+def test_compile_options(data, device, monkeypatch):
     plain = first_loss(setting_up(data, device))
     compiled = {"compile.enable": True, "compile.backend": "aot_eager"}
     counters = torch._dynamo.utils.counters
@@ -474,6 +478,13 @@ def test_compile_options(data, device):
         graphs[components] = counters["stats"]["unique_graphs"]
     assert graphs["model"] == graphs["loss"] == 1, "blocks share one program"
     assert graphs["model,loss"] == 2
+    # More blocks than PyTorch's limit of recompilations, with the processor's missing bf16 made up for or not.
+    torch._dynamo.reset()
+    counters.clear()
+    deep = {"model.n_layers": 12, "training.mixed_precision_param": "bfloat16", "compile.components": "model"}
+    monkeypatch.setattr("torchtrain.parallelisms.apply.needs_emulation", lambda *_: True)
+    first_loss(setting_up(data, device, **compiled, **deep, **{"activation_checkpoint.mode": "full"}))
+    assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no such backend"):
         first_loss(setting_up(data, device, **compiled | {"compile.backend": "no such backend"}))
@@ -506,3 +517,15 @@ def test_a_batch_without_a_valid_label_names_its_samples(data, device):
     batches[0].labels[:] = -100
     with pytest.raises(UserError, match="global samples 0 to 7"):
         train.forward_backward(trainer, batches)
+
+
+def test_a_request_to_stop_is_not_lost_nor_doubled(device):
+    stop = train.StopRequest()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # a scheduler's, and torchrun's own
+        signal.raise_signal(number)
+    assert stop.signal_number == signal.SIGHUP
+    stop = train.StopRequest()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.signal_number == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -83,14 +83,15 @@ def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole,
     assert curve(folder) == curve(whole[ranks])
 
 
-def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
     folder = tmp_path / "run"
-    with running(2, saving(data, folder)) as process:
+    with running(ranks, saving(data, folder)) as process:
         wait_for_step(process, folder, 6)
         kill_group(process)
-    train(2, saving(data, folder))
-    assert curve(folder) == curve(whole[2])
-    assert_same_state(folder, whole[2], STEPS, tmp_path)
+    train(ranks, saving(data, folder))
+    assert curve(folder) == curve(whole[ranks])
+    assert_same_state(folder, whole[ranks], STEPS, tmp_path)
     superseded = (folder / "metrics.superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6]
 
@@ -178,7 +179,7 @@ def test_weights_alone_start_a_new_run_and_a_global_batch_of_minus_one_is_taken_
 def test_missing_step_is_an_error_that_names_those_there(tmp_path, data, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole[1], folder)
-    output = train(1, saving(data, folder, **{"checkpoint.load_step": 5}), expect=2)
-    assert "4, 8" in output
+    output = train(2, saving(data, folder, **{"checkpoint.load_step": 5}), expect=2)
+    assert output.count("4, 8") == 1
     train(1, saving(data, folder, **{"checkpoint.load_step": 4}))
     assert curve(folder) == curve(whole[1])

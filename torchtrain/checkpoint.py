@@ -31,7 +31,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ from torch.optim import Optimizer
 
 from torchtrain.config_manager import Checkpoint
 from torchtrain.logging_utils import logger
-from torchtrain.ranks import on_rank_zero, together
-from torchtrain.utils import UserError, fsync_folder, write_durably
+from torchtrain.ranks import on_rank_zero, patient_group, together
+from torchtrain.utils import SharedUserError, UserError, fsync_folder, write_durably
 
 FORMAT = 1
 MARKER, STATE, INDEX = "complete.json", "train_state.json", ".metadata"
@@ -116,8 +116,8 @@ class Checkpointer:
         self.config = config
         self.folder = run_folder / config.folder
         # A group of its own: DCP's messages never mix with training's, stay off the accelerator, and may wait for a
-        # slow disk for half an hour (torch's default) where training's own timeout is short.
-        self.group = dist.new_group(backend="gloo")
+        # slow disk for hours where training's own timeout is short.
+        self.group = patient_group()
 
     def should_save(self, step: int, last_step: int, stopping: bool = False) -> bool:
         """Whether a checkpoint is due after this step (counted from 1): at each interval, the end, an early stop."""
@@ -136,9 +136,9 @@ class Checkpointer:
             return
         tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
         needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        probe, text = on_rank_zero(lambda: self._write_probe(needed))
+        probe, text = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
-            together(lambda: self._read_probe(probe, text))
+            self._together(lambda: self._read_probe(probe, text))
         finally:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
@@ -153,23 +153,22 @@ class Checkpointer:
             CheckpointError, OSError: on all ranks, naming the rank that failed.
         """
         started = time.monotonic()
-        temporary = on_rank_zero(lambda: self._begin(progress.step))
+        temporary = self._on_rank_zero(lambda: self._begin(progress.step))
         if temporary is None:
             logger.info(f"{self._path(progress.step)} is already there, complete: not written again")
             return
         try:
-            tensors = together(lambda: _all_tensors(model, optimizer))
+            tensors = self._together(lambda: _all_tensors(model, optimizer))
             parts = self._gather(self._write(temporary, tensors))
             files = {name: record for part in parts for name, record in part.items()}
-            on_rank_zero(lambda: self._commit(temporary, progress, files))
+            self._on_rank_zero(lambda: self._commit(temporary, progress, files))
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         size = sum(record["bytes"] for record in files.values()) / 2**20
         logger.info(f"saved {self._path(progress.step)} ({size:,.1f} MiB) in {time.monotonic() - started:.1f} s")
-        if dist.get_rank() == 0:
-            self._retire(progress.step)
+        self._on_rank_zero(lambda: self._retire(progress.step))
 
     def find(self) -> Source | None:
         """Choose what this run continues from, verified to the last byte; None means a start at step 0.
@@ -183,7 +182,7 @@ class Checkpointer:
         """
         if not self.config.enable:
             return None
-        steps, names = on_rank_zero(self._list)
+        steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step, steps)
         for step in steps:
@@ -194,16 +193,16 @@ class Checkpointer:
                 return self._source(self._path(step), model_only=False)
             self._reject(self._path(step), fault)
         if names:
-            raise UserError(
+            raise SharedUserError(
                 f"{self.folder} holds {', '.join(names)}, but none of them is a complete checkpoint. "
                 "Training does not start over silently: move that folder away, or choose another job.dump_folder."
             )
         if not self.config.initial_load_path:
             return None
-        path = Path(self.config.initial_load_path)
+        path = Path(self.config.initial_load_path).expanduser()
         fault = self._fault(path)
         if fault is not None:
-            raise UserError(
+            raise SharedUserError(
                 f"checkpoint.initial_load_path = {str(path)!r} cannot be used: {fault}. "
                 "It must be the step folder of a complete checkpoint, such as outputs/checkpoint/step-1000."
             )
@@ -227,8 +226,8 @@ class Checkpointer:
         """
         started = time.monotonic()
         optimizer = None if source.model_only else optimizer
-        metadata = together(lambda: _read_index(source))
-        tensors = together(lambda: _tensors_to_load(source, metadata, model, optimizer))
+        metadata = self._together(lambda: _read_index(source))
+        tensors = self._together(lambda: _tensors_to_load(source, metadata, model, optimizer))
         with _plain_faults(f"reading {source.path}"):
             dcp.load(
                 tensors,
@@ -245,7 +244,13 @@ class Checkpointer:
         seconds = time.monotonic() - started
         logger.info(f"loaded {source.path} (step {source.progress.step}, {what}) in {seconds:.1f} s")
         if optimizer is not None and not self.config.load_only and source.path.parent == self.folder:
-            on_rank_zero(lambda: self._supersede(source.progress.step))
+            self._on_rank_zero(lambda: self._supersede(source.progress.step))
+
+    def _together(self, action: Callable[[], T]) -> T:
+        return together(action, self.group)
+
+    def _on_rank_zero(self, action: Callable[[], T]) -> T:
+        return on_rank_zero(action, self.group)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -360,9 +365,9 @@ class Checkpointer:
     def _find_step(self, step: int, steps: list[int]) -> Source:
         fault = self._fault(self._path(step)) if step in steps else "it is not there"
         if fault is not None:
-            complete = on_rank_zero(lambda: [s for s in steps if isinstance(_inspect(self._path(s)), Marker)])
+            complete = self._on_rank_zero(lambda: [s for s in steps if isinstance(_inspect(self._path(s)), Marker)])
             there = ", ".join(str(s) for s in sorted(complete) if s != step) or "none"
-            raise UserError(
+            raise SharedUserError(
                 f"checkpoint.load_step = {step} cannot be loaded from {self._path(step)}: {fault}. "
                 f"Complete steps in {self.folder}: {there}."
             )
@@ -370,23 +375,23 @@ class Checkpointer:
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, in words: rank 0 looks at names and sizes, then each rank hashes a share."""
-        found = on_rank_zero(lambda: _inspect(path))
+        found = self._on_rank_zero(lambda: _inspect(path))
         if isinstance(found, str):
             return found
         share = sorted(found.files)[dist.get_rank() :: dist.get_world_size()]
-        faults = self._gather(together(lambda: _first_altered(path, share, found)))
+        faults = self._gather(self._together(lambda: _first_altered(path, share, found)))
         return next((fault for fault in faults if fault is not None), None)
 
     def _reject(self, path: Path, fault: str) -> None:
         if self.config.load_only:
             logger.warning(f"the checkpoint {path} is passed over: {fault}")
         else:
-            on_rank_zero(lambda: _warn_set_aside(path, fault))
+            self._on_rank_zero(lambda: _warn_set_aside(path, fault))
 
     def _source(self, path: Path, model_only: bool) -> Source:
-        marker, progress = on_rank_zero(lambda: (_inspect(path), _read_state(path)))
+        marker, progress = self._on_rank_zero(lambda: (_inspect(path), _read_state(path)))
         if not isinstance(marker, Marker) or marker.step != progress.step:
-            raise UserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
+            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
         return Source(path, progress, model_only, marker)
 
     def _supersede(self, step: int) -> None:

@@ -759,7 +759,7 @@ def _check_data(training: Training) -> Iterator[Fault]:
         yield Fault(
             keys, f"training.dataset_path = {shown(training.dataset_path)} has no effect: {given} takes no path"
         )
-    elif training.dataset_path is not None and not Path(training.dataset_path).exists():
+    elif training.dataset_path is not None and not Path(training.dataset_path).expanduser().exists():
         yield Fault(
             keys, f"training.dataset_path = {shown(training.dataset_path)} does not exist (seen from {Path.cwd()})"
         )

@@ -143,6 +143,7 @@ class MetricsLogger:
         if self.tensorboard is not None:
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, summary.step)
+            self.tensorboard.flush()  # a killed run then lacks nothing up to its last checkpoint
         if self.wandb is not None:
             self.wandb.log(scalars, step=summary.step)
         logger.info(self._describe(record))

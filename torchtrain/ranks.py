@@ -38,16 +38,26 @@ class Fault:
         return None if exception is None else cls(f"{exception}", isinstance(exception, UserError))
 
 
+def usable_accelerator() -> str | None:
+    """The type of the accelerator that this machine has and training can use: one with a communication backend of its
+    own, such as NCCL. (Apple's GPUs have none, and no fp64.) None: train on the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return None
+    backend = dist.Backend.default_device_backend_map.get(accelerator.type, "gloo")
+    return None if backend == "gloo" else accelerator.type
+
+
 def join_process_group(timeout_seconds: int) -> torch.device:
     """Take this rank's device and join the process group, of one rank where no launcher has set one up.
 
     The group carries CPU tensors over gloo and, with an accelerator, device tensors over that device's own backend.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = usable_accelerator()
     device = torch.device("cpu")
     backend = "gloo"
-    if accelerator is not None and accelerator.type in dist.Backend.default_device_backend_map:
-        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if accelerator is not None:
+        device = torch.device(accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
@@ -73,33 +83,42 @@ def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def together(action: Callable[[], T]) -> T:
+def patient_group() -> dist.ProcessGroup:
+    """A group for messages that may have to wait long for a slow disk or for one rank's work, off the accelerator.
+
+    Every rank must call it. Its timeout is hours where that of training is minutes.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+
+
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank; if it fails on any, all ranks fail, the lowest failing one with the cause.
 
-    Without this, one rank would raise while the others wait for it in their next collective.
+    Without this, one rank would raise while the others wait for it in their next collective. `group` holds all ranks;
+    its timeout bounds how long the quickest rank waits for the slowest.
     """
     result, fault = _attempt(action)
     faults: list[Fault | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, Fault.of(fault))
+    dist.all_gather_object(faults, Fault.of(fault), group=group)
     for rank, theirs in enumerate(faults):
         if theirs is not None:
             raise fault if fault is not None and rank == dist.get_rank() else PeerFault(rank, theirs)
     return result  # type: ignore[return-value]
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 alone and hand its (small) result to all; if it fails, all ranks fail.
 
     On a shared file system ranks can disagree about what exists, so one of them decides.
     """
     if dist.get_rank() == 0:
         result, fault = _attempt(action)
-        dist.broadcast_object_list([result, Fault.of(fault)])
+        dist.broadcast_object_list([result, Fault.of(fault)], group=group)
         if fault is not None:
             raise fault
         return result  # type: ignore[return-value]
     received: list = [None, None]
-    dist.broadcast_object_list(received)
+    dist.broadcast_object_list(received, group=group)
     if received[1] is not None:
         raise PeerFault(0, received[1])
     return received[0]

@@ -24,7 +24,7 @@ class RunFolder:
 
     def __init__(self, config: JobConfig, owner: bool) -> None:
         self.config, self.owner = config, owner
-        self.path = Path(config.job.dump_folder)
+        self.path = Path(config.job.dump_folder).expanduser()
         if owner:
             self._lock = self._claim()
 
@@ -43,6 +43,11 @@ class RunFolder:
                 f"job.dump_folder = {str(self.path)!r} is in use by {holder}. "
                 "Wait for that run, end it, or give this one another folder."
             ) from None
+        except OSError as fault:
+            raise UserError(
+                f"job.dump_folder = {str(self.path)!r} is on a file system without locks ({fault.strerror}), "
+                "so two runs could write there at once. Mount it with locks, or choose another folder."
+            ) from fault
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

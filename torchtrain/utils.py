@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Something the user can mend: shown as its message alone, without a traceback, with exit status 2."""
 
 
+class SharedUserError(UserError):
+    """One that every rank raises with the same text, so that rank 0 alone need say it."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name closest in spelling to `name`, or None when nothing comes near."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

@@ -114,7 +114,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(shape.dim, kv_width, bias=False)
         self.wv = nn.Linear(shape.dim, kv_width, bias=False)
         self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
-        self.inner_attention = CausalAttention()
+        self.inner_attention: nn.Module = CausalAttention()
 
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         """x [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]."""

@@ -22,7 +22,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: JobConfig) -> None
     """
     param_dtype = DTYPES[config.training.mixed_precision_param]
     if needs_emulation(mesh.device_type, param_dtype):
-        logger.info("bf16: this processor has no bf16 products; they run in fp32 on bf16 values (same numbers)")
+        logger.info("bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there")
         apply_emulated_bf16(model)
     if config.activation_checkpoint.mode == "full":
         apply_activation_checkpoint(model)

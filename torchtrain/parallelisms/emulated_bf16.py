@@ -5,9 +5,6 @@ same numbers come from widening the bf16 operands to fp32, multiplying with an f
 bf16, which is what a bf16 matrix unit does; so compute precision means the same here as anywhere, at the speed of fp32.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,20 +20,32 @@ def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
 
 
 def apply_emulated_bf16(model: Transformer) -> None:
-    """Let every linear layer and the attention kernel compute in fp32 on bf16 values. Parameter names are unchanged."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+    """Let every linear layer and the attention kernel compute in fp32 on bf16 values. Parameter names are unchanged.
+
+    Classes are exchanged, not forwards: to torch.compile all layers then look alike and share one program.
+    """
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = WidenedLinear
         elif isinstance(module, Attention):
-            kernel = module.inner_attention
-            kernel.forward = partial(_widened, kernel.forward)  # type: ignore[method-assign]
+            module.inner_attention = WidenedAttention(module.inner_attention)
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """x [..., in] to [..., out], both in x's dtype."""
-    return F.linear(x.float(), module.weight.float()).to(x.dtype)
+class WidenedLinear(nn.Linear):
+    """x [..., in] to [..., out], both in x's dtype, the products and sums in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return F.linear(x.float(), self.weight.float()).to(x.dtype)
 
 
-def _widened(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention kernel on q [B, H, S, C], k and v [B, K, S, C], result in q's dtype."""
-    return kernel(q.float(), k.float(), v.float()).to(q.dtype)
+class WidenedAttention(nn.Module):
+    """The attention kernel in fp32, its result in q's dtype."""
+
+    def __init__(self, kernel: nn.Module) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]."""
+        return self.kernel(q.float(), k.float(), v.float()).to(q.dtype)

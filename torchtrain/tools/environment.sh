@@ -19,20 +19,29 @@ use_python() {
         return 2
     fi
     echo "This Python lacks what torchtrain needs: installing it once into $venv (a few minutes)" >&2
-    python3 -m venv "$venv"
-    "$PYTHON" -m pip install --quiet --editable "$root${extra:+[$extra]}"
+    # Some distributions ship venv without ensurepip; then the outer pip installs into it.
+    local pip=("$PYTHON" -m pip)
+    if ! python3 -m venv "$venv" 2>/dev/null; then
+        python3 -m venv --without-pip "$venv"
+        pip=(python3 -m pip --python "$PYTHON")
+    fi
+    "${pip[@]}" install --quiet --editable "$root${extra:+[$extra]}"
 }
 
-# has_modules PYTHON MODULE...: whether PYTHON is new enough and finds every module, without importing any.
+# has_modules PYTHON MODULE...: whether PYTHON is new enough, and has every module and the right torch, importing none.
 has_modules() {
     local python=$1
     shift
     command -v "$python" >/dev/null && "$python" - "$@" <<'PY'
+import importlib.metadata
 import importlib.util
 import sys
 
-sys.exit(sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
+if sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in sys.argv[1:]):
+    sys.exit(1)
+version = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
+sys.exit(not (2, 11) <= version < (2, 14))
 PY
 }
 
-RUN_MODULES=(torch numpy tomli pydantic sentencepiece datasets tensorboard)
+RUN_MODULES=(torch numpy tomli pydantic sentencepiece tensorboard)

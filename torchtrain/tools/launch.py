@@ -15,11 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from torchtrain.config_manager import HELP_SHOWN
 from torchtrain.config_manager import main as check_config
+from torchtrain.config_manager import print_help, wants_help
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN_VARIABLES = (
+RENDEZVOUS_VARIABLES = (
     "NNODES",
     "NODE_RANK",
     "MASTER_ADDR",
@@ -27,7 +27,6 @@ TORCHRUN_VARIABLES = (
     "RDZV_BACKEND",
     "RDZV_ENDPOINT",
     "RDZV_ID",
-    "MAX_RESTARTS",
 )
 PROCESSES_WITHOUT_GPU = 2  # enough to show a layout; one process is the faster way to use a CPU
 
@@ -47,23 +46,29 @@ GLIBC_TUNABLES = {
 
 def main(trainer_args: list[str]) -> int:
     """Check, launch, wait; the exit status as above."""
-    for name in TORCHRUN_VARIABLES:
+    for name in RENDEZVOUS_VARIABLES:
         if name in os.environ:
             os.environ.setdefault(f"PET_{name}", os.environ[name])
     nodes = os.environ.get("PET_NNODES", "1").split(":")[-1]
     if not any(arg.split("=")[0] == "--job.config_file" for arg in trainer_args):
         trainer_args = ["--job.config_file", default_config_file(), *trainer_args]
+    if wants_help(trainer_args):
+        print_help()
+        return 0
     gpus = visible_gpus()
     processes = os.environ.get("NGPU") or str(gpus or PROCESSES_WITHOUT_GPU)
     if not (processes.isdigit() and int(processes) > 0 and nodes.isdigit() and int(nodes) > 0):
         print(f"NGPU = {processes!r}, NNODES = {nodes!r}: each must be a positive whole number", file=sys.stderr)
         return 2
+    spoken = os.environ.get("LOG_RANK", "0")
+    ranks = int(processes) * int(nodes)
+    if not all(rank.strip().isdigit() and int(rank) < ranks for rank in spoken.split(",")):
+        print(f"LOG_RANK = {spoken!r}: must be ranks from 0 to {ranks - 1}, with commas", file=sys.stderr)
+        return 2
     if gpus and int(processes) > gpus:
         print(f"NGPU = {processes}, but only {gpus} GPUs are visible to this process", file=sys.stderr)
         return 2
-    status = check_config(["--world-size", str(int(processes) * int(nodes)), "--", *trainer_args])
-    if status == HELP_SHOWN:
-        return 0
+    status = check_config(["--world-size", str(ranks), "--", *trainer_args])
     return status or launch(int(processes), trainer_args, on_cpu=not gpus)
 
 
@@ -78,12 +83,10 @@ def visible_gpus() -> int:
     if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")):
         return 0
     import torch
-    import torch.distributed as dist
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type not in dist.Backend.default_device_backend_map:
-        return 0
-    return torch.accelerator.device_count()
+    from torchtrain.ranks import usable_accelerator
+
+    return torch.accelerator.device_count() if usable_accelerator() is not None else 0
 
 
 def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
@@ -102,12 +105,13 @@ def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
     from torch.distributed.run import get_args_parser, run
 
     options = [f"--nproc-per-node={processes}"]
-    if not any(name.startswith("PET_") for name in os.environ):
+    if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
     try:
         run(get_args_parser().parse_args([*options, str(ROOT / "train.py"), *trainer_args]))
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        # Times count whole seconds; a rank that was killed comes before those that then failed for want of it.
+        rank, failure = min(failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         if failure.exitcode < 0:
             print(f"rank {rank} was ended by {failure.signal_name()}; the others were stopped", file=sys.stderr)
             return 128 - failure.exitcode
