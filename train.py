@@ -13,7 +13,9 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -41,8 +43,10 @@ from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
 from torchtrain.parallelisms.apply import DTYPES, parallelize
+from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
     PeerFault,
@@ -71,6 +75,10 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     sequence_losses: Callable[[Tensor, Tensor], Tensor]
+    my_part: Callable[[Tensor], Tensor]
+    """Of tokens or labels [B, S], what this rank computes: all, or under context parallelism [B, S / cp]."""
+    loss_context: Callable[[], AbstractContextManager[None]]
+    """Around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
     step: int = 0
     """Optimizer steps taken."""
     tokens_seen: int = 0
@@ -109,35 +117,36 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     """Accumulate the gradient of the global batch's mean loss over this rank's microbatches, tokens [B, S] each.
 
     Returns:
-        This rank's part of the loss (a sum over its labels, divided by the valid labels of all ranks) and the largest
-        mean loss of one of its sequences; both 0-dim, fp64, on the device.
+        The loss of this rank's samples (a sum over their labels, divided by the valid labels of all samples) and the
+        largest mean loss of one of them; both 0-dim, fp64, on the device, and the same on ranks that share samples.
 
     Raises:
         UserError: the global batch has no valid label.
     """
-    valid = torch.zeros((), dtype=torch.int64, device=trainer.device)
-    batches = []
-    for microbatch in microbatches:
-        tokens = microbatch.tokens.to(trainer.device, non_blocking=True)
-        labels = microbatch.labels.to(trainer.device, non_blocking=True)
-        batches.append((tokens, labels, count_valid(labels)))
-        valid += batches[-1][2].sum()
+    batches = [
+        (batch.tokens.to(trainer.device, non_blocking=True), batch.labels.to(trainer.device, non_blocking=True))
+        for batch in microbatches
+    ]
+    valid_by_sequence = torch.cat([count_valid(labels) for _, labels in batches])
+    valid = valid_by_sequence.sum()
     dist.all_reduce(valid)
+    valid //= trainer.dims.ranks_a_sample  # each of which has counted
     if valid.item() == 0:
         step = trainer.step + 1
         raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.batch, step)}")
 
-    loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
-    max_loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
-    for tokens, labels, sequence_valid in batches:
+    losses_by_sequence = []
+    for tokens, labels in batches:
         # Each microbatch's gradient is reduced and added to the shards at once: no rank ever holds a whole gradient,
         # and it accumulates in the same precision on one rank as on many.
-        losses = trainer.sequence_losses(trainer.model(tokens), labels)
-        (losses.sum() / valid).backward()
-        losses = losses.detach().double()
-        loss += losses.sum() / valid
-        max_loss = torch.maximum(max_loss, (losses / sequence_valid.clamp(min=1)).max())
-    return loss, max_loss
+        with trainer.loss_context():
+            losses = trainer.sequence_losses(trainer.model(trainer.my_part(tokens)), trainer.my_part(labels))
+            (losses.sum() / valid).backward()
+        losses_by_sequence.append(losses.detach().double())
+    losses = torch.cat(losses_by_sequence)
+    if trainer.dims.cp > 1:
+        dist.all_reduce(losses, group=trainer.mesh.get_group("cp"))
+    return losses.sum() / valid, (losses / valid_by_sequence.clamp(min=1)).max()
 
 
 def optimizer_step(trainer: Trainer) -> None:
@@ -164,7 +173,7 @@ def combine_ranks(
     worst = by_rank.max(dim=0).values.tolist()
     summary = StepSummary(
         step=trainer.step + 1,
-        loss=by_rank[:, 0].sum().item(),
+        loss=by_rank[:, 0].sum().item() / trainer.dims.ranks_a_sample,
         max_loss=worst[1],
         grad_norm=grad_norm.item(),
         lr=trainer.optimizer.param_groups[0]["lr"],
@@ -241,19 +250,25 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     if saved is not None and training.global_batch_size == -1:
         training = training.model_copy(update={"global_batch_size": saved.data["global_batch_size"]})
     batch = together(lambda: plan_batch(training, dims.data_parallel))
-    loader = DataLoader(dataset, batch.global_batch_size, dist.get_rank(), dims.data_parallel, batch.microbatch_size)
+    data_rank = dims.data_rank(dist.get_rank())
+    loader = DataLoader(dataset, batch.global_batch_size, data_rank, dims.data_parallel, batch.microbatch_size)
 
     with torch.device("meta"):
         model = Transformer(shape)
     model.to(DTYPES[config.training.dtype])
-    parallelize(model, mesh, config)
-    materialise(model, device, config.debug.seed)
+    parallelize(model, mesh, dims, config)
+    materialise(model, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     optimizer = build_optimizer(model, config.optimizer)
     losses = sequence_losses
     if config.compile.enable and "loss" in config.compile.components:
         losses = torch.compile(sequence_losses, backend=config.compile.backend, dynamic=False)
     lr_scheduler = get_lr_scheduler(optimizer, config)
-    return Trainer(config, device, dims, mesh, batch, loader, model, optimizer, lr_scheduler, losses)
+    my_part: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731 (a rank that shares no sequence computes all of it)
+    if dims.cp > 1:
+        balancer = config.parallelism.context_parallel_load_balancer
+        my_part = partial(shard_sequence, cp_mesh=mesh["cp"], load_balancer=balancer)
+    context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
+    return Trainer(config, device, dims, mesh, batch, loader, model, optimizer, lr_scheduler, losses, my_part, context)
 
 
 def shape_for(config: JobConfig, tokenizer_size: int) -> ModelShape:
@@ -456,6 +471,6 @@ if __name__ == "__main__":
     status = main(CONFIG)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
-        # Not sys.exit: tearing down a process group whose peers have gone can hang or abort, and hide the cause.
-        os._exit(status)
+    # Not sys.exit: a process group's threads can hang or abort while the interpreter is torn down, after a fault when
+    # the peers have gone, rarely even after success, and that would hide how the run ended.
+    os._exit(status)

@@ -125,6 +125,7 @@ def _rank_main(rank: int, world_size: int, port_file: Path, faults, action, argu
     except BaseException:
         faults.put(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)
+    os._exit(0)  # as train.py ends: gloo's threads can abort the interpreter's own tear-down
 
 
 def on_ranks(world_size: int, scratch: Path, action, *arguments, timeout_s: float = 90, expect: int = 0) -> None:
@@ -146,7 +147,8 @@ def on_ranks(world_size: int, scratch: Path, action, *arguments, timeout_s: floa
         said = []
         while not faults.empty():
             said.append(faults.get())
-        assert [process.exitcode for process in ranks] == [expect] * world_size, "\n".join(said)
+        statuses = [process.exitcode for process in ranks]
+        assert statuses == [expect] * world_size, "\n".join([f"exit statuses {statuses}", *said])
     finally:
         for process in ranks:
             if process.is_alive():

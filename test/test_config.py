@@ -105,8 +105,8 @@ BAD_TOML = {
     "unsupported section": ("[validation]\nenable = true", ["[validation]", "v0.2.2", "not support yet"]),
     "unsupported table": ("[training.dataloader]\nnum_workers = 1", ["training.dataloader", "not support yet"]),
     "unsupported value": (
-        '[activation_checkpoint]\nmode = "selective"',
-        ['mode = "selective"', "not support yet", "none, full"],
+        '[parallelism]\ncontext_parallel_load_balancer = "ptrr"',
+        ['context_parallel_load_balancer = "ptrr"', "not support yet", "headtail, none"],
     ),
     "seed checkpoint": ("[checkpoint]\ncreate_seed_checkpoint = true", ["not support yet", "not needed", "debug.seed"]),
     "unknown family": ('[model]\nname = "lama3"', ["model.name = 'lama3'", "llama2, llama3", "Did you mean 'llama3'?"]),
@@ -188,7 +188,7 @@ BAD_COMMAND_LINE = {
     "bare dashes": (["--"], ["unknown"]),
     "not UTF-8": (["--job.description", "\udcff"], ["job.description", "UTF-8 text"]),
     "unsupported option": (
-        ["--parallelism.tensor_parallel_degree", "2"],
+        ["--parallelism.pipeline_parallel_degree", "2"],
         ["not support yet"],
     ),
     "unsupported section": (["--validation.freq=2"], ["--validation.freq", "not support yet"]),
@@ -264,7 +264,7 @@ def test_clash_names_all_places_its_values_came_from():
 
 def test_every_key_of_torchtitan_is_ours_or_refused_as_not_supported_yet():
     refused = [f"{section}.{key}" for section, keys in UNSUPPORTED_KEYS.items() for key in keys.split()]
-    assert len(refused) == len(set(refused)) == 48
+    assert len(refused) == len(set(refused)) == 39
     assert not set(refused) & set(options())
     for name in refused:
         section, key = name.split(".")
@@ -274,6 +274,50 @@ def test_every_key_of_torchtitan_is_ours_or_refused_as_not_supported_yet():
     for section in UNSUPPORTED_SECTIONS:
         assert section not in SECTIONS
         assert f"[{section}]: this section is a torchtitan v0.2.2 option" in report(f"[{section}]\nx = 1")
+
+
+TP2, CP2 = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"
+BAD_SHARING = {
+    "product": (
+        ["--parallelism.data_parallel_shard_degree=2", TP2, CP2],
+        ["tensor_parallel_degree = 2", "gives 8 ranks, but the world size is 4"],
+    ),
+    "left over": (
+        ["--parallelism.tensor_parallel_degree=3"],
+        ["tensor_parallel_degree = 3 does not divide", "1, 2, 4"],
+    ),
+    "heads": ([TP2, "--model.n_kv_heads=1"], ["tensor_parallel_degree = 2 must divide model.n_kv_heads = 1"]),
+    "ulysses heads": (
+        [TP2, CP2, "--model.n_kv_heads=2", "--parallelism.context_parallel_method=ulysses"],
+        ["context_parallel_degree = 4 (ulysses: times the tensor-parallel degree) must divide model.n_kv_heads = 2"],
+    ),
+    "head and tail": ([CP2, "--training.seq_len=6"], ["training.seq_len = 6 must be divisible by 4", "(headtail)"]),
+    "sequence parallel": ([TP2, CP2, "--training.seq_len=12"], ["must be divisible by 8", "tensor-parallel degree 2"]),
+    "feed-forward": ([TP2, "--model.ffn_hidden_dim=7"], ["must divide model.ffn_hidden_dim = 7"]),
+    "rotation": (
+        [CP2, "--parallelism.context_parallel_method=ulysses", "--parallelism.context_parallel_rotate_method=alltoall"],
+        ['context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"'],
+    ),
+    "no tp": (["--parallelism.disable_loss_parallel"], ["has no effect while parallelism.tensor_parallel_degree = 1"]),
+    "no cp": (["--parallelism.context_parallel_method=ulysses"], ["no effect while parallelism.context_parallel_deg"]),
+    "budget": (["--activation_checkpoint.mode=memory_budget"], ["it needs compile.enable = true"]),
+    "async": ([TP2, "--parallelism.enable_async_tensor_parallel"], ["it needs compile.enable = true"]),
+    "n-th block": (["--activation_checkpoint.selective_ac_option=0"], ['selective_ac_option = "0"']),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARING)
+def test_layouts_that_cannot_be_are_refused(name):
+    args, fragments = BAD_SHARING[name]
+    said = report("", *args, world_size=4)
+    for fragment in fragments:
+        assert fragment in said
+
+
+def test_layouts_that_can_be_are_accepted():
+    parse("", TP2, CP2, "--training.seq_len=8", world_size=8)
+    parse("", TP2, "--training.seq_len=3", "--parallelism.disable_sequence_parallel", world_size=2)
+    parse("", CP2, "--training.seq_len=6", "--parallelism.context_parallel_load_balancer=none", world_size=2)
 
 
 def test_defaults_need_nothing():
@@ -355,9 +399,9 @@ def test_round_trip_of_any_value(text, lr, seed):
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_round_trip_of_committed_files(path):
-    config = JobConfig().parse_args(["--job.config_file", str(path)])
+    config = JobConfig().parse_args(["--job.config_file", str(path)], world_size=8)
     text = to_toml(config)
-    again = parse(text)
+    again = parse(text, world_size=8)
     assert again.job.config_file == "run.toml"
     again.job.config_file = config.job.config_file
     assert again == config

@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import ROOT, metrics, options
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from torchtrain import ranks
 from torchtrain.config_manager import JobConfig
 from torchtrain.config_manager import options as all_options
 from torchtrain.logging_utils import init_logging
+from torchtrain.parallelisms import apply
 from torchtrain.utils import UserError
 
 MODEL_KEYS = (
@@ -24,6 +27,10 @@ MODEL_KEYS = (
     "rope_low_freq_factor rope_high_freq_factor rope_original_seq_len"
 )
 OPTIMIZER_KEYS = "name lr beta1 beta2 eps weight_decay"
+SHARING_KEYS = (
+    "tensor_parallel_degree disable_sequence_parallel disable_loss_parallel context_parallel_degree "
+    "context_parallel_method context_parallel_rotate_method context_parallel_load_balancer"
+)
 SCHEDULE_KEYS = "warmup_steps warmup_ratio total_steps decay_ratio decay_type min_lr_factor"
 
 # Which test shows the option. A new option without a line here fails; so does a line that names no test.
@@ -84,7 +91,12 @@ SHOWN_BY = {
     "checkpoint.initial_load_path": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.initial_load_model_only": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.load_step": "test_missing_step_is_an_error_that_names_those_there",
-    "activation_checkpoint.mode": "test_recomputation_runs_each_block_twice",
+    "activation_checkpoint.mode": "test_recomputation_modes_recompute_what_they_say",
+    "activation_checkpoint.selective_ac_option": "test_recomputation_modes_recompute_what_they_say",
+    "activation_checkpoint.memory_budget": "test_memory_budget_reaches_the_compiler",
+    "training.enable_cpu_offload": "test_cpu_offload_reaches_every_group",
+    **dict.fromkeys((f"parallelism.{key}" for key in SHARING_KEYS.split()), "test_sharing_options_reach_the_model"),
+    "parallelism.enable_async_tensor_parallel": "test_async_tensor_parallel_needs_cuda",
     "compile.enable": "test_compile_options",
     "compile.components": "test_compile_options",
     "compile.backend": "test_compile_options",
@@ -166,7 +178,7 @@ def test_a_run_writes_its_folder(run, tmp_path):
     assert [line["step"] for line in lines] == [1, 2]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.toml", "metrics.jsonl", "run.json"}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["degrees"] == {"dp_replicate": 1, "dp_shard": 1}
+    assert facts["degrees"] == {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
     assert facts["batch"]["accumulation_steps"] == 1
     assert facts["parameters"] > 0
     for text in ("parameters", "one process", "microbatch 8, accumulation 1", "warm-up", "documents", str(tmp_path)):
@@ -453,15 +465,67 @@ def test_initial_load_of_all_or_of_the_weights(run, tmp_path):
     assert weights[0]["loss"] != whole[0]["loss"]
 
 
-def test_recomputation_runs_each_block_twice(data, device):
-    calls = []
-    for mode in ("none", "full"):
-        trainer = setting_up(data, device, **{"activation_checkpoint.mode": mode})
-        attention = trainer.model.layers["0"].attention.inner_attention
-        attention.register_forward_hook(lambda *_, mode=mode: calls.append(mode))
-        first_loss(trainer)
-    assert calls.count("none") == 1
-    assert calls.count("full") == 2
+class CountProducts(TorchDispatchMode):
+    """Counts the matrix products that run, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_recomputation_modes_recompute_what_they_say(data, device):
+    def attention_calls_and_products(**overrides):
+        trainer = setting_up(data, device, **overrides)
+        calls = [0] * len(trainer.model.layers)
+        for layer, block in enumerate(trainer.model.layers.values()):
+            block.attention.inner_attention.register_forward_hook(
+                lambda *_, layer=layer: calls.__setitem__(layer, calls[layer] + 1)
+            )
+        with CountProducts() as counter:
+            loss = first_loss(trainer)
+        gradients = torch.cat([p.grad.full_tensor().flatten() for p in trainer.model.parameters()])
+        return calls, counter.products, loss, gradients
+
+    mode, option = "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option"
+    kept = attention_calls_and_products()
+    full = attention_calls_and_products(**{mode: "full"})
+    second = attention_calls_and_products(**{mode: "selective", option: "2"})
+    costly = attention_calls_and_products(**{mode: "selective", option: "op"})
+    assert (kept[0], full[0], second[0], costly[0]) == ([1, 1], [2, 2], [2, 1], [2, 2])
+    in_a_block = 7
+    assert full[1] > second[1] > kept[1]
+    assert full[1] - kept[1] in (2 * in_a_block, 2 * (in_a_block - 1))  # the last product's value is not needed again
+    assert costly[1] == kept[1], "a matrix product was computed again"
+    for other in (full, second, costly):
+        assert other[2] == kept[2]
+        assert torch.equal(other[3], kept[3])
+
+
+def test_memory_budget_reaches_the_compiler(data, device):
+    compiled = {"compile.enable": True, "compile.backend": "aot_eager"}
+    plain = first_loss(setting_up(data, device))
+    budget = {"activation_checkpoint.mode": "memory_budget", "activation_checkpoint.memory_budget": 0.25}
+    torch._dynamo.reset()
+    assert math.isclose(first_loss(setting_up(data, device, **compiled, **budget)), plain, rel_tol=1e-6)
+    assert torch._functorch.config.activation_memory_budget == 0.25
+    setting_up(data, device)
+    assert torch._functorch.config.activation_memory_budget == 1.0
+
+
+def test_cpu_offload_reaches_every_group(data, device):
+    def policies(**overrides):
+        model = setting_up(data, device, **overrides).model
+        states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+        return {type(group.offload_policy) for state in states for group in state._fsdp_param_groups}
+
+    assert policies() == {OffloadPolicy}
+    assert policies(**{"training.enable_cpu_offload": True}) == {CPUOffloadPolicy}
+    kept = weights_after(setting_up(data, device))
+    assert torch.equal(kept, weights_after(setting_up(data, device, **{"training.enable_cpu_offload": True})))
 
 
 @pytest.mark.slow
@@ -529,3 +593,60 @@ def test_a_request_to_stop_is_not_lost_nor_doubled(device):
     assert stop.signal_number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_sharing_options_reach_the_model(data, device, monkeypatch):
+    """What they then do is test_parity's and the techniques' own tests' to show."""
+    calls = {}
+    for technique in ("tensor", "context"):
+        name = f"apply_{technique}_parallel"
+
+        def note(model, mesh, *, technique=technique, **given):
+            calls[technique] = (mesh, given)
+
+        monkeypatch.setattr(apply, name, note)
+    monkeypatch.setattr(apply, "apply_fsdp", lambda *_, **__: None)
+    monkeypatch.setattr(train.ParallelDims, "fsdp_mesh", lambda *_: None)
+    model = train.Transformer(train.shape_for(config_of(data), 2048))
+
+    def given(*args):
+        config = JobConfig().parse_args([*options(data), *args], world_size=2)
+        dims = train.ParallelDims.from_config(config.parallelism, 2)
+        apply.parallelize(model, FakeMesh(), dims, config)
+        return calls.popitem() if calls else None
+
+    tp, cp = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"
+    plain = {"sequence_parallel": True, "loss_parallel": True, "async_tp": False}
+    assert given() is None
+    assert given(tp) == ("tensor", ("tp", plain))
+    without = given(tp, "--parallelism.disable_sequence_parallel", "--parallelism.disable_loss_parallel")
+    assert without == ("tensor", ("tp", plain | {"sequence_parallel": False, "loss_parallel": False}))
+    ring = {"method": "ring", "rotate": "allgather", "load_balancer": "headtail"}
+    assert given(cp) == ("context", ("cp", ring))
+    changed = given(cp, "--parallelism.context_parallel_rotate_method=alltoall")
+    assert changed == ("context", ("cp", ring | {"rotate": "alltoall"}))
+    changed = given(
+        cp, "--parallelism.context_parallel_method=ulysses", "--parallelism.context_parallel_load_balancer=none"
+    )
+    assert changed == ("context", ("cp", ring | {"method": "ulysses", "load_balancer": "none"}))
+
+
+class FakeMesh:
+    """Stands for a mesh of CPUs: its dimensions are their names."""
+
+    device_type = "cpu"
+
+    def __getitem__(self, name):
+        return name
+
+
+def test_async_tensor_parallel_needs_cuda(device):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    with pytest.raises(UserError, match="needs CUDA"):
+        apply.apply_tensor_parallel(
+            train.Transformer(train.shape_for(JobConfig(), 2048)),
+            mesh,
+            sequence_parallel=True,
+            loss_parallel=True,
+            async_tp=True,
+        )

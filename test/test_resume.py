@@ -96,11 +96,21 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, 
     assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_resumed_on_another_number_of_ranks(tmp_path, data, whole, ranks):
+TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
+LAYOUTS = {
+    "FSDP 2 to 1": ((2, {}), (1, {})),
+    "FSDP 2 to 4": ((2, {}), (4, {})),
+    "TP 2 x FSDP 2 to CP 2": ((4, TP), (2, CP)),
+    "CP 2 to TP 2": ((2, CP), (2, TP)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_on_another_layout(tmp_path, data, whole, name):
     folder = tmp_path / "run"
-    train(2, saving(data, folder, **{"training.steps": STEPS // 2}))
-    train(ranks, saving(data, folder))
+    (saved_on, layout), (resumed_on, other) = LAYOUTS[name]
+    train(saved_on, saving(data, folder, **layout, **{"training.steps": STEPS // 2}))
+    train(resumed_on, saving(data, folder, **other))
     for mine, theirs in zip(curve(folder), curve(whole[2]), strict=True):
         assert mine["step"] == theirs["step"]
         assert mine["lr"] == theirs["lr"]

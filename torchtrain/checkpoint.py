@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 from torchtrain.config_manager import Checkpoint
@@ -316,16 +317,12 @@ class Checkpointer:
         files = _HashingFileSystem()
         writer = _Writer(temporary, files)
         with _plain_faults(f"writing {temporary}"):
-            metadata = dcp.save(
+            dcp.save(
                 tensors,
                 storage_writer=writer,
                 planner=DefaultSavePlanner(flatten_state_dict=False),
                 process_group=self.group,
             )
-        # DCP has been seen to swallow a writer's error; the index of what was written must hold all that was planned.
-        planned = sum(len(entry.chunks) for entry in _tensor_entries(metadata).values())
-        if len(metadata.storage_data) != planned:
-            raise CheckpointError(f"DCP wrote {len(metadata.storage_data)} of {planned} slices to {temporary}")
         return files.written
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
@@ -615,6 +612,14 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path, files: _HashingFileSystem) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False)
         self.fs = files
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index. DCP has been seen to swallow a writer's error, so what was written is counted first."""
+        planned = sum(len(entry.chunks) for entry in _tensor_entries(metadata).values())
+        written = sum(map(len, results))
+        if written != planned:
+            raise CheckpointError(f"DCP wrote {written} of {planned} slices to {self.path}")
+        super().finish(metadata, results)
 
     def storage_meta(self) -> StorageMeta:
         """Nothing: the path of the temporary folder says nothing later, and would be one more class to unpickle."""

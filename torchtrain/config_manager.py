@@ -16,6 +16,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -206,6 +207,8 @@ class Training(Section):
     """Norm to which a larger gradient is clipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in the host's memory, the accelerator's for compute alone."""
     dtype: Dtype = "float32"
     """Type in which parameters and optimizer states are kept."""
     mixed_precision_param: Dtype = "bfloat16"
@@ -236,6 +239,22 @@ class Parallelism(Section):
     """Ranks that share a copy of parameters, gradients and optimizer states; -1: all that are left."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """When a block's gathered parameters are freed: less memory (always) or less communication (never)."""
+    tensor_parallel_degree: Count = 1
+    """Ranks that share each matrix product."""
+    disable_sequence_parallel: bool = False
+    """With tensor parallelism, keep whole sequences between the products (more memory)."""
+    disable_loss_parallel: bool = False
+    """With tensor parallelism, gather the logits for the loss (more memory)."""
+    enable_async_tensor_parallel: bool = False
+    """With tensor parallelism under compile on CUDA, overlap the products with their communication."""
+    context_parallel_degree: Count = 1
+    """Ranks that share each sequence."""
+    context_parallel_method: Literal["ring", "ulysses"] = "ring"
+    """How attention sees the whole sequence: keys and values travel (ring), or heads are exchanged (ulysses)."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel in the ring: all at once, or shard by shard."""
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """Give each rank a piece of the sequence's head and one of its tail, so that causal work is even (headtail)."""
 
 
 class Checkpoint(Section):
@@ -264,8 +283,12 @@ class Checkpoint(Section):
 class ActivationCheckpoint(Section):
     """Recomputing activations in the backward, for memory."""
 
-    mode: Literal["none", "full"] = "none"
-    """Keep all activations, or recompute each block's."""
+    mode: Literal["none", "full", "selective", "memory_budget"] = "none"
+    """Keep all activations; recompute each block's; some of them; or let the compiler choose within a budget."""
+    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]*)$")] = "2"
+    """What selective recomputes: every n-th block whole ("2"), or in each block all but the costly products ("op")."""
+    memory_budget: Share = 0.5
+    """Share of the activations that the compiler may keep (mode memory_budget): 0 as full, 1 as none."""
 
 
 class Compile(Section):
@@ -301,6 +324,9 @@ class Debug(Section):
     """Find the operation whose gradient is NaN (slow)."""
 
 
+# The factors of the world size beside data_parallel_shard_degree.
+DEGREES = ("data_parallel_replicate_degree", "context_parallel_degree", "tensor_parallel_degree")
+
 # What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
 UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "experimental", "validation")
 UNSUPPORTED_KEYS = {
@@ -308,23 +334,20 @@ UNSUPPORTED_KEYS = {
     "metrics": "save_for_all_ranks",
     "model": "converters print_after_conversion",
     "optimizer": "early_step_in_backward",
-    "training": "enable_cpu_offload dataloader",
-    "parallelism": "tensor_parallel_degree disable_loss_parallel enable_async_tensor_parallel pipeline_parallel_degree "
-    "module_fqns_per_model_part pipeline_parallel_first_stage_less_layers "
-    "pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage "
-    "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
-    "pipeline_parallel_expert_parallel_overlap context_parallel_degree context_parallel_load_balancer "
-    "context_parallel_rotate_method expert_parallel_degree expert_tensor_parallel_degree "
-    "expert_parallel_comm_backend",
+    "training": "dataloader",
+    "parallelism": "pipeline_parallel_degree module_fqns_per_model_part pipeline_parallel_first_stage_less_layers "
+    "pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage pipeline_parallel_schedule "
+    "pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size pipeline_parallel_expert_parallel_overlap "
+    "expert_parallel_degree expert_tensor_parallel_degree expert_parallel_comm_backend",
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf initial_load_in_hf_quantized "
     "last_save_model_only last_save_in_hf export_dtype async_mode exclude_from_loading "
     "create_seed_checkpoint",
-    "activation_checkpoint": "selective_ac_option per_op_sac_force_recompute_mm_shapes_by_fqns early_stop "
-    "memory_budget visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
+    "activation_checkpoint": "per_op_sac_force_recompute_mm_shapes_by_fqns early_stop "
+    "visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
     "comm": "trace_buf_size save_traces_folder save_traces_file_prefix mode",
     "debug": "moe_force_load_balance",
 }
-UNSUPPORTED_VALUES = {"activation_checkpoint.mode": ("selective", "memory_budget")}
+UNSUPPORTED_VALUES = {"parallelism.context_parallel_load_balancer": ("ptrr",)}
 NOT_YET = "is a torchtitan v0.2.2 option that torchtrain does not support yet"
 NOT_NEEDED = {
     "checkpoint.create_seed_checkpoint": "it is not needed: initial weights are a function of debug.seed and the "
@@ -699,6 +722,7 @@ def check(config: JobConfig, world_size: int | None) -> list[Fault]:
         *_check_model(config.model),
         *_check_data(config.training),
         *_check_layout(config, world_size),
+        *_check_sharing(config),
         *_check_folders(config),
         *_check_checkpoint(config.checkpoint),
         *_check_switches(config),
@@ -768,7 +792,7 @@ def _check_data(training: Training) -> Iterator[Fault]:
 def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
     if world_size is None:
         return
-    degrees = ("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree")
+    degrees = ("parallelism.data_parallel_shard_degree", *(f"parallelism.{key}" for key in DEGREES))
     try:
         ranks = data_parallel_degree(config.parallelism, world_size)
     except UserError as fault:
@@ -778,6 +802,68 @@ def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
         plan_batch(config.training, ranks)
     except UserError as fault:
         yield Fault(("training.global_batch_size", *degrees), str(fault))
+
+
+def _check_sharing(config: JobConfig) -> Iterator[Fault]:
+    """What tensor and context parallelism need of the model and the sequence, and options without effect."""
+    parallelism, seq_len = config.parallelism, config.training.seq_len
+    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    heads: dict[str, int] = {}
+    with suppress(UserError):  # an unknown flavor is reported elsewhere
+        shape = model_shape(config.model)
+        heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
+        if shape.ffn_hidden_dim % tp:
+            yield Fault(
+                ("parallelism.tensor_parallel_degree", "model.ffn_hidden_dim", "model.name", "model.flavor"),
+                f"parallelism.tensor_parallel_degree = {tp} must divide model.ffn_hidden_dim = {shape.ffn_hidden_dim}",
+            )
+    sharing = {"parallelism.tensor_parallel_degree": tp}
+    if parallelism.context_parallel_method == "ulysses":
+        sharing["parallelism.context_parallel_degree"] = cp * tp
+    for key, degree in sharing.items():
+        for name, count in heads.items():
+            if count % degree:
+                ulysses = " (ulysses: times the tensor-parallel degree)" if "context" in key else ""
+                yield Fault(
+                    (key, name, "model.name", "model.flavor", "parallelism.context_parallel_method"),
+                    f"{key} = {degree}{ulysses} must divide {name} = {count}",
+                )
+    head_and_tail = cp > 1 and parallelism.context_parallel_load_balancer == "headtail"
+    pieces = cp * (2 if head_and_tail else 1)
+    pieces *= tp if not parallelism.disable_sequence_parallel else 1
+    if seq_len % pieces:
+        yield Fault(
+            ("training.seq_len", "parallelism.tensor_parallel_degree", "parallelism.context_parallel_degree"),
+            f"training.seq_len = {seq_len} must be divisible by {pieces}: context-parallel degree {cp}"
+            + (" twice (headtail)" if head_and_tail else "")
+            + (f" x tensor-parallel degree {tp}" if tp > 1 and not parallelism.disable_sequence_parallel else ""),
+        )
+    if parallelism.context_parallel_method == "ulysses" and parallelism.context_parallel_rotate_method != "allgather":
+        yield Fault(
+            ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
+            'parallelism.context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"',
+        )
+    if parallelism.enable_async_tensor_parallel and parallelism.disable_sequence_parallel:
+        yield Fault(
+            ("parallelism.enable_async_tensor_parallel", "parallelism.disable_sequence_parallel"),
+            "parallelism.enable_async_tensor_parallel = true has no effect with disable_sequence_parallel = true: it "
+            "overlaps the exchanges of sequence parallelism",
+        )
+    without_effect = {
+        "tensor_parallel_degree": (
+            tp,
+            ("disable_sequence_parallel", "disable_loss_parallel", "enable_async_tensor_parallel"),
+        ),
+        "context_parallel_degree": (cp, ("context_parallel_method", "context_parallel_rotate_method")),
+    }
+    for degree_key, (degree, keys) in without_effect.items():
+        for key in keys:
+            name, value = f"parallelism.{key}", parallelism.__dict__[key]
+            if degree == 1 and value != options()[name].default:
+                yield Fault(
+                    (name, f"parallelism.{degree_key}"),
+                    f"{name} = {shown(value)} has no effect while parallelism.{degree_key} = 1",
+                )
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
@@ -833,6 +919,16 @@ def _check_switches(config: JobConfig) -> Iterator[Fault]:
             ("debug.deterministic_warn_only", "debug.deterministic"),
             "debug.deterministic_warn_only = true has no effect while debug.deterministic = false",
         )
+    compiled = config.compile.enable and "model" in config.compile.components
+    for key, value, wanted in (
+        ("activation_checkpoint.mode", '"memory_budget"', config.activation_checkpoint.mode == "memory_budget"),
+        ("parallelism.enable_async_tensor_parallel", "true", config.parallelism.enable_async_tensor_parallel),
+    ):
+        if wanted and not compiled:
+            yield Fault(
+                (key, "compile.enable", "compile.components"),
+                f"{key} = {value} is the compiler's work: it needs compile.enable = true with the component model",
+            )
 
 
 # ---- what follows from the values ----
@@ -889,17 +985,21 @@ def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
         UserError: the degrees do not multiply to the world size.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    factors = {f"parallelism.{key}": parallelism.__dict__[key] for key in DEGREES}
+    others = math.prod(factors.values())  # all but the shard degree
+    product = " x ".join(f"{name} = {degree}" for name, degree in factors.items() if degree > 1)
     if shard == -1:
-        if world_size % replicate:
+        if world_size % others:
+            product = product if product.count(" x ") == 0 else f"{product} gives {others} ranks, which"
             raise UserError(
-                f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the world size {world_size};"
+                f"{product} does not divide the world size {world_size};"
                 f" allowed: {', '.join(map(str, _divisors(world_size)))}"
             )
-        return world_size
-    if replicate * shard != world_size:
+        return world_size // others * replicate
+    if others * shard != world_size:
+        shown_factors = " x ".join(filter(None, [product, f"parallelism.data_parallel_shard_degree = {shard}"]))
         raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} x parallelism.data_parallel_shard_degree = "
-            f"{shard} gives {replicate * shard} ranks, but the world size is {world_size}; "
+            f"{shown_factors} gives {others * shard} ranks, but the world size is {world_size}; "
             "a shard degree of -1 takes what is left"
         )
     return replicate * shard

@@ -5,6 +5,7 @@ Letters: B batch, S sequence, V vocabulary.
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 IGNORE_INDEX = -100
 """A label that is not valid: it adds nothing to the loss, to the gradient or to the count. PyTorch's own default."""
@@ -14,7 +15,8 @@ def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Each sequence's sum, in nats, of the cross-entropies of its valid labels, computed in fp32.
 
     Args:
-        logits: [B, S, V], any floating-point type.
+        logits: [B, S, V], any floating-point type; may be sharded over V where cross entropy knows how to take that
+            (`parallelisms.tensor_parallel.loss_context`), the labels and the result are whole on each rank.
         labels: [B, S], int64, in 0 .. V-1 or IGNORE_INDEX.
 
     Returns:
@@ -23,6 +25,8 @@ def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
     token_losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
+    if isinstance(token_losses, DTensor):
+        token_losses = token_losses.to_local()
     return token_losses.view_as(labels).sum(dim=1)
 
 

@@ -12,7 +12,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Dubey et al. 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,23 @@ class Transformer(nn.Module):
     once, under the latter name; `state_dict()` has it under both.
     """
 
+    tensor_parallel_plan: ClassVar[dict[str, Literal["embedding", "norm", "columns", "rows", "logits"]]] = {
+        "tok_embeddings": "embedding",
+        "layers.*.attention_norm": "norm",
+        "layers.*.attention.wq": "columns",
+        "layers.*.attention.wk": "columns",
+        "layers.*.attention.wv": "columns",
+        "layers.*.attention.wo": "rows",
+        "layers.*.ffn_norm": "norm",
+        "layers.*.feed_forward.w1": "columns",
+        "layers.*.feed_forward.w3": "columns",
+        "layers.*.feed_forward.w2": "rows",
+        "norm": "norm",
+        "output": "logits",
+    }
+    """How ranks that share each product split it: a norm stays whole, and columns, whose results stay apart, read it;
+    then come rows, whose results are summed. Embedding and logits are split over the vocabulary."""
+
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
@@ -48,7 +65,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(layer): TransformerBlock(shape) for layer in range(shape.n_layers)})
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
-        self._tie()
+        self.tie()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, S] to [B, S, V]."""
@@ -78,10 +95,11 @@ class Transformer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Keep the tie: leaving the meta device (`to_empty`) gives each module a new Parameter of its own."""
         super()._apply(fn, recurse)
-        self._tie()
+        self.tie()
         return self
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Make a tied output's weight the embedding's again, after that was replaced."""
         if self.shape.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 

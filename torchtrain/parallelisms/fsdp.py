@@ -4,10 +4,12 @@ A block's parameters are gathered just before its forward and backward, in the c
 summed and scattered in the reduction precision. Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from torchtrain.models.llama import Transformer
 
@@ -19,6 +21,7 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: str,
+    cpu_offload: bool,
 ) -> None:
     """Shard the model in place, a group of parameters a block; a mesh of one rank takes the same path.
 
@@ -29,16 +32,20 @@ def apply_fsdp(
         reduce_dtype: precision of the gradient reduction and accumulation.
         reshard_after_forward: "always" frees gathered parameters after the forward and gathers them again for the
             backward; "never" keeps them; "default" frees all but the last group, which the backward needs first.
+        cpu_offload: keep the shards, their gradients and so the optimizer's states in the host's memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    # Pinned memory is for copies to an accelerator; without one there is nothing to pin for.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     reshard = reshard_after_forward != "never"
     if not model.shape.tied_embeddings:
-        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        shard(model.tok_embeddings, reshard_after_forward=reshard)
         head: list[nn.Module] = [model.norm, model.output]
-        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+        shard(head, reshard_after_forward=reshard_after_forward == "always")
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+        shard(block, reshard_after_forward=reshard)
+    shard(model, reshard_after_forward=reshard_after_forward == "always")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the number of valid labels of all ranks, so gradients are summed, not

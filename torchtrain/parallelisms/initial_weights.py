@@ -8,14 +8,18 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtrain.models.llama import Transformer
 
 
-def materialise(model: Transformer, device: torch.device, seed: int) -> None:
-    """Give a (sharded) model on the meta device its storage on `device` and its initial weights."""
-    model.to_empty(device=device)
+def materialise(model: Transformer, device: torch.device, seed: int, offload: bool = False) -> None:
+    """Give a (sharded) model on the meta device its storage and its initial weights, drawn on `device`.
+
+    With `offload` the storage is the host's memory; else it is on `device` too.
+    """
+    model.to_empty(device="cpu" if offload else device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _copy_slice(parameter, draw(model, name, parameter.shape, device, seed))
@@ -38,5 +42,17 @@ def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(mine.to_local())
+    mesh = parameter.device_mesh
+    # FSDP cuts what tensor parallelism, on a later dimension of the mesh, has cut before; a strided shard says so.
+    cuts = sorted(enumerate(parameter.placements), key=lambda cut: isinstance(cut[1], _StridedShard))
+    for mesh_dim, placement in cuts:
+        if isinstance(placement, Shard | _StridedShard):
+            whole = _chunk(whole, placement.dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+    parameter.to_local().copy_(whole)
+
+
+def _chunk(whole: Tensor, dim: int, ranks: int, rank: int) -> Tensor:
+    """This rank's piece, cut as DTensor cuts: the first pieces are full, the last may be smaller or empty."""
+    size = -(-whole.shape[dim] // ranks)
+    start = min(rank * size, whole.shape[dim])
+    return whole.narrow(dim, start, min(size, whole.shape[dim] - start))

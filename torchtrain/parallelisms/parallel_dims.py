@@ -9,40 +9,66 @@ from torchtrain.config_manager import Parallelism, data_parallel_degree
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Degrees of each dimension of the mesh; their product is the world size."""
+    """Degrees of each dimension of the mesh, the outermost first; their product is the world size."""
 
     dp_replicate: int
     """Copies of the sharded model, their gradients all-reduced (HSDP; plain replication where dp_shard is 1)."""
     dp_shard: int
     """Ranks that share one copy of parameters, gradients and optimizer states (FSDP)."""
+    cp: int = 1
+    """Ranks that share each sequence; FSDP shards over them too."""
+    tp: int = 1
+    """Ranks that share each matrix product: the innermost, since they talk most."""
 
     @classmethod
     def from_config(cls, parallelism: Parallelism, world_size: int) -> "ParallelDims":
         """Resolve -1 to what is left; the config check has already refused what cannot be."""
-        data_parallel = data_parallel_degree(parallelism, world_size)
         replicate = parallelism.data_parallel_replicate_degree
-        return cls(dp_replicate=replicate, dp_shard=data_parallel // replicate)
+        return cls(
+            dp_replicate=replicate,
+            dp_shard=data_parallel_degree(parallelism, world_size) // replicate,
+            cp=parallelism.context_parallel_degree,
+            tp=parallelism.tensor_parallel_degree,
+        )
 
     @property
     def data_parallel(self) -> int:
         """Ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def ranks_a_sample(self) -> int:
+        """Ranks that share the work on one sample: all of them hold its labels and, in the end, its loss."""
+        return self.cp * self.tp
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `data_parallel` shares of a batch this rank reads; context and tensor ranks read the same."""
+        return rank // self.ranks_a_sample
+
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """A mesh with the dimensions `dp_replicate` (only where it is above 1) and `dp_shard`."""
-        if self.dp_replicate > 1:
-            return init_device_mesh(
-                device_type, (self.dp_replicate, self.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-            )
-        return init_device_mesh(device_type, (self.dp_shard,), mesh_dim_names=("dp_shard",))
+        """A mesh of the dimensions above 1, and `dp_shard` always."""
+        degrees = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        kept = {name: degree for name, degree in degrees.items() if degree > 1 or name == "dp_shard"}
+        return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+    def fsdp_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The part of the mesh that FSDP sees: one dimension that shards, and before it one that replicates."""
+        shard = "dp_shard"
+        if self.cp > 1:
+            shard = "dp_shard_cp"
+            mesh["dp_shard", "cp"]._flatten(shard)
+        return mesh["dp_replicate", shard] if self.dp_replicate > 1 else mesh[shard]
 
     def describe(self) -> str:
         """The layout in words, for the start-up line."""
-        ranks = self.data_parallel
-        if ranks == 1:
-            return "one process"
-        if self.dp_replicate == 1:
-            return f"FSDP: parameters, gradients and optimizer states sharded over {ranks} ranks"
-        if self.dp_shard == 1:
-            return f"replication: the whole model on each of {ranks} ranks"
-        return f"HSDP: {self.dp_replicate} replicas of the model, each sharded over {self.dp_shard} ranks"
+        parts = []
+        if self.dp_replicate > 1:
+            parts.append(f"{self.dp_replicate} replicas")
+        shards = self.dp_shard * self.cp
+        if shards > 1:
+            parts.append(f"FSDP: parameters, gradients and optimizer states sharded over {shards} ranks")
+        if self.cp > 1:
+            parts.append(f"context parallel: {self.cp} ranks share each sequence")
+        if self.tp > 1:
+            parts.append(f"tensor parallel: {self.tp} ranks share each matrix product")
+        return "; ".join(parts) or "one process"

@@ -1,0 +1,132 @@
+"""Tensor parallelism: the ranks of a row of the mesh share each matrix product, and with it its weight.
+
+Pairs of products need one exchange: the first weight is split by its outputs (whole heads, feed-forward columns), so
+each rank goes on with what it has; the second is split by its inputs, and its partial results are summed (Shoeybi et
+al. 2019, arXiv:1909.08053). Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) halves that sum in two: it
+leaves each rank a piece of the sequence, on which the norms work, and the norm's result is gathered before the next
+product. It moves as many bytes and keeps 1/R of the activations between the products. Loss parallelism never gathers
+the logits, the largest tensor there is: the softmax's maximum and sum are reduced instead.
+
+What each module does is the model's own statement, `tensor_parallel_plan`; the styles are those of
+https://docs.pytorch.org/docs/stable/distributed.tensor.parallel.html, which run on every backend.
+
+Letters: B batch, S sequence, D model width, V vocabulary, R ranks of the tensor-parallel mesh.
+"""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.parallel import loss_parallel as vocabulary_sharded_loss
+from torch.distributed.tensor.placement_types import Placement
+
+from torchtrain.models.llama import Transformer
+from torchtrain.utils import SharedUserError
+
+
+def apply_tensor_parallel(
+    model: Transformer, tp_mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool, async_tp: bool
+) -> None:
+    """Split the model's weights over the mesh and let its modules exchange what they must, in place.
+
+    All parameters become DTensors on this mesh, the norms' too, so that FSDP lays every one of them on one and the
+    same mesh, and the optimizer can update them together. Between blocks run plain tensors: [B, S / R, D] with
+    sequence parallelism, else [B, S, D]. The rotations stay plain and whole, since attention sees the whole sequence.
+
+    Args:
+        model: on the meta device, before FSDP. Query and key/value heads and the feed-forward width must be divisible
+            by R, and with sequence parallelism the sequence it will be given; the config check has seen to that.
+        tp_mesh: of one dimension.
+        sequence_parallel: keep the activations between the products sharded over S.
+        loss_parallel: return the logits as a DTensor [B, S, V] sharded over V, for a loss inside `loss_context`; else
+            they are plain and whole on each rank.
+        async_tp: let the compiler cut the products in pieces and overlap them with their exchange.
+
+    Raises:
+        UserError: a vocabulary too small for R ranks; `async_tp` without CUDA.
+    """
+    _check_shares(model, tp_mesh.size())
+    if async_tp:
+        _enable_async(tp_mesh)
+    between: Placement = Shard(1) if sequence_parallel else Replicate()
+    styles = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "norm": NormThenGather(between),
+        "columns": ColwiseParallel(),
+        "rows": RowwiseParallel(output_layouts=between),
+        "logits": ColwiseParallel(use_local_output=False),
+    }
+    parallelize_module(model, tp_mesh, {name: styles[role] for name, role in model.tensor_parallel_plan.items()})
+    model.tie()
+    # The sum is still under way when the style returns. A compiled block cannot take such a tensor, and waiting for it
+    # by hand loses its gradient; an operation on it waits, and keeps it.
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
+    if not loss_parallel:
+        # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in its outputs.
+        model.output.register_forward_hook(lambda module, inputs, logits: logits.full_tensor().clone())
+
+
+def loss_context(loss_parallel: bool) -> AbstractContextManager[None]:
+    """What the loss and its backward must run in; where the logits are whole it changes nothing."""
+    return vocabulary_sharded_loss() if loss_parallel else nullcontext()
+
+
+class NormThenGather(ParallelStyle):
+    """A norm with its whole weight on every rank, on the part of the sequence that the rank holds; then all of it.
+
+    The result is a DTensor [B, S, D], the same on all ranks: gathered once, and in the backward summed and scattered
+    once, for all products that read it. The weight's gradient, which sees a part of the sequence alone, is a partial
+    sum that FSDP reduces over this mesh before its own.
+    """
+
+    def __init__(self, layout: Placement) -> None:
+        self.layout = layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        # torch's own annotation of the two functions leaves out that what they return is taken.
+        return distribute_module(module, device_mesh, input_fn=self._wrap, output_fn=self._gather)  # type: ignore[arg-type]
+
+    def _wrap(self, module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(inputs[0], mesh, [self.layout], run_check=False)
+
+    def _gather(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> DTensor:
+        return output.redistribute(mesh, [Replicate()])
+
+
+def _check_shares(model: Transformer, ranks: int) -> None:
+    """Vocabulary and FSDP's cuts may be uneven; an empty share of the vocabulary would hang the loss."""
+    shape = model.shape
+    for count in (shape.n_heads, shape.n_kv_heads, shape.ffn_hidden_dim):
+        assert count % ranks == 0, f"{count} cannot be split over {ranks} ranks"
+    rows = -(-shape.vocab_size // ranks)
+    if rows * (ranks - 1) >= shape.vocab_size:
+        raise SharedUserError(
+            f"a vocabulary of {shape.vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
+            f"parallelism.tensor_parallel_degree = {ranks}, or pad with model.vocab_size = {rows * ranks}"
+        )
+
+
+def _enable_async(mesh: DeviceMesh) -> None:
+    """Have Inductor cut each product next to a collective into pieces, and copy them through symmetric memory."""
+    if mesh.device_type != "cuda":
+        raise SharedUserError(
+            "parallelism.enable_async_tensor_parallel needs CUDA (it copies between the GPUs of a node by symmetric "
+            f"memory), and this run is on {mesh.device_type}: leave it out, the results are the same without"
+        )
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # Called deprecated, yet without it Inductor silently leaves the collectives as they are, up to torch 2.13 at
+        # least: https://github.com/pytorch/pytorch/issues/193027
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)

@@ -1,0 +1,112 @@
+"""The layouts that `torchtrain.tools.parity` compares, as data: a line more is a layout more."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One line of the table."""
+
+    ranks: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Options that make the layout; the reference does without them."""
+    task: str = "plain"
+    """What is trained, a key of `TASKS`: the reference trains the same."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a layout and its reference have in common beyond the config."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    hide_labels: bool = False
+    """Make the number of valid labels very unequal over samples, and so over ranks, microbatches and shards."""
+
+
+TASKS = {
+    "plain": Task(),
+    "tied": Task({"model.tied_embeddings": True}),
+    "labels": Task(hide_labels=True),
+}
+
+REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
+MICROBATCH_1 = {"training.local_batch_size": 1}
+TP_2 = {"parallelism.tensor_parallel_degree": 2}
+TP_4 = {"parallelism.tensor_parallel_degree": 4}
+NO_SEQUENCE = {"parallelism.disable_sequence_parallel": True}
+NO_LOSS = {"parallelism.disable_loss_parallel": True}
+CP_2 = {"parallelism.context_parallel_degree": 2}
+CP_4 = {"parallelism.context_parallel_degree": 4}
+ALL_TO_ALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
+ULYSSES = {"parallelism.context_parallel_method": "ulysses"}
+IN_ORDER = {"parallelism.context_parallel_load_balancer": "none"}
+FULL = {"activation_checkpoint.mode": "full"}
+SELECTIVE = {"activation_checkpoint.mode": "selective"}
+SELECTIVE_OP = SELECTIVE | {"activation_checkpoint.selective_ac_option": "op"}
+COMPILE = {"compile.enable": True}
+BUDGET = COMPILE | {"activation_checkpoint.mode": "memory_budget"}
+OFFLOAD = {"training.enable_cpu_offload": True}
+BF16 = {"training.mixed_precision_param": "bfloat16"}
+
+LAYOUTS = {
+    "accumulate": Layout(1, MICROBATCH_1),
+    "full-ac": Layout(1, FULL),
+    "selective-ac": Layout(1, SELECTIVE),
+    "selective-op-ac": Layout(1, SELECTIVE_OP),
+    "budget-ac": Layout(1, BUDGET),
+    "compile": Layout(1, COMPILE),
+    "offload": Layout(1, OFFLOAD),
+    "bf16": Layout(1, BF16),
+    "accumulate-labels": Layout(1, MICROBATCH_1, "labels"),
+    "fsdp2": Layout(2),
+    "fsdp2-always": Layout(2, {"parallelism.fsdp_reshard_after_forward": "always"}),
+    "fsdp2-never": Layout(2, {"parallelism.fsdp_reshard_after_forward": "never"} | MICROBATCH_1),
+    "fsdp2-accumulate": Layout(2, MICROBATCH_1),
+    "fsdp2-full-ac": Layout(2, FULL),
+    "fsdp2-compile": Layout(2, COMPILE | SELECTIVE_OP),
+    "fsdp2-offload": Layout(2, OFFLOAD | MICROBATCH_1),
+    "fsdp2-tied": Layout(2, MICROBATCH_1, "tied"),
+    "fsdp2-labels": Layout(2, MICROBATCH_1, "labels"),
+    "fsdp2-bf16": Layout(2, BF16),
+    "replicate2": Layout(2, REPLICATE_2),
+    "tp2": Layout(2, TP_2),
+    "tp2-no-sequence": Layout(2, TP_2 | NO_SEQUENCE),
+    "tp2-no-loss": Layout(2, TP_2 | NO_LOSS),
+    "tp2-no-sequence-no-loss": Layout(2, TP_2 | NO_SEQUENCE | NO_LOSS),
+    "tp2-selective-ac": Layout(2, TP_2 | SELECTIVE),
+    "tp2-compile": Layout(2, TP_2 | COMPILE),
+    # The compiler's cache is on disk, and ranks share it: a second run takes what any rank of the first left there.
+    "tp2-compile-cached": Layout(2, TP_2 | COMPILE),
+    "tp2-offload": Layout(2, TP_2 | OFFLOAD),
+    "tp2-tied": Layout(2, TP_2 | MICROBATCH_1, "tied"),
+    "tp2-labels": Layout(2, TP_2 | MICROBATCH_1, "labels"),
+    "tp2-bf16": Layout(2, TP_2 | BF16),
+    "cp2": Layout(2, CP_2),
+    "cp2-in-order": Layout(2, CP_2 | IN_ORDER),
+    "cp2-alltoall": Layout(2, CP_2 | ALL_TO_ALL),
+    "cp2-alltoall-in-order": Layout(2, CP_2 | ALL_TO_ALL | IN_ORDER),
+    "cp2-ulysses": Layout(2, CP_2 | ULYSSES),
+    "cp2-ulysses-in-order": Layout(2, CP_2 | ULYSSES | IN_ORDER),
+    "cp2-full-ac": Layout(2, CP_2 | FULL),
+    "cp2-compile": Layout(2, CP_2 | COMPILE),
+    "cp2-tied": Layout(2, CP_2 | MICROBATCH_1, "tied"),
+    "cp2-labels": Layout(2, CP_2 | MICROBATCH_1, "labels"),
+    "cp2-bf16": Layout(2, CP_2 | BF16),
+    "fsdp4": Layout(4),
+    "hsdp2x2": Layout(4, REPLICATE_2),
+    "hsdp2x2-accumulate-labels": Layout(4, REPLICATE_2 | MICROBATCH_1, "labels"),
+    "replicate4": Layout(4, {"parallelism.data_parallel_replicate_degree": 4}),
+    "tp4": Layout(4, TP_4),
+    "cp4": Layout(4, CP_4),
+    "cp4-alltoall": Layout(4, CP_4 | ALL_TO_ALL),
+    "cp4-ulysses": Layout(4, CP_4 | ULYSSES),
+    "fsdp2-tp2": Layout(4, TP_2),
+    "fsdp2-tp2-tied-full-ac": Layout(4, TP_2 | FULL, "tied"),
+    "fsdp2-cp2": Layout(4, CP_2),
+    "fsdp2-cp2-labels": Layout(4, CP_2 | MICROBATCH_1, "labels"),
+    "replicate2-tp2": Layout(4, TP_2 | REPLICATE_2),
+    "replicate2-cp2": Layout(4, CP_2 | REPLICATE_2),
+    "tp2-cp2": Layout(4, TP_2 | CP_2),
+    "tp2-cp2-ulysses-tied": Layout(4, TP_2 | CP_2 | ULYSSES, "tied"),
+}
