@@ -260,6 +260,9 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     materialise(model, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     optimizer = build_optimizer(model, config.optimizer)
     losses = sequence_losses
+    # The compiler's cache on disk takes all ranks' sharded tensors for the same, and would hand a rank another one's
+    # share of the vocabulary: https://github.com/pytorch/pytorch/issues/188390
+    torch.compiler.config.cache_key_tag = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dims.tp > 1 else ""
     if config.compile.enable and "loss" in config.compile.components:
         losses = torch.compile(sequence_losses, backend=config.compile.backend, dynamic=False)
     lr_scheduler = get_lr_scheduler(optimizer, config)

@@ -1,6 +1,6 @@
 """A rank of `torchtrain.tools.parity`: it trains in many layouts, one after the other, so that one start serves all.
 
-torchrun ... -m torchtrain.tools.parity_ranks CASES.json
+The tool starts it with torchrun, which hands it a JSON file of cases.
 """
 
 import gc
