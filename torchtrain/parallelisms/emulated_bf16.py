@@ -1,6 +1,6 @@
 """bf16 products on processors that have none.
 
-Without AVX-512 or a bf16 unit, PyTorch's CPU kernels multiply bf16 matrices 10 to 200 times slower than fp32 ones. The
+Without AVX-512 or a bf16 unit, PyTorch's CPU kernels multiply bf16 matrices 8 to 150 times slower than fp32 ones. The
 same numbers come from widening the bf16 operands to fp32, multiplying with an fp32 sum, and rounding the result to
 bf16, which is what a bf16 matrix unit does; so compute precision means the same here as anywhere, at the speed of fp32.
 """
