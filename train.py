@@ -26,7 +26,7 @@ CONFIG = parse_or_exit() if __name__ == "__main__" else JobConfig()
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrain import __version__
@@ -42,10 +42,11 @@ from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
-from torchtrain.parallelisms.apply import DTYPES, parallelize
+from torchtrain.parallelisms.apply import DTYPES, build_parts, build_pipeline, named_weights
 from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
@@ -71,7 +72,11 @@ class Trainer:
     mesh: DeviceMesh
     batch: BatchPlan
     loader: DataLoader
-    model: Transformer
+    parts: dict[int, Transformer]
+    """This rank's part of the model: all of it, or by number its pipeline stages."""
+    weights: dict[str, nn.Parameter]
+    """Their parameters by their names in the whole model: what is updated and saved."""
+    pipeline: Pipeline | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     sequence_losses: Callable[[Tensor, Tensor], Tensor]
@@ -83,6 +88,16 @@ class Trainer:
     """Optimizer steps taken."""
     tokens_seen: int = 0
     """Of the whole job."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the whole model."""
+        return next(iter(self.parts.values())).shape
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """The ranks that have the rest of the model, where it is cut into stages."""
+        return self.mesh.get_group("pp") if self.pipeline is not None else None
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None, profiler: Profiler) -> None:
@@ -97,14 +112,14 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
             with stopwatch.waiting_for_data():
                 microbatches = trainer.loader.step_batches(step)
             loss, max_loss = forward_backward(trainer, microbatches)
-            grad_norm = clip_grad_norm_(trainer.model.parameters(), config.training.max_norm)
+            grad_norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
             check_finite(summary, trainer.batch)
             optimizer_step(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch)
             if checkpointer.should_save(step, config.training.steps, stopped_by != 0):
-                checkpointer.save(trainer.model, trainer.optimizer, progress_of(trainer))
+                checkpointer.save(trainer.weights, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
             collector.step(step)
             if step == first_step:
@@ -118,7 +133,8 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
 
     Returns:
         The loss of this rank's samples (a sum over their labels, divided by the valid labels of all samples) and the
-        largest mean loss of one of them; both 0-dim, fp64, on the device, and the same on ranks that share samples.
+        largest mean loss of one of them; both 0-dim, fp64, on the device, the same on ranks that share samples, but 0
+        on those that have not the last stage of a pipeline.
 
     Raises:
         UserError: the global batch has no valid label.
@@ -137,11 +153,15 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
 
     losses_by_sequence = []
     for tokens, labels in batches:
-        # Each microbatch's gradient is reduced and added to the shards at once: no rank ever holds a whole gradient,
-        # and it accumulates in the same precision on one rank as on many.
+        tokens, labels = trainer.my_part(tokens), trainer.my_part(labels)
         with trainer.loss_context():
-            losses = trainer.sequence_losses(trainer.model(trainer.my_part(tokens)), trainer.my_part(labels))
-            (losses.sum() / valid).backward()
+            if trainer.pipeline is not None:
+                losses = trainer.pipeline.forward_backward(tokens, labels, valid)
+            else:
+                # Each microbatch's gradient is reduced and added to the shards at once: no rank ever holds a whole
+                # gradient, and it accumulates in the same precision on one rank as on many.
+                losses = trainer.sequence_losses(trainer.parts[0](tokens), labels)
+                (losses.sum() / valid).backward()
         losses_by_sequence.append(losses.detach().double())
     losses = torch.cat(losses_by_sequence)
     if trainer.dims.cp > 1:
@@ -173,7 +193,7 @@ def combine_ranks(
     worst = by_rank.max(dim=0).values.tolist()
     summary = StepSummary(
         step=trainer.step + 1,
-        loss=by_rank[:, 0].sum().item() / trainer.dims.ranks_a_sample,
+        loss=by_rank[:, 0].sum().item() / trainer.dims.ranks_a_stage,
         max_loss=worst[1],
         grad_norm=grad_norm.item(),
         lr=trainer.optimizer.param_groups[0]["lr"],
@@ -253,12 +273,11 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     data_rank = dims.data_rank(dist.get_rank())
     loader = DataLoader(dataset, batch.global_batch_size, data_rank, dims.data_parallel, batch.microbatch_size)
 
-    with torch.device("meta"):
-        model = Transformer(shape)
-    model.to(DTYPES[config.training.dtype])
-    parallelize(model, mesh, dims, config)
-    materialise(model, device, config.debug.seed, offload=config.training.enable_cpu_offload)
-    optimizer = build_optimizer(model, config.optimizer)
+    parts = build_parts(shape, mesh, dims, config)
+    for part in parts.values():
+        materialise(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
+    weights = named_weights(parts.values())
+    optimizer = build_optimizer(weights.values(), config.optimizer)
     losses = sequence_losses
     # The compiler's cache on disk takes all ranks' sharded tensors for the same, and would hand a rank another one's
     # share of the vocabulary: https://github.com/pytorch/pytorch/issues/188390
@@ -271,7 +290,25 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         balancer = config.parallelism.context_parallel_load_balancer
         my_part = partial(shard_sequence, cp_mesh=mesh["cp"], load_balancer=balancer)
     context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
-    return Trainer(config, device, dims, mesh, batch, loader, model, optimizer, lr_scheduler, losses, my_part, context)
+    pipeline = None
+    if dims.pp > 1:
+        pipeline = build_pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
+    return Trainer(
+        config,
+        device,
+        dims,
+        mesh,
+        batch,
+        loader,
+        parts,
+        weights,
+        pipeline,
+        optimizer,
+        lr_scheduler,
+        losses,
+        my_part,
+        context,
+    )
 
 
 def shape_for(config: JobConfig, tokenizer_size: int) -> ModelShape:
@@ -320,7 +357,7 @@ def run(config: JobConfig, device: torch.device) -> None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
     together(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
-    checkpointer.prepare(trainer.model, trainer.optimizer)
+    checkpointer.prepare(trainer.weights, trainer.optimizer)
     facts = describe(trainer)
     together(lambda: folder.describe_run(facts))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
@@ -339,10 +376,10 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     """Load the weights and, unless only they are wanted, the rest of the state; what was loaded is stated."""
     saved = source.progress
     if source.model_only:
-        checkpointer.load(source, trainer.model, None)
+        checkpointer.load(source, trainer.weights, None)
         return
     together(lambda: trainer.loader.check_state(saved.data, saved.step))
-    checkpointer.load(source, trainer.model, trainer.optimizer)
+    checkpointer.load(source, trainer.weights, trainer.optimizer)
     trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
     for change in schedule_changes(trainer.config, saved):
@@ -379,18 +416,18 @@ def sample_range(batch: BatchPlan, step: int) -> str:
 
 def describe(trainer: Trainer) -> dict[str, Any]:
     """Print what will run; return the same as facts for run.json."""
-    config, batch, model = trainer.config, trainer.batch, trainer.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    config, batch, shape = trainer.config, trainer.batch, trainer.shape
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(shape).parameters())
     tokens_per_step = batch.global_batch_size * config.training.seq_len
     device_name = "cpu" if trainer.device.type == "cpu" else torch.get_device_module(trainer.device).get_device_name()
     logger.info(
         f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
         f"{dist.get_world_size()} x {device_name}, outputs in {config.job.dump_folder}"
     )
-    logger.info(
-        f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters: {model.shape.describe()}"
-    )
-    logger.info(f"layout     {trainer.dims.describe()}")
+    logger.info(f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters: {shape.describe()}")
+    layout = [trainer.dims.describe()] + ([trainer.pipeline.plan.describe()] if trainer.pipeline is not None else [])
+    logger.info(f"layout     {'; '.join(layout)}")
     logger.info(
         f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} "
         f"tokens a step; microbatch {batch.microbatch_size}, accumulation {batch.accumulation_steps}"
@@ -414,7 +451,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "degrees": asdict(trainer.dims),
         "batch": asdict(batch),
         "tokens_per_step": tokens_per_step,
-        "shape": asdict(model.shape),
+        "shape": asdict(shape),
         "parameters": parameters,
         "data_fingerprint": trainer.loader.dataset.fingerprint,
         "first_step": trainer.step + 1,
@@ -433,7 +470,7 @@ def open_metrics(trainer: Trainer, folder: RunFolder, facts: dict[str, Any]) -> 
         total_steps=config.training.steps,
         resumed_step=trainer.step,
         tokens_per_step=facts["tokens_per_step"],
-        flops_per_token=flops_per_token(trainer.model.shape, config.training.seq_len),
+        flops_per_token=flops_per_token(trainer.shape, config.training.seq_len),
         peak_flops=None if peak is None else peak * dist.get_world_size(),
         log_lr=config.lr_scheduler.log_lr,
         wandb_config={**config.model_dump(mode="json"), "run": facts},

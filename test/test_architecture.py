@@ -13,6 +13,7 @@ FLOORS = {
     "torchtrain.utils": 0.0,
     "torchtrain.models.flavors": 0.1,
     "torchtrain.datasets.registry": 0.1,
+    "torchtrain.pipeline_stages": 0.1,
     "torchtrain.logging_utils": 0.1,
     "torchtrain.ranks": 0.1,
     "torchtrain.config_manager": 0.2,
@@ -29,7 +30,13 @@ FLOORS = {
     "train": 3,
     "torchtrain.tools": 4,
 }
-INSTANT = ("torchtrain.utils", "torchtrain.models.flavors", "torchtrain.datasets.registry", "torchtrain.config_manager")
+INSTANT = (
+    "torchtrain.utils",
+    "torchtrain.models.flavors",
+    "torchtrain.datasets.registry",
+    "torchtrain.pipeline_stages",
+    "torchtrain.config_manager",
+)
 LIMIT_CORE, LIMIT_FUNCTION = 5000, 80
 
 

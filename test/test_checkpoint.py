@@ -45,13 +45,12 @@ class Tiny(nn.Module):
         self.norm = nn.Parameter(torch.ones(3, 2))
         self.output = nn.Linear(6, 7, bias=False)
         self.output.weight = self.tok_embeddings.weight
-        self.register_buffer("offset", torch.zeros(6))
 
     def forward(self, tokens):
         x = self.tok_embeddings(tokens)
         for layer in self.layers.values():
             x = torch.tanh(layer(x))
-        return self.output(x * self.norm.flatten() + self.offset)
+        return self.output(x * self.norm.flatten())
 
 
 def build(mesh_shape: tuple[int, ...] = (), seed: int = 0, lr: float = 0.01, fused: bool = False, **shape):
@@ -66,6 +65,10 @@ def build(mesh_shape: tuple[int, ...] = (), seed: int = 0, lr: float = 0.01, fus
     decayed = [p for p in model.parameters() if p is not model.norm]
     groups = [{"params": decayed}, {"params": [model.norm], "weight_decay": 0.0}]
     return model, torch.optim.AdamW(groups, lr=lr, weight_decay=0.1, fused=fused)
+
+
+def weights(model) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
 
 
 def train(model, optimizer, steps: range) -> None:
@@ -162,12 +165,12 @@ def _save_on_two(run: Path) -> None:
     train(model, optimizer, range(3))
     saved = everything(model, optimizer)
     checkpointer = Checkpointer(section(), run)
-    checkpointer.prepare(model, optimizer)
+    checkpointer.prepare(weights(model), optimizer)
     with torch.no_grad():
         model(torch.arange(3))  # as a validation pass does, this leaves the root's parameters gathered, not sharded
     assert not isinstance(model.norm, DTensor)
     torch.manual_seed(1000 + dist.get_rank())
-    checkpointer.save(model, optimizer, progress(3))
+    checkpointer.save(weights(model), optimizer, progress(3))
     drawn = torch.rand(4)
     torch.save(drawn, run / f"drawn-{dist.get_rank()}.pt")
     assert_bitwise(everything(model, optimizer), saved)
@@ -185,7 +188,7 @@ def _load(run: Path, mesh_shape: tuple[int, ...] = (), save_step: int | None = N
     source = checkpointer.find()
     assert source.path == run / "checkpoint" / f"step-{source.progress.step}"
     assert (source.progress, source.model_only) == (progress(3), False)
-    checkpointer.load(source, model, optimizer)
+    checkpointer.load(source, weights(model), optimizer)
     assert_bitwise(everything(model, optimizer), saved)
     if dist.get_world_size() == 2:
         assert torch.equal(torch.rand(4), torch.load(run / f"drawn-{dist.get_rank()}.pt"))
@@ -193,7 +196,7 @@ def _load(run: Path, mesh_shape: tuple[int, ...] = (), save_step: int | None = N
         assert_bitwise(everything(model, optimizer), later)
     if mesh_shape:  # what HSDP writes, one process reads
         other = Checkpointer(section(folder="hsdp"), run)
-        other.save(model, optimizer, progress(3))
+        other.save(weights(model), optimizer, progress(3))
         plain_model, plain_optimizer = build(seed=2)
         other.load(other.find(), plain_model, plain_optimizer)
         assert_bitwise(everything(plain_model, plain_optimizer), saved)
@@ -225,7 +228,7 @@ def _faults_on_one_rank(run: Path) -> None:
     rank = dist.get_rank()
     model, optimizer = build()
     checkpointer = Checkpointer(section(), run)
-    checkpointer.save(model, optimizer, progress(1))
+    checkpointer.save(weights(model), optimizer, progress(1))
     patch = pytest.MonkeyPatch()
 
     def no_space(*_):
@@ -237,25 +240,25 @@ def _faults_on_one_rank(run: Path) -> None:
     with patch.context() as one:
         if rank == 1:
             one.setattr(checkpoint._HashingFile, "write", no_space)
-        _raises_everywhere(lambda: checkpointer.save(model, optimizer, progress(2)), "rank 1.*No space left")
+        _raises_everywhere(lambda: checkpointer.save(weights(model), optimizer, progress(2)), "rank 1.*No space left")
     with patch.context() as one:
         if rank == 1:
             one.setattr(checkpoint, "_rng_tensors", no_memory)
-        _raises_everywhere(lambda: checkpointer.save(model, optimizer, progress(2)), "no memory for")
+        _raises_everywhere(lambda: checkpointer.save(weights(model), optimizer, progress(2)), "no memory for")
     with patch.context() as one:
         one.setattr(checkpoint._HashingFileSystem, "rename", no_space)  # rank 0 alone gets there
-        _raises_everywhere(lambda: checkpointer.save(model, optimizer, progress(2)), "rank 0.*No space left")
+        _raises_everywhere(lambda: checkpointer.save(weights(model), optimizer, progress(2)), "rank 0.*No space left")
     with patch.context() as one:
         if rank == 1:  # its file went to a disk of its own
             one.setattr(checkpoint._HashingFileSystem, "create_stream", _elsewhere(run))
-        _raises_everywhere(lambda: checkpointer.save(model, optimizer, progress(2)), "that all ranks share")
+        _raises_everywhere(lambda: checkpointer.save(weights(model), optimizer, progress(2)), "that all ranks share")
     with patch.context() as one:
         if rank == 1:
             one.setattr(checkpoint.Path, "exists", lambda self: False)
-        _raises_everywhere(lambda: checkpointer.prepare(model, optimizer), "that all ranks share")
+        _raises_everywhere(lambda: checkpointer.prepare(weights(model), optimizer), "that all ranks share")
     dist.barrier()  # rank 0 has removed its probe
     assert names(run) == ["step-1"]
-    checkpointer.save(model, optimizer, progress(2))
+    checkpointer.save(weights(model), optimizer, progress(2))
     assert names(run) == ["step-1", "step-2"]
 
     target = run / "checkpoint/step-2"
@@ -263,7 +266,7 @@ def _faults_on_one_rank(run: Path) -> None:
     with patch.context() as one:
         if rank == 1:
             one.setattr(checkpoint._Reader, "read_data", no_space)
-        _raises_everywhere(lambda: checkpointer.load(source, model, optimizer), "rank 1.*No space left")
+        _raises_everywhere(lambda: checkpointer.load(source, weights(model), optimizer), "rank 1.*No space left")
     dist.barrier()
     if rank == 0:  # damage in a file that the other rank hashes: .metadata, __0_0, __1_0, train_state in turn
         flip(target / "__0_0.distcp", 2000)
@@ -315,7 +318,7 @@ def saved_run(run: Path, steps: tuple[int, ...] = (1, 2, 3), **options) -> Simpl
     for step in steps:
         train(model, optimizer, range(done, step))
         done = step
-        checkpointer.save(model, optimizer, progress(step))
+        checkpointer.save(weights(model), optimizer, progress(step))
         states[step] = everything(model, optimizer)
     return SimpleNamespace(model=model, optimizer=optimizer, checkpointer=checkpointer, states=states)
 
@@ -325,7 +328,7 @@ def loaded(run: Path, **options) -> tuple[int, dict[str, torch.Tensor]]:
     model, optimizer = build(seed=5)
     checkpointer = Checkpointer(section(**options), run)
     source = checkpointer.find()
-    checkpointer.load(source, model, optimizer)
+    checkpointer.load(source, weights(model), optimizer)
     return source.progress.step, everything(model, optimizer)
 
 
@@ -353,7 +356,7 @@ def test_hyperparameters_are_never_loaded_and_missing_states_are_made(tmp_path, 
     optimizer.param_groups[0]["weight_decay"] = 0.7
     assert not optimizer.state
     checkpointer = Checkpointer(section(), tmp_path)
-    checkpointer.load(checkpointer.find(), model, optimizer)
+    checkpointer.load(checkpointer.find(), weights(model), optimizer)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.7), (0.5, 0.0)]
     assert_bitwise(everything(model, optimizer), first.states[2])
     assert model.output.weight is model.tok_embeddings.weight
@@ -384,11 +387,11 @@ def test_the_same_step_is_not_written_again(tmp_path, alone, log):
     run = saved_run(tmp_path, (2,))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint/step-2").iterdir()}
     train(run.model, run.optimizer, range(1))
-    run.checkpointer.save(run.model, run.optimizer, progress(2))
+    run.checkpointer.save(weights(run.model), run.optimizer, progress(2))
     assert "already there" in log.text
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint/step-2").iterdir()}
     (tmp_path / "checkpoint/step-2" / MARKER).unlink()
-    run.checkpointer.save(run.model, run.optimizer, progress(2))
+    run.checkpointer.save(weights(run.model), run.optimizer, progress(2))
     assert names(tmp_path) == ["step-2", "step-2.incomplete"]
     assert "step-2.incomplete" in log.text
     assert_bitwise(loaded(tmp_path)[1], everything(run.model, run.optimizer))
@@ -403,7 +406,7 @@ def test_a_slice_that_dcp_lost_fails_the_save(tmp_path, alone, monkeypatch):
 
     monkeypatch.setattr(checkpoint._Writer, "write_data", lossy)
     with pytest.raises(CheckpointError, match=r"DCP wrote \d+ of \d+ slices"):
-        run.checkpointer.save(run.model, run.optimizer, progress(2))
+        run.checkpointer.save(weights(run.model), run.optimizer, progress(2))
     assert names(tmp_path) == ["step-1"]
 
 
@@ -412,9 +415,9 @@ def test_retention_counts_only_complete_checkpoints(tmp_path, alone):
     (tmp_path / "checkpoint/step-4" / MARKER).unlink()
     (tmp_path / "checkpoint/.tmp-step-9-dead").mkdir()
     limited = Checkpointer(section(keep_latest_k=3), tmp_path)
-    limited.save(run.model, run.optimizer, progress(6))
+    limited.save(weights(run.model), run.optimizer, progress(6))
     assert names(tmp_path) == ["step-3", "step-4", "step-5", "step-6"]
-    Checkpointer(section(keep_latest_k=1), tmp_path).save(run.model, run.optimizer, progress(7))
+    Checkpointer(section(keep_latest_k=1), tmp_path).save(weights(run.model), run.optimizer, progress(7))
     assert names(tmp_path) == ["step-4", "step-7"]
 
 
@@ -425,7 +428,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, alone, log, 
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
-    Checkpointer(section(keep_latest_k=1), tmp_path).save(run.model, run.optimizer, progress(2))
+    Checkpointer(section(keep_latest_k=1), tmp_path).save(weights(run.model), run.optimizer, progress(2))
     assert "could not be removed" in log.text
     monkeypatch.undo()
     assert loaded(tmp_path)[0] == 2
@@ -466,7 +469,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path, alon
     warning = next(r.getMessage() for r in log.records if r.levelno == logging.WARNING and aside in r.getMessage())
     assert "step-2 is not usable" in warning
     # The step is taken again, and may be damaged again.
-    run.checkpointer.save(run.model, run.optimizer, progress(2))
+    run.checkpointer.save(weights(run.model), run.optimizer, progress(2))
     DAMAGE[kind](tmp_path / "checkpoint/step-2")
     assert loaded(tmp_path)[0] == 1
     assert names(tmp_path) == ["step-1", aside, f"{aside}-2"]
@@ -508,13 +511,13 @@ def test_initial_load_path(tmp_path, alone, log):
     found = source("new")
     assert (found.path, found.model_only, found.progress) == (path, True, progress(4))
     model, optimizer = build(seed=3)
-    Checkpointer(section(), tmp_path / "new").load(found, model, optimizer)
-    weights = {key: value for key, value in other.states[4].items() if key.startswith("model/")}
-    assert_bitwise(everything(model, optimizer), weights)
+    Checkpointer(section(), tmp_path / "new").load(found, weights(model), optimizer)
+    expected = {key: value for key, value in other.states[4].items() if key.startswith("model/")}
+    assert_bitwise(everything(model, optimizer), expected)
     # All of it.
     found = source("new", initial_load_model_only=False)
     assert not found.model_only
-    Checkpointer(section(), tmp_path / "new").load(found, model, optimizer)
+    Checkpointer(section(), tmp_path / "new").load(found, weights(model), optimizer)
     assert_bitwise(everything(model, optimizer), other.states[4])
     # The run's own go first, and that is said.
     saved_run(tmp_path / "new", (1,))
@@ -540,16 +543,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, alone):
     model.extra = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match="lacks model/extra, optimizer/extra/exp_avg,"):
-        checkpointer.load(source, model, optimizer)
+        checkpointer.load(source, weights(model), optimizer)
     model, optimizer = build()
     model.norm = None
     with pytest.raises(UserError, match="has, unknown to this model, model/norm"):
-        checkpointer.load(source, model, None)
+        checkpointer.load(source, weights(model), None)
     torch.manual_seed(0)
     half = Tiny().bfloat16()
     with pytest.raises(UserError, match=r"another precision model/.* torch.float32 instead of torch.bfloat16"):
-        checkpointer.load(source, half, torch.optim.AdamW(half.parameters()))
-    checkpointer.load(source, half, None)  # weights alone are converted
+        checkpointer.load(source, weights(half), torch.optim.AdamW(half.parameters()))
+    checkpointer.load(source, weights(half), None)  # weights alone are converted
     assert names(tmp_path) == ["step-1"]
 
 
@@ -571,11 +574,11 @@ def test_room_for_two_checkpoints_is_asked_for(tmp_path, alone, monkeypatch):
     needed = 2 * (3 * 4 * parameters + 4 * len(list(model.parameters())) + 4 * 6)  # + Adam's steps and the buffer
     checkpointer = Checkpointer(section(), tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    checkpointer.prepare(model, optimizer)
+    checkpointer.prepare(weights(model), optimizer)
     assert names(tmp_path) == []
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(UserError, match=f"{tmp_path}/checkpoint has .* GiB free, but two checkpoints need"):
-        checkpointer.prepare(model, optimizer)
+        checkpointer.prepare(weights(model), optimizer)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, alone):
@@ -732,13 +735,13 @@ def test_a_crash_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, a
         checkpointer = Checkpointer(section(keep_latest_k=1), folder)
         crash.left = len(outcomes)
         with suppress(OSError, RuntimeError):
-            checkpointer.save(run.model, run.optimizer, progress(2))
+            checkpointer.save(weights(run.model), run.optimizer, progress(2))
         died, crash.left = crash.left < 0, None
         step, state = loaded(folder)
         assert_bitwise(state, {1: before, 2: after}[step])
         outcomes.append(step)
         again = Checkpointer(section(keep_latest_k=1), folder)
-        again.save(run.model, run.optimizer, progress(3))
+        again.save(weights(run.model), run.optimizer, progress(3))
         assert not [name for name in names(folder) if name.startswith(".tmp-")]
         if not died:
             break
@@ -752,7 +755,7 @@ def _killed_while_saving(run: Path, operations: int) -> None:
     train(model, optimizer, range(2))
     crash = Crash(run, die=True)
     crash.left = operations
-    Checkpointer(section(keep_latest_k=1), run).save(model, optimizer, progress(2))
+    Checkpointer(section(keep_latest_k=1), run).save(weights(model), optimizer, progress(2))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def gradients_of_step(step):
 
 def run(config, steps=3):
     model = Small()
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model.parameters(), config)
     for step in range(1, steps + 1):
         for name, gradient in gradients_of_step(step).items():
             model.get_parameter(name).grad = gradient
@@ -86,7 +86,7 @@ def test_adam_and_adamw_differ():
 
 @pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
 def test_the_implementation_asked_for_is_the_one_used(implementation):
-    optimizer = build_optimizer(Small(), Optimizer(implementation=implementation))
+    optimizer = build_optimizer(Small().parameters(), Optimizer(implementation=implementation))
     for group in optimizer.param_groups:
         assert group["fused"] == (implementation == "fused")
         assert group["foreach"] == (implementation == "foreach")
@@ -95,7 +95,7 @@ def test_the_implementation_asked_for_is_the_one_used(implementation):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_weight_decay_leaves_out_norms_and_only_them(tied):
     model = Transformer(ModelShape(16, 2, 2, 1, 32, 11, tied_embeddings=tied))
-    groups = build_optimizer(model, Optimizer(weight_decay=0.3)).param_groups
+    groups = build_optimizer(model.parameters(), Optimizer(weight_decay=0.3)).param_groups
     decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decays) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():

@@ -158,9 +158,9 @@ def setting_up(data, device, **overrides):
 def weights_after(trainer, steps=3):
     for step in range(1, steps + 1):
         train.forward_backward(trainer, trainer.loader.step_batches(step))
-        train.clip_grad_norm_(trainer.model.parameters(), trainer.config.training.max_norm)
+        train.clip_grad_norm_(trainer.weights.values(), trainer.config.training.max_norm)
         train.optimizer_step(trainer)
-    return torch.cat([p.detach().full_tensor().flatten() for p in trainer.model.parameters()])
+    return torch.cat([p.detach().full_tensor().flatten() for p in trainer.weights.values()])
 
 
 def first_loss(trainer):
@@ -258,8 +258,8 @@ def test_model_options_change_the_parameters_or_the_loss(data, device):
     def of(**overrides):
         trainer = setting_up(data, device, **overrides)
         loss = first_loss(trainer)  # and a gradient, since at first attention hardly moves the loss
-        gradient = trainer.model.layers["0"].attention.wq.weight.grad.full_tensor()
-        return sum(p.numel() for p in trainer.model.parameters()), loss, gradient.norm().item()
+        gradient = trainer.parts[0].layers["0"].attention.wq.weight.grad.full_tensor()
+        return sum(p.numel() for p in trainer.weights.values()), loss, gradient.norm().item()
 
     plain = of()
     for key, value in MODEL_OPTIONS.items():
@@ -372,14 +372,14 @@ def test_clipping_changes_the_weights(data, device):
 def test_precisions(data, device):
     trainer = setting_up(data, device)
     plain = weights_after(trainer)
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.weights.values()} == {torch.float32}
     states = [state["exp_avg"].dtype for state in trainer.optimizer.state.values()]
     assert set(states) == {torch.float32}
     for key in ("training.mixed_precision_param", "training.mixed_precision_reduce"):
         assert not torch.equal(plain, weights_after(setting_up(data, device, **{key: "bfloat16"}))), key
     trainer = setting_up(data, device, **{"training.dtype": "bfloat16"})
     weights_after(trainer)
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.weights.values()} == {torch.bfloat16}
     assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.bfloat16}
 
 
@@ -416,10 +416,11 @@ def test_garbage_is_collected_when_asked(run, monkeypatch):
 def test_resharding_policy_reaches_every_group(data, device):
     def policy(value):
         trainer = setting_up(data, device, **{"parallelism.fsdp_reshard_after_forward": value})
-        trainer.model(torch.zeros(1, 8, dtype=torch.int64))
+        trainer.parts[0](torch.zeros(1, 8, dtype=torch.int64))
         # After a forward without backward: what stays gathered is a plain tensor.
         return [
-            type(module.weight).__name__ for module in (trainer.model.layers["0"].attention.wq, trainer.model.output)
+            type(module.weight).__name__
+            for module in (trainer.parts[0].layers["0"].attention.wq, trainer.parts[0].output)
         ]
 
     assert policy("always") == ["DTensor", "DTensor"]
@@ -480,14 +481,14 @@ class CountProducts(TorchDispatchMode):
 def test_recomputation_modes_recompute_what_they_say(data, device):
     def attention_calls_and_products(**overrides):
         trainer = setting_up(data, device, **overrides)
-        calls = [0] * len(trainer.model.layers)
-        for layer, block in enumerate(trainer.model.layers.values()):
+        calls = [0] * len(trainer.parts[0].layers)
+        for layer, block in enumerate(trainer.parts[0].layers.values()):
             block.attention.inner_attention.register_forward_hook(
                 lambda *_, layer=layer: calls.__setitem__(layer, calls[layer] + 1)
             )
         with CountProducts() as counter:
             loss = first_loss(trainer)
-        gradients = torch.cat([p.grad.full_tensor().flatten() for p in trainer.model.parameters()])
+        gradients = torch.cat([p.grad.full_tensor().flatten() for p in trainer.weights.values()])
         return calls, counter.products, loss, gradients
 
     mode, option = "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option"

@@ -158,7 +158,7 @@ def join(rank, world, port):
 
 def start(case):
     model = build(case)
-    return model, build_optimizer(model, OptimizerConfig(lr=1e-3))
+    return model, build_optimizer(model.parameters(), OptimizerConfig(lr=1e-3))
 
 
 def checkpointer(scratch, name):
@@ -173,7 +173,7 @@ def four_ranks(rank, port, scratch):
         initial = whole(model.named_parameters())
         found[name] = {"initial": initial, **train(case, model, optimizer), "drift": largest_drift(model)}
         if name in RESUMED:
-            checkpointer(scratch, name).save(model, optimizer, Progress(STEPS, 0, {}, {}))
+            checkpointer(scratch, name).save(dict(model.named_parameters()), optimizer, Progress(STEPS, 0, {}, {}))
             found[f"{name}, continued"] = train(case, model, optimizer, first=STEPS)
     if rank == 0:
         torch.save(found, scratch / "four.pt")
@@ -189,7 +189,7 @@ def one_rank(rank, port, scratch):
         model, optimizer = start(alone)
         if name in RESUMED:
             saved = checkpointer(scratch, name)
-            saved.load(saved.find(), model, optimizer)
+            saved.load(saved.find(), dict(model.named_parameters()), optimizer)
             initial = whole(model.named_parameters())
             found[f"{name}, continued"] = {"initial": initial, **train(alone, model, optimizer, first=STEPS)}
             model, optimizer = start(alone)

@@ -31,7 +31,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,8 @@ MARKER, STATE, INDEX = "complete.json", "train_state.json", ".metadata"
 TEMPORARY = ".tmp-"  # whatever begins so is unfinished or being removed, and is swept at the next start or save
 
 T = TypeVar("T")
+Weights = Mapping[str, nn.Parameter]
+"""Of a rank, by their names in the whole model, as sharded: what the optimizer updates. Tied ones come once."""
 
 
 class CheckpointError(RuntimeError):
@@ -127,7 +129,7 @@ class Checkpointer:
         first = step == 1 and self.config.enable_first_step_checkpoint
         return first or stopping or step == last_step or step % self.config.interval == 0
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def prepare(self, weights: Weights, optimizer: Optimizer) -> None:
         """Find out before training what would fail at the first save, and remove what dead runs left unfinished.
 
         Raises:
@@ -135,8 +137,9 @@ class Checkpointer:
         """
         if not self.config.enable or self.config.load_only:
             return
-        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
-        needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        tensors = {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer)}
+        sizes = self._gather({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
+        needed = 2 * sum({name: size for part in sizes for name, size in part.items()}.values())
         probe, text = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
             self._together(lambda: self._read_probe(probe, text))
@@ -144,7 +147,7 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
 
-    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    def save(self, weights: Weights, optimizer: Optimizer, progress: Progress) -> None:
         """Write `step-N` and remove what `keep_latest_k` no longer keeps; nothing to do if `step-N` is complete.
 
         A save that fails removes its temporary folder and leaves earlier checkpoints as they are. (Should only the very
@@ -159,7 +162,7 @@ class Checkpointer:
             logger.info(f"{self._path(progress.step)} is already there, complete: not written again")
             return
         try:
-            tensors = self._together(lambda: _all_tensors(model, optimizer))
+            tensors = self._together(lambda: _all_tensors(weights, optimizer))
             parts = self._gather(self._write(temporary, tensors))
             files = {name: record for part in parts for name, record in part.items()}
             self._on_rank_zero(lambda: self._commit(temporary, progress, files))
@@ -209,8 +212,8 @@ class Checkpointer:
             )
         return self._source(path, model_only=self.config.initial_load_model_only)
 
-    def load(self, source: Source, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Fill in place the model and, unless the weights alone are wanted, optimizer states and random states.
+    def load(self, source: Source, weights: Weights, optimizer: Optimizer | None) -> None:
+        """Fill in place the weights and, unless the weights alone are wanted, optimizer states and random states.
 
         Learning rate and other hyperparameters are not in the file: they come from the config. Going back to an
         earlier step (`load_step`) sets the run's later checkpoints aside as superseded: the steps they stand for are
@@ -218,8 +221,8 @@ class Checkpointer:
 
         Args:
             source: from `find`.
-            model: sharded and materialised; its values are overwritten.
-            optimizer: over the model's parameters; None loads the weights alone.
+            weights: this rank's, sharded and materialised; their values are overwritten.
+            optimizer: over the same parameters; None loads the weights alone.
 
         Raises:
             UserError: the checkpoint's tensors are not this model's, or its index is not what DCP writes.
@@ -228,7 +231,8 @@ class Checkpointer:
         started = time.monotonic()
         optimizer = None if source.model_only else optimizer
         metadata = self._together(lambda: _read_index(source))
-        tensors = self._together(lambda: _tensors_to_load(source, metadata, model, optimizer))
+        everyones = set().union(*self._gather(list(weights)))
+        tensors = self._together(lambda: _tensors_to_load(source, metadata, weights, everyones, optimizer))
         with _plain_faults(f"reading {source.path}"):
             dcp.load(
                 tensors,
@@ -401,26 +405,18 @@ class Checkpointer:
 # Tensors and their names
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones once, sharing the model's memory.
-
-    `state_dict()` also has FSDP reshard what a forward without backward left gathered.
-    """
-    state = model.state_dict()
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    return {f"model/{name}": tensor for name, tensor in state.items() if name not in tied}
+def _model_tensors(weights: Weights) -> dict[str, Tensor]:
+    """Sharing their memory."""
+    return {f"model/{name}": weight.detach() for name, weight in weights.items()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Adam's states by parameter; those not there yet are made as Adam's first step would make them.
-
-    Call after `_model_tensors`, when every parameter is in its sharded form, which the optimizer holds.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def _optimizer_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Adam's states by parameter; those not there yet are made as Adam's first step would make them."""
+    names = {parameter: name for name, parameter in weights.items()}
     tensors = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            assert parameter in names, "the optimizer holds a parameter that is not the model's"
+            assert parameter in names, "the optimizer holds a parameter that is not among the weights"
             state = optimizer.state[parameter]
             if not state:
                 device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
@@ -447,23 +443,25 @@ def _restore_rng(states: dict[str, Tensor]) -> None:
             torch.get_device_module(kind).set_rng_state(state)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _device(weights: Weights) -> torch.device:
+    return next(iter(weights.values())).device
 
 
-def _all_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **_rng_tensors(_device(model))}
+def _all_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer), **_rng_tensors(_device(weights))}
 
 
 def _tensors_to_load(
-    source: Source, metadata: Metadata, model: nn.Module, optimizer: Optimizer | None
+    source: Source, metadata: Metadata, weights: Weights, everyones: set[str], optimizer: Optimizer | None
 ) -> dict[str, Tensor]:
-    """The tensors to read into, after checking that the checkpoint has them, all of them and no others."""
-    tensors, kinds = _model_tensors(model), ["model"]
+    """The tensors to read into, after checking that the checkpoint has them, all of them and none that no rank has."""
+    tensors, kinds = _model_tensors(weights), ["model"]
     if optimizer is not None:
-        tensors, kinds = {**tensors, **_optimizer_tensors(model, optimizer)}, ["model", "optimizer"]
+        tensors, kinds = {**tensors, **_optimizer_tensors(weights, optimizer)}, ["model", "optimizer"]
     entries = _tensor_entries(metadata)
     saved = {key for key in entries if key.split("/")[0] in kinds}
+    parameter = re.compile(r"model/(.*)|optimizer/(.*)/[^/]*")
+    unknown = {key for key in saved if (at := parameter.fullmatch(key)) is None or (at[1] or at[2]) not in everyones}
     common = sorted(saved & tensors.keys())
     reshaped = [
         f"{key} {list(entries[key].size)} instead of {list(tensors[key].shape)}"
@@ -477,7 +475,7 @@ def _tensors_to_load(
     ]
     faults = {
         "lacks": sorted(tensors.keys() - saved),
-        "has, unknown to this model,": sorted(saved - tensors.keys()),
+        "has, unknown to this model,": sorted(unknown),
         "has in another shape": reshaped,
         "has in another precision": retyped if optimizer is not None else [],
     }
@@ -486,7 +484,7 @@ def _tensors_to_load(
         raise UserError(f"{source.path} is not a checkpoint of this model: {text}. Compare [model] and training.dtype.")
     if retyped:
         logger.info(f"{source.path}: weights are converted: {_first_few(retyped)}")
-    random = _rng_tensors(_device(model))
+    random = _rng_tensors(_device(weights))
     if (
         optimizer is not None
         and source.marker.world_size == dist.get_world_size()

@@ -26,6 +26,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from torchtrain.datasets.registry import DATASETS
 from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
+from torchtrain.pipeline_stages import (
+    SCHEDULES,
+    check_cut,
+    check_microbatches,
+    check_stages,
+    cut_evenly,
+    default_stages,
+)
 from torchtrain.utils import UserError, nearest
 
 HELP_SHOWN = 3  # exit status of `python -m torchtrain.config_manager` after --help: all is well, but start nothing
@@ -55,6 +63,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, AfterValidator(_utf8)]
 Name = Annotated[Text, Field(min_length=1)]
+Pieces = Annotated[list[Name], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -247,6 +256,22 @@ class Parallelism(Section):
     """With tensor parallelism, gather the logits for the loss (more memory)."""
     enable_async_tensor_parallel: bool = False
     """With tensor parallelism under compile on CUDA, overlap the products with their communication."""
+    pipeline_parallel_degree: Count = 1
+    """Ranks that share the layers, each with one stage or several."""
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """Order of forwards and backwards; the first two take one stage a rank, the interleaved several, the others two."""
+    pipeline_parallel_microbatch_size: Count = 1
+    """Sequences in a microbatch of the pipeline; must divide the batch that passes it, at most local_batch_size."""
+    pipeline_parallel_layers_per_stage: Count | None = None
+    """Layers in a stage; unset: as many as give the schedule the fewest stages it takes."""
+    pipeline_parallel_first_stage_less_layers: CountOrZero = 1
+    """Layers that the embedding stands for, by which the first stage is lighter."""
+    pipeline_parallel_last_stage_less_layers: CountOrZero = 1
+    """Layers that the output stands for, by which the last stage is lighter."""
+    module_fqns_per_model_part: Annotated[list[Pieces], Field(min_length=1)] | None = None
+    """The pieces of each stage, from tok_embeddings, layers.0 on, norm and output; unset: cut evenly."""
     context_parallel_degree: Count = 1
     """Ranks that share each sequence."""
     context_parallel_method: Literal["ring", "ulysses"] = "ring"
@@ -325,7 +350,22 @@ class Debug(Section):
 
 
 # The factors of the world size beside data_parallel_shard_degree.
-DEGREES = ("data_parallel_replicate_degree", "context_parallel_degree", "tensor_parallel_degree")
+DEGREES = (
+    "pipeline_parallel_degree",
+    "data_parallel_replicate_degree",
+    "context_parallel_degree",
+    "tensor_parallel_degree",
+)
+
+# What says how a pipeline is cut and run.
+PIPELINE_KEYS = (
+    "pipeline_parallel_schedule",
+    "pipeline_parallel_microbatch_size",
+    "pipeline_parallel_layers_per_stage",
+    "pipeline_parallel_first_stage_less_layers",
+    "pipeline_parallel_last_stage_less_layers",
+    "module_fqns_per_model_part",
+)
 
 # What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
 UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "experimental", "validation")
@@ -335,9 +375,7 @@ UNSUPPORTED_KEYS = {
     "model": "converters print_after_conversion",
     "optimizer": "early_step_in_backward",
     "training": "dataloader",
-    "parallelism": "pipeline_parallel_degree module_fqns_per_model_part pipeline_parallel_first_stage_less_layers "
-    "pipeline_parallel_last_stage_less_layers pipeline_parallel_layers_per_stage pipeline_parallel_schedule "
-    "pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size pipeline_parallel_expert_parallel_overlap "
+    "parallelism": "pipeline_parallel_schedule_csv pipeline_parallel_expert_parallel_overlap "
     "expert_parallel_degree expert_tensor_parallel_degree expert_parallel_comm_backend",
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf initial_load_in_hf_quantized "
     "last_save_model_only last_save_in_hf export_dtype async_mode exclude_from_loading "
@@ -456,7 +494,7 @@ class Option:
     """One field."""
 
     kind: str
-    """JSON Schema's name of its type: integer, number, boolean, string or array."""
+    """JSON Schema's name of its type: integer, number, boolean, string or array; "lists" for an array of arrays."""
     optional: bool
     """Whether it can be unset."""
     allowed: str
@@ -478,7 +516,7 @@ def options() -> dict[str, Option]:
             optional = "anyOf" in schema
             value_schema = schema["anyOf"][0] if optional else schema
             found[f"{section}.{key}"] = Option(
-                kind=value_schema["type"],
+                kind="lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"],
                 optional=optional,
                 allowed=_in_words(value_schema),
                 default=schema["default"],
@@ -490,6 +528,8 @@ def options() -> dict[str, Option]:
 def _in_words(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "array" and schema["items"]["type"] == "array":
+        return "a list of lists of names, none empty"
     if schema["type"] == "array":
         return "a list with at least one of " + ", ".join(schema["items"]["enum"])
     words = {
@@ -531,8 +571,8 @@ def help_text() -> str:
     lines = [
         "Train a Llama. Options may stand in a TOML file too, as KEY under [SECTION]; the command line goes before it.",
         "",
-        "  --SECTION.KEY VALUE or --SECTION.KEY=VALUE; true/false options also bare, for true; lists with commas;",
-        "  the value none unsets an option that can be unset.",
+        "  --SECTION.KEY VALUE or --SECTION.KEY=VALUE; true/false options also bare, for true; lists with commas,",
+        "  lists of lists with semicolons between; the value none unsets an option that can be unset.",
     ]
     for section, model in SECTIONS.items():
         lines += ["", f"[{section}] {model.__doc__}"]
@@ -581,6 +621,8 @@ def _from_text(option: Option, text: str) -> Any:
         return {"true": True, "false": False}.get(text, text)
     if option.kind == "array":
         return text.split(",")
+    if option.kind == "lists":
+        return [part.split(",") for part in text.split(";")]
     try:
         return {"integer": int, "number": float, "string": str}[option.kind](text)
     except ValueError:
@@ -723,6 +765,7 @@ def check(config: JobConfig, world_size: int | None) -> list[Fault]:
         *_check_data(config.training),
         *_check_layout(config, world_size),
         *_check_sharing(config),
+        *_check_pipeline(config, world_size),
         *_check_folders(config),
         *_check_checkpoint(config.checkpoint),
         *_check_switches(config),
@@ -855,6 +898,7 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
             ("disable_sequence_parallel", "disable_loss_parallel", "enable_async_tensor_parallel"),
         ),
         "context_parallel_degree": (cp, ("context_parallel_method", "context_parallel_rotate_method")),
+        "pipeline_parallel_degree": (parallelism.pipeline_parallel_degree, PIPELINE_KEYS),
     }
     for degree_key, (degree, keys) in without_effect.items():
         for key in keys:
@@ -864,6 +908,58 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
                     (name, f"parallelism.{degree_key}"),
                     f"{name} = {shown(value)} has no effect while parallelism.{degree_key} = 1",
                 )
+
+
+def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
+    """Cutting the model, the schedule's own wants, and what it makes of a batch."""
+    parallelism = config.parallelism
+    ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if ranks == 1:
+        return
+    given = f"parallelism.pipeline_parallel_degree = {ranks}"
+    degrees = tuple(f"parallelism.{key}" for key in ("data_parallel_shard_degree", *DEGREES))
+    cutting = tuple(f"parallelism.{key}" for key in PIPELINE_KEYS)
+    if parallelism.module_fqns_per_model_part is not None:
+        for key in PIPELINE_KEYS[2:5]:
+            if parallelism.__dict__[key] != options()[f"parallelism.{key}"].default:
+                yield Fault(
+                    (f"parallelism.{key}", "parallelism.module_fqns_per_model_part"),
+                    f"parallelism.{key} = {parallelism.__dict__[key]} has no effect with module_fqns_per_model_part, "
+                    "which says what each stage gets",
+                )
+    if SCHEDULES[schedule].splits_backward and parallelism.fsdp_reshard_after_forward == "always":
+        yield Fault(
+            ("parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule"),
+            f'parallelism.fsdp_reshard_after_forward = "always": {schedule} splits the backward, where FSDP computes '
+            'wrong gradients; leave it at "default"',
+        )
+    try:
+        stages = plan_stages(parallelism, model_shape(config.model).pieces)
+    except UserError as fault:
+        yield Fault((*degrees, *cutting, "model.name", "model.flavor", "model.n_layers"), f"{given}: {fault}")
+        return
+    try:
+        batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size
+    except UserError:  # reported elsewhere
+        return
+    size = parallelism.pipeline_parallel_microbatch_size
+    keys = (*degrees, *cutting, "training.local_batch_size", "training.global_batch_size")
+    if batch % size:
+        yield Fault(
+            keys,
+            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
+            "pipeline together (the largest divisor of global batch / data-parallel degree up to "
+            "training.local_batch_size)",
+        )
+    elif world_size is not None:
+        try:
+            check_microbatches(schedule, batch // size, len(stages), ranks)
+        except UserError as fault:
+            yield Fault(
+                keys,
+                f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
+                f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)",
+            )
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
@@ -976,6 +1072,32 @@ def plan_batch(training: Training, data_parallel_degree: int) -> BatchPlan:
 def _divisors(number: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+def plan_stages(parallelism: Parallelism, pieces: list[str]) -> list[list[str]]:
+    """The pieces (`ModelShape.pieces`) of each pipeline stage of all ranks; one stage without a pipeline.
+
+    Raises:
+        UserError: the model cannot be cut so, or the schedule not run so many stages.
+    """
+    ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if ranks == 1:
+        return [pieces]
+    parts = parallelism.module_fqns_per_model_part
+    if parts is not None:
+        check_cut(parts, pieces)
+        check_stages(schedule, len(parts), ranks)
+        return parts
+    first, last = (
+        parallelism.pipeline_parallel_first_stage_less_layers,
+        parallelism.pipeline_parallel_last_stage_less_layers,
+    )
+    layers = parallelism.pipeline_parallel_layers_per_stage
+    stages = default_stages(schedule, ranks)
+    if layers is not None:
+        stages = -(-(len(pieces) - 3 + first + last) // layers)
+    check_stages(schedule, stages, ranks)
+    return cut_evenly(pieces, stages, first, last)
 
 
 def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:

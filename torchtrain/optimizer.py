@@ -12,15 +12,16 @@ from torch.distributed.tensor import DTensor
 from torchtrain.config_manager import Optimizer as OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of [optimizer] over all parameters of the model, each once.
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of [optimizer] over these parameters, each of which comes once.
 
     Weight decay is for matrices: norm weights, the only parameters of one dimension, scale what the next matrix reads,
     and decaying them would fight their value of 1. AdamW's decay is decoupled (Loshchilov & Hutter, arXiv:1711.05101),
     Adam's is added to the gradient.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    parameters = list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -36,7 +37,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     )
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None) -> Tensor:
     """Scale the gradients in place so that the norm of the whole model's gradient is at most `max_norm`.
 
     A collective call for sharded parameters: every rank of their meshes must make it.
@@ -45,19 +46,20 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         parameters: plain tensors or DTensors, each once (as `Module.parameters()` lists them); those without a
             gradient are passed over.
         max_norm: of the 2-norm.
+        stages: the ranks that have the model's other parameters (pipeline parallelism).
 
     Returns:
         The norm before clipping: 0-dim, fp32, the same on every rank.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = total_norm(gradients)
+    norm = total_norm(gradients, stages)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch's own clipping; a norm that is NaN stays visible
     for gradient in gradients:
         _local(gradient).mul_(scale)
     return norm
 
 
-def total_norm(gradients: list[Tensor]) -> Tensor:
+def total_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
     """The 2-norm of all gradients together, every element of every shard counted once: 0-dim, fp32.
 
     `torch.nn.utils.get_total_norm` is not used: a CPU's fp32 norm adds a whole tensor's squares in a few running sums
@@ -76,6 +78,8 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
             for dim in dims:
                 dist.all_reduce(part, group=mesh.get_group(dim))
         total += part
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
     return total.sqrt().float()
 
 

@@ -28,12 +28,12 @@ def masked(microbatch):
 
 def first_step(config, device, out, mask):
     trainer = train.set_up(config, device)
-    weights = {name: p.detach().full_tensor().clone() for name, p in trainer.model.named_parameters()}
+    weights = {name: p.detach().full_tensor().clone() for name, p in trainer.weights.items()}
     batches = [masked(batch) if mask else batch for batch in trainer.loader.step_batches(1)]
     loss, _ = train.forward_backward(trainer, batches)
     dist.all_reduce(loss)
-    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()}
-    norm = clip_grad_norm_(trainer.model.parameters(), 1e9)
+    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.weights.items()}
+    norm = clip_grad_norm_(trainer.weights.values(), 1e9)
     if dist.get_rank() == 0:
         torch.save({"weights": weights, "gradients": gradients, "loss": loss, "norm": norm}, out)
 

@@ -20,7 +20,7 @@ run_case = parity_ranks.run_case
 
 def scaled_by_microbatches(trainer, microbatches):
     result = forward_backward(trainer, microbatches)
-    for parameter in trainer.model.parameters():
+    for parameter in trainer.weights.values():
         parameter.grad.mul_(len(microbatches))
     return result
 
@@ -33,7 +33,7 @@ def drifting(name):
     def step(trainer):
         optimizer_step(trainer)
         if trainer.step == trainer.config.training.steps and dist.get_rank() == 1:
-            weight = dict(trainer.model.named_parameters())[name]
+            weight = trainer.weights[name]
             weight.data.to_local().view(-1)[-1:].mul_(1 + 2**-20)
 
     return step

@@ -37,6 +37,11 @@ class ModelShape:
     rope_original_seq_len: int = 8192
     """Context length, in tokens, that the unscaled frequencies were trained for."""
 
+    @property
+    def pieces(self) -> list[str]:
+        """Names of the modules between which the model can be cut, in the order of the forward."""
+        return ["tok_embeddings", *(f"layers.{layer}" for layer in range(self.n_layers)), "norm", "output"]
+
     def describe(self) -> str:
         """The shape in words, for the start of a run."""
         grouped = "" if self.n_kv_heads == self.n_heads else f" on {self.n_kv_heads} key/value heads"

@@ -10,7 +10,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Dubey et al. 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -99,9 +99,26 @@ class Transformer(nn.Module):
         return self
 
     def tie(self) -> None:
-        """Make a tied output's weight the embedding's again, after that was replaced."""
-        if self.shape.tied_embeddings:
+        """Make a tied output's weight the embedding's again, after that was replaced, where both are kept."""
+        if self.shape.tied_embeddings and self.keeps("tok_embeddings") and self.keeps("output"):
             self.output.weight = self.tok_embeddings.weight
+
+    def keep(self, pieces: Container[str]) -> None:
+        """Become the part of the model that these of `ModelShape.pieces` make; the others hand on what they get.
+
+        Names of parameters stay those of the whole model. A part without the embedding takes [B, S, D] for tokens, one
+        without the output returns it.
+        """
+        for name in ("tok_embeddings", "norm", "output"):
+            if name not in pieces:
+                setattr(self, name, nn.Identity())
+        for layer in list(self.layers):
+            if f"layers.{layer}" not in pieces:
+                del self.layers[layer]
+
+    def keeps(self, piece: str) -> bool:
+        """Whether this part has the embedding, the final norm or the output, by that name."""
+        return not isinstance(self.get_submodule(piece), nn.Identity)
 
 
 class TransformerBlock(nn.Module):

@@ -41,8 +41,8 @@ def apply_around_blocks(model: Transformer, config: ActivationCheckpoint) -> Non
         every = int(config.selective_ac_option)
     else:
         return
-    for layer, block in enumerate(model.layers.values()):
-        if layer % every == 0:
+    for layer, block in model.layers.items():
+        if int(layer) % every == 0:
             block.forward = partial(checkpoint, block.forward, **RECOMPUTE)  # type: ignore[method-assign]
 
 

@@ -1,10 +1,14 @@
 """The one place that fixes the order in which the techniques are applied."""
 
+from collections.abc import Callable, Iterable
+
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrain.config_manager import JobConfig
+from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.logging_utils import logger
+from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, apply_within_blocks
 from torchtrain.parallelisms.compile import apply_compile
@@ -12,9 +16,71 @@ from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.pipeline_parallel import Pipeline, PipelinePlan, StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
+from torchtrain.pipeline_stages import SCHEDULES, stages_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
+    """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
+    stages = plan_stages(config.parallelism, shape.pieces)
+    mine = [0]
+    if dims.pp > 1:
+        schedule = config.parallelism.pipeline_parallel_schedule
+        mine = stages_of(mesh["pp"].get_local_rank(), schedule, len(stages), dims.pp)
+    parts = {}
+    for stage in mine:
+        with torch.device("meta"):
+            part = Transformer(shape)
+        part.keep(stages[stage])
+        part.to(DTYPES[config.training.dtype])
+        parallelize(part, mesh, dims, config)
+        if stage > 0:
+            part.rope = StagePositions(part.rope, config.training.seq_len // dims.cp)
+        parts[stage] = part
+    return parts
+
+
+def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the whole model; a tied output, which may be a stage's copy, is left out."""
+    return {
+        name: parameter
+        for part in parts
+        for name, parameter in part.named_parameters()
+        if not (part.shape.tied_embeddings and name == "output.weight")
+    }
+
+
+def build_pipeline(
+    parts: dict[int, Transformer],
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    config: JobConfig,
+    microbatch_size: int,
+    device: torch.device,
+    sequence_losses: Callable[[Tensor, Tensor], Tensor],
+) -> Pipeline:
+    """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences."""
+    parallelism, shape = config.parallelism, next(iter(parts.values())).shape
+    schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
+    stages = len(plan_stages(parallelism, shape.pieces))
+    seq_len = config.training.seq_len // dims.cp
+    compiled = config.compile.enable and "model" in config.compile.components
+    plan = PipelinePlan(
+        schedule,
+        stages,
+        last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
+        microbatches=microbatch_size // size,
+        microbatch_size=size,
+        seq_len=seq_len,
+        activation_shape=(seq_len if parallelism.disable_sequence_parallel else seq_len // dims.tp, shape.dim),
+        dtype=DTYPES[config.training.mixed_precision_param],
+        whole_backward=SCHEDULES[schedule].splits_backward
+        and (compiled or config.activation_checkpoint.mode != "none"),
+    )
+    return Pipeline(parts, plan, mesh.get_group("pp"), device, sequence_losses)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:
@@ -48,11 +114,16 @@ def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config
     if config.compile.enable and "model" in config.compile.components:
         apply_compile(model, config.compile.backend)
     apply_around_blocks(model, config.activation_checkpoint)
+    reshard = parallelism.fsdp_reshard_after_forward
+    if dims.pp > 1 and reshard == "default":
+        # Gathering again for each microbatch would cost more than a stage's parameters weigh; and where the backward is
+        # split, PyTorch's FSDP then trains wrongly, so that the config check refuses "always" there.
+        reshard = "never"
     apply_fsdp(
         model,
         dims.fsdp_mesh(mesh),
         param_dtype=param_dtype,
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        reshard_after_forward=parallelism.fsdp_reshard_after_forward,
+        reshard_after_forward=reshard,
         cpu_offload=config.training.enable_cpu_offload,
     )

@@ -39,10 +39,13 @@ def apply_fsdp(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     reshard = reshard_after_forward != "never"
-    if not model.shape.tied_embeddings:
-        shard(model.tok_embeddings, reshard_after_forward=reshard)
-        head: list[nn.Module] = [model.norm, model.output]
-        shard(head, reshard_after_forward=reshard_after_forward == "always")
+    tied_here = model.shape.tied_embeddings and model.keeps("tok_embeddings") and model.keeps("output")
+    if not tied_here:  # one parameter can be in one group alone: then it is the whole model's, which is made last
+        if model.keeps("tok_embeddings"):
+            shard(model.tok_embeddings, reshard_after_forward=reshard)
+        head: list[nn.Module] = [model.get_submodule(name) for name in ("norm", "output") if model.keeps(name)]
+        if head:
+            shard(head, reshard_after_forward=reshard_after_forward == "always")
     for block in model.layers.values():
         shard(block, reshard_after_forward=reshard)
     shard(model, reshard_after_forward=reshard_after_forward == "always")

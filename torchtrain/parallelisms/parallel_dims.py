@@ -1,6 +1,6 @@
 """The device mesh: how the ranks of a run are arranged."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -11,6 +11,8 @@ from torchtrain.config_manager import Parallelism, data_parallel_degree
 class ParallelDims:
     """Degrees of each dimension of the mesh, the outermost first; their product is the world size."""
 
+    pp: int
+    """Ranks that share the layers (pipeline): the outermost, since they talk least."""
     dp_replicate: int
     """Copies of the sharded model, their gradients all-reduced (HSDP; plain replication where dp_shard is 1)."""
     dp_shard: int
@@ -25,6 +27,7 @@ class ParallelDims:
         """Resolve -1 to what is left; the config check has already refused what cannot be."""
         replicate = parallelism.data_parallel_replicate_degree
         return cls(
+            pp=parallelism.pipeline_parallel_degree,
             dp_replicate=replicate,
             dp_shard=data_parallel_degree(parallelism, world_size) // replicate,
             cp=parallelism.context_parallel_degree,
@@ -37,17 +40,22 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     @property
-    def ranks_a_sample(self) -> int:
-        """Ranks that share the work on one sample: all of them hold its labels and, in the end, its loss."""
+    def ranks_a_stage(self) -> int:
+        """Ranks that share the work on one sample in one stage: in the last one all of them have its loss."""
         return self.cp * self.tp
 
+    @property
+    def ranks_a_sample(self) -> int:
+        """Ranks that share the work on one sample: all of them read it."""
+        return self.pp * self.ranks_a_stage
+
     def data_rank(self, rank: int) -> int:
-        """Which of the `data_parallel` shares of a batch this rank reads; context and tensor ranks read the same."""
-        return rank // self.ranks_a_sample
+        """Which of the `data_parallel` shares of a batch this rank reads; all `ranks_a_sample` read the same."""
+        return rank // self.ranks_a_stage % self.data_parallel
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """A mesh of the dimensions above 1, and `dp_shard` always."""
-        degrees = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        degrees = asdict(self)
         kept = {name: degree for name, degree in degrees.items() if degree > 1 or name == "dp_shard"}
         return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
@@ -62,6 +70,8 @@ class ParallelDims:
     def describe(self) -> str:
         """The layout in words, for the start-up line."""
         parts = []
+        if self.pp > 1:
+            parts.append(f"pipeline parallel: {self.pp} ranks share the layers")
         if self.dp_replicate > 1:
             parts.append(f"{self.dp_replicate} replicas")
         shards = self.dp_shard * self.cp

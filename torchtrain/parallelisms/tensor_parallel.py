@@ -64,12 +64,18 @@ def apply_tensor_parallel(
         "rows": RowwiseParallel(output_layouts=between),
         "logits": ColwiseParallel(use_local_output=False),
     }
-    parallelize_module(model, tp_mesh, {name: styles[role] for name, role in model.tensor_parallel_plan.items()})
+    plan = {
+        name: styles[role]
+        for name, role in model.tensor_parallel_plan.items()
+        if (model.layers if "*" in name else model.keeps(name))
+    }
+    parallelize_module(model, tp_mesh, plan)
     model.tie()
     # The sum is still under way when the style returns. A compiled block cannot take such a tensor, and waiting for it
     # by hand loses its gradient; an operation on it waits, and keeps it.
-    model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
-    if not loss_parallel:
+    if model.keeps("tok_embeddings"):
+        model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
+    if model.keeps("output") and not loss_parallel:
         # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in its outputs.
         model.output.register_forward_hook(lambda module, inputs, logits: logits.full_tensor().clone())
 

@@ -28,6 +28,7 @@ TASKS = {
     "plain": Task(),
     "tied": Task({"model.tied_embeddings": True}),
     "labels": Task(hide_labels=True),
+    "labels-tied": Task({"model.tied_embeddings": True}, hide_labels=True),
 }
 
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
@@ -41,6 +42,7 @@ CP_4 = {"parallelism.context_parallel_degree": 4}
 ALL_TO_ALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
 ULYSSES = {"parallelism.context_parallel_method": "ulysses"}
 IN_ORDER = {"parallelism.context_parallel_load_balancer": "none"}
+ALWAYS = {"parallelism.fsdp_reshard_after_forward": "always"}
 FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 SELECTIVE_OP = SELECTIVE | {"activation_checkpoint.selective_ac_option": "op"}
@@ -48,6 +50,24 @@ COMPILE = {"compile.enable": True}
 BUDGET = COMPILE | {"activation_checkpoint.mode": "memory_budget"}
 OFFLOAD = {"training.enable_cpu_offload": True}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
+
+
+def pipeline(schedule: str, ranks: int = 2) -> dict[str, Any]:
+    """A pipeline under this schedule."""
+    return {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": schedule}
+
+
+PP_2 = pipeline("1F1B")
+INTERLEAVED, ZERO_BUBBLE = pipeline("Interleaved1F1B"), pipeline("InterleavedZeroBubble")
+ZBV, DUAL_PIPE = pipeline("ZBVZeroBubble"), pipeline("DualPipeV")
+BATCHES_OF_4 = {"training.local_batch_size": 4}
+PAIRS = {"parallelism.pipeline_parallel_microbatch_size": 2}
+UNEVEN = {
+    "parallelism.module_fqns_per_model_part": [
+        ["tok_embeddings", "layers.0", "layers.1", "layers.2"],
+        ["layers.3", "norm", "output"],
+    ]
+}
 
 LAYOUTS = {
     "accumulate": Layout(1, MICROBATCH_1),
@@ -60,7 +80,7 @@ LAYOUTS = {
     "bf16": Layout(1, BF16),
     "accumulate-labels": Layout(1, MICROBATCH_1, "labels"),
     "fsdp2": Layout(2),
-    "fsdp2-always": Layout(2, {"parallelism.fsdp_reshard_after_forward": "always"}),
+    "fsdp2-always": Layout(2, ALWAYS),
     "fsdp2-never": Layout(2, {"parallelism.fsdp_reshard_after_forward": "never"} | MICROBATCH_1),
     "fsdp2-accumulate": Layout(2, MICROBATCH_1),
     "fsdp2-full-ac": Layout(2, FULL),
@@ -93,6 +113,30 @@ LAYOUTS = {
     "cp2-tied": Layout(2, CP_2 | MICROBATCH_1, "tied"),
     "cp2-labels": Layout(2, CP_2 | MICROBATCH_1, "labels"),
     "cp2-bf16": Layout(2, CP_2 | BF16),
+    "pp2-gpipe": Layout(2, pipeline("GPipe")),
+    "pp2-1f1b": Layout(2, PP_2),
+    "pp2-1f1b-accumulate": Layout(2, PP_2 | BATCHES_OF_4 | PAIRS),
+    "pp2-1f1b-uneven": Layout(2, PP_2 | UNEVEN),
+    "pp2-1f1b-always": Layout(2, PP_2 | ALWAYS),
+    "pp2-interleaved": Layout(2, INTERLEAVED),
+    "pp2-interleaved-zb": Layout(2, ZERO_BUBBLE),
+    "pp2-zbv": Layout(2, ZBV),
+    "pp2-dualpipev": Layout(2, DUAL_PIPE),
+    "pp2-gpipe-full-ac": Layout(2, pipeline("GPipe") | FULL),
+    "pp2-1f1b-selective-op-ac": Layout(2, PP_2 | SELECTIVE_OP),
+    "pp2-interleaved-budget-ac": Layout(2, INTERLEAVED | BUDGET),
+    "pp2-interleaved-zb-full-ac": Layout(2, ZERO_BUBBLE | FULL),
+    "pp2-zbv-selective-op-ac": Layout(2, ZBV | SELECTIVE_OP),
+    "pp2-dualpipev-selective-ac": Layout(2, DUAL_PIPE | SELECTIVE),
+    "pp2-1f1b-compile": Layout(2, PP_2 | COMPILE),
+    "pp2-zbv-compile": Layout(2, ZBV | COMPILE),
+    "pp2-1f1b-offload": Layout(2, PP_2 | OFFLOAD),
+    "pp2-1f1b-tied": Layout(2, PP_2 | BATCHES_OF_4, "tied"),
+    "pp2-zbv-tied": Layout(2, ZBV, "tied"),
+    "pp2-1f1b-labels": Layout(2, PP_2 | BATCHES_OF_4, "labels"),
+    "pp2-dualpipev-labels": Layout(2, DUAL_PIPE, "labels"),
+    "pp2-1f1b-bf16": Layout(2, PP_2 | BF16),
+    "pp2-zbv-bf16": Layout(2, ZBV | BF16),
     "fsdp4": Layout(4),
     "hsdp2x2": Layout(4, REPLICATE_2),
     "hsdp2x2-accumulate-labels": Layout(4, REPLICATE_2 | MICROBATCH_1, "labels"),
@@ -109,4 +153,25 @@ LAYOUTS = {
     "replicate2-cp2": Layout(4, CP_2 | REPLICATE_2),
     "tp2-cp2": Layout(4, TP_2 | CP_2),
     "tp2-cp2-ulysses-tied": Layout(4, TP_2 | CP_2 | ULYSSES, "tied"),
+    "pp4-gpipe": Layout(4, pipeline("GPipe", 4)),
+    "pp4-1f1b": Layout(4, pipeline("1F1B", 4)),
+    "fsdp2-pp2-1f1b": Layout(4, PP_2),
+    "fsdp2-pp2-gpipe-always": Layout(4, pipeline("GPipe") | ALWAYS),
+    "fsdp2-pp2-interleaved-always": Layout(4, INTERLEAVED | ALWAYS),
+    "fsdp2-pp2-interleaved-zb": Layout(4, ZERO_BUBBLE),
+    "fsdp2-pp2-zbv": Layout(4, ZBV),
+    "fsdp2-pp2-zbv-bf16": Layout(4, ZBV | BF16),
+    "fsdp2-pp2-dualpipev": Layout(4, DUAL_PIPE),
+    "fsdp2-pp2-interleaved-compile": Layout(4, INTERLEAVED | COMPILE),
+    "fsdp2-pp2-1f1b-tied-full-ac": Layout(4, PP_2 | FULL, "tied"),
+    "fsdp2-pp2-zbv-tied-labels": Layout(4, ZBV, "labels-tied"),
+    "replicate2-pp2-1f1b": Layout(4, PP_2 | REPLICATE_2),
+    "tp2-pp2-1f1b": Layout(4, PP_2 | TP_2),
+    "tp2-pp2-1f1b-no-sequence-no-loss": Layout(4, PP_2 | TP_2 | NO_SEQUENCE | NO_LOSS),
+    "tp2-pp2-zbv": Layout(4, ZBV | TP_2),
+    "tp2-pp2-interleaved-compile-tied": Layout(4, INTERLEAVED | TP_2 | COMPILE, "tied"),
+    "cp2-pp2-1f1b": Layout(4, PP_2 | CP_2),
+    "cp2-pp2-dualpipev-labels": Layout(4, DUAL_PIPE | CP_2, "labels"),
+    "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
+    "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }

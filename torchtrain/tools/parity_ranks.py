@@ -55,7 +55,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     config = JobConfig().parse_args(case["options"])
     trainer = train.set_up(config, device)
     set_timeout(config.comm.init_timeout_seconds, trainer.mesh.get_all_groups())
-    parameters = dict(trainer.model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
+    parameters = trainer.weights
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": gather(parameters)[0]}
     stop = train.StopRequest()
     for step in range(1, config.training.steps + 1):
@@ -66,7 +66,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         loss, max_loss = train.forward_backward(trainer, microbatches)
         if step == 1:
             results["gradients"], _ = gather({name: parameter.grad for name, parameter in parameters.items()})
-        norm = clip_grad_norm_(trainer.model.parameters(), config.training.max_norm)
+        norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
         summary, _ = train.combine_ranks(trainer, loss, max_loss, norm, stopwatch, stop)
         results["losses"] += [summary.loss, summary.max_loss]
         results["norms"].append(summary.grad_norm)

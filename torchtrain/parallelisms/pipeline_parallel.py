@@ -1,0 +1,301 @@
+"""Pipeline parallelism: each rank has some of the layers, and microbatches pass from rank to rank.
+
+A *stage* is a run of consecutive pieces of the model; a rank has one stage or several. The schedule says in which order
+a rank takes forwards and backwards of which microbatch through which of its stages. Gradients add up over a batch's
+microbatches before FSDP reduces them once.
+
+Stages, schedules and what moves between ranks are PyTorch's, which run on every backend:
+https://docs.pytorch.org/docs/stable/distributed.pipelining.html. GPipe: Huang et al. 2018 (arXiv:1811.06965);
+1F1B and its interleaved form: Narayanan et al. 2021 (arXiv:2104.04473); zero bubble: Qi et al. 2023 (arXiv:2401.10241)
+and 2024 (arXiv:2405.15362, the V); DualPipe: DeepSeek-V3 (arXiv:2412.19437).
+
+Letters: B batch, S sequence, D model width, V vocabulary, L what this rank holds of a sequence between its blocks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    RECV_B,
+    REDUCE_GRAD,
+    SEND_B,
+    PipelineScheduleSingle,
+    _Action,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from torchtrain.models.llama import RotaryPositions, Transformer
+
+Order = dict[int, list[_Action | None]]
+"""By rank of the pipeline, what it does in turn."""
+
+
+class StagePositions(RotaryPositions):
+    """Rotations for a stage that is given [B, L, D] instead of tokens; L is but a part of what its attention sees."""
+
+    def __init__(self, rope: RotaryPositions, seq_len: int) -> None:
+        super().__init__(rope.shape)
+        self.rope = rope
+        self.seq_len = seq_len
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, L, D] to the rotations of as many positions as this rank would be given tokens."""
+        return self.rope(tokens.new_empty(1, self.seq_len))
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """How batches pass through the pipeline."""
+
+    schedule: str
+    """Its name, one of `pipeline_stages.SCHEDULES`."""
+    stages: int
+    """Of all ranks."""
+    last_rank: int
+    """Of the pipeline, the one that has the last stage: 0 in a V."""
+    microbatches: int
+    """In which a batch is cut."""
+    microbatch_size: int
+    """Sequences in each."""
+    seq_len: int
+    """Tokens that a rank is given of a sequence."""
+    activation_shape: tuple[int, int]
+    """(L, D) of what passes from stage to stage."""
+    dtype: torch.dtype
+    """Of the same: the compute precision."""
+    whole_backward: bool
+    """Compute the gradients of inputs and weights together even where the schedule splits them."""
+
+    def describe(self) -> str:
+        """In words, for the start-up line."""
+        return (
+            f"pipeline schedule {self.schedule}: {self.stages} stages, {self.microbatches} microbatches of "
+            f"{self.microbatch_size}" + (", backwards whole (recomputation or compile)" if self.whole_backward else "")
+        )
+
+
+class Pipeline:
+    """This rank's stages and the schedule that runs them. All ranks of the pipeline call the methods together.
+
+    Args:
+        parts: this rank's stages by their number, as `models.llama.Transformer`s that keep their pieces, parallelized.
+        plan: the same on all ranks.
+        group: the ranks of the pipeline.
+        device: of the computation.
+        sequence_losses: logits [B, S, V] and labels [B, S] to the loss of each sequence, [B].
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, Transformer],
+        plan: PipelinePlan,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        sequence_losses: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self.parts, self.plan, self.group, self.device = parts, plan, group, device
+        self.sequence_losses = sequence_losses
+        self.has_first, self.has_last = 0 in parts, plan.stages - 1 in parts
+        self.divisor = torch.ones((), device=device)
+        self.losses: list[Tensor] = []
+        self.schedule = self._build_schedule()
+        # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
+        self.forward_only = self._runtime(self._orders())
+        self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
+        self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Add to the gradients those of the loss of these sequences, divided by `valid`.
+
+        Args:
+            tokens: [B, S], B as many as the plan's microbatches together.
+            labels: the same.
+            valid: 0-dim, what the sum of the token losses is divided by.
+
+        Returns:
+            [B], each sequence's loss (a sum over its labels) on ranks that have the last stage; zeros on the others.
+        """
+        self.tied.take_weight(self.device)
+        self.divisor = valid
+        losses = self._pass(self.schedule.step, tokens, labels)
+        self.tied.hand_in_gradient(self.device)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The losses alone, as `forward_backward` returns them, under any schedule."""
+        self.tied.take_weight(self.device)
+        losses = self._pass(self.forward_only.eval, tokens, labels)
+        for part in self.parts.values():
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return losses
+
+    def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor) -> Tensor:
+        self.losses = []
+        run(*((tokens,) if self.has_first else ()), target=labels, return_outputs=False)
+        if self.has_last:
+            return torch.cat(self.losses)
+        return torch.zeros(len(tokens), device=self.device)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of a microbatch, for its backward; microbatches reach the last stage in their order."""
+        losses = self.sequence_losses(logits, labels)
+        self.losses.append(losses.detach())
+        return losses.sum() / self.divisor
+
+    def _stages(self) -> list[PipelineStage]:
+        """With the shapes of what they exchange, so that nothing has to run to find them out."""
+        plan = self.plan
+        with torch.device("meta"):
+            tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
+            h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
+        return [
+            AccumulatingStage(
+                part,
+                stage,
+                plan.stages,
+                self.device,
+                input_args=h if stage > 0 else tokens,
+                output_args=h,  # of the last stage it is never asked: its logits stay where they are
+                group=self.group,
+            )
+            for stage, part in self.parts.items()
+        ]
+
+    def _build_schedule(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        schedule_class = get_schedule_class(self.plan.schedule)
+        stages = self._stages()
+        single = issubclass(schedule_class, PipelineScheduleSingle)
+        # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
+        schedule = schedule_class(
+            stages[0] if single else stages, self.plan.microbatches, loss_fn=self._loss, scale_grads=False
+        )
+        if not single and self.plan.whole_backward:
+            return self._runtime(whole_backwards(schedule.pipeline_order))
+        return schedule
+
+    def _runtime(self, orders: Order) -> _PipelineScheduleRuntime:
+        runtime = _PipelineScheduleRuntime(
+            self._stages(), self.plan.microbatches, loss_fn=self._loss, scale_grads=False
+        )
+        runtime._prepare_schedule_with_comms(orders)
+        return runtime
+
+    def _orders(self) -> Order:
+        """What each rank does, where the schedule has it as data; where it has one stage a rank, GPipe's."""
+        if not isinstance(self.schedule, PipelineScheduleSingle):
+            return self.schedule.pipeline_order
+        ways, everything = (FORWARD, FULL_BACKWARD), range(self.plan.microbatches)
+        return {r: [_Action(r, way, m) for way in ways for m in everything] for r in range(self.plan.stages)}
+
+
+def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:
+    """The actions without waiting, and those that are two at once one after the other."""
+    return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
+
+
+def forwards(orders: dict[int, list[_Action]]) -> dict[int, list[_Action]]:
+    """What is left without the backwards. (PyTorch's own evaluation cannot run the V-shaped schedules.)"""
+    backward = (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, SEND_B, RECV_B, REDUCE_GRAD)
+    return {
+        rank: [action for action in steps_of(actions) if action.computation_type not in backward]
+        for rank, actions in orders.items()
+    }
+
+
+def whole_backwards(orders: Order) -> Order:
+    """Each backward whole where its first half was, and no second half.
+
+    The halves are separate passes through autograd: a recomputed block would be computed again for each, or fail, and a
+    compiled one has a single backward.
+    """
+    return {
+        rank: [
+            a._replace(computation_type=FULL_BACKWARD) if a.computation_type == BACKWARD_INPUT else a
+            for a in steps_of(actions)
+            if a.computation_type != BACKWARD_WEIGHT
+        ]
+        for rank, actions in orders.items()
+    }
+
+
+class AccumulatingStage(PipelineStage):
+    """A stage whose gradients add up in the reduction precision, also where the backward is split.
+
+    A whole backward ends in FSDP's hook, which moves a microbatch's gradient, in the compute precision, to the sum.
+    The weights' half reaches no hook, and several in a row would be summed in bf16.
+    """
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """As PyTorch's, and then what FSDP's hook does."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        for module in self.submod.modules():
+            if isinstance(module, FSDPModule):
+                state = module._get_fsdp_state()
+                several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
+                for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
+                    for parameter in group.fsdp_params if group is not None else ():
+                        parameter.accumulate_unsharded_grad_if_needed()
+                        parameter.to_accumulated_grad_if_needed()
+
+
+class TiedOutput:
+    """The output of a model with tied embeddings, whose embedding is in another stage: a copy for the computation.
+
+    The embedding is the parameter: it alone is updated, saved and counted. The copy takes its weight before a batch
+    and hands in its gradient after it. Both stages cut the matrix alike, so a rank deals with its like in the other.
+    """
+
+    def __init__(
+        self, parts: dict[int, Transformer], last_stage: int, last_rank: int, group: dist.ProcessGroup
+    ) -> None:
+        tied = all(part.shape.tied_embeddings for part in parts.values())
+        # The shards that the optimizer updates, kept from here: FSDP puts gathered parameters in their place at times.
+        self.embedding = parts[0].tok_embeddings.weight if tied and 0 in parts else None
+        self.copy = parts[last_stage].output.weight if tied and last_stage in parts else None
+        self.last_rank, self.group = last_rank, group
+
+    def take_weight(self, device: torch.device) -> None:
+        """Make the copy what the embedding is."""
+        self._move(self.embedding, self.copy, 0, self.last_rank, device, Tensor.copy_)
+
+    def hand_in_gradient(self, device: torch.device) -> None:
+        """Add the copy's gradient to the embedding's, and forget it."""
+        gradient = None if self.copy is None else self.copy.grad
+        total = None if self.embedding is None else self.embedding.grad
+        self._move(gradient, total, self.last_rank, 0, device, Tensor.add_)
+        if self.copy is not None:
+            self.copy.grad = None
+
+    @torch.no_grad()
+    def _move(
+        self,
+        given: Tensor | None,
+        taken: Tensor | None,
+        source: int,
+        target: int,
+        device: torch.device,
+        put: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Put this rank's part of what rank `source` has into that of rank `target`; travelling on the device."""
+        mine, into = (None if x is None else x.to_local() for x in (given, taken))  # type: ignore[attr-defined]
+        if mine is not None and into is not None and source == target:
+            put(into, mine)
+        elif mine is not None and mine.numel() > 0:
+            dist.send(mine.to(device).contiguous(), dist.get_global_rank(self.group, target), self.group)
+        elif into is not None and into.numel() > 0:
+            received = torch.empty_like(into, device=device)
+            dist.recv(received, dist.get_global_rank(self.group, source), self.group)
+            put(into, received.to(into.device))
