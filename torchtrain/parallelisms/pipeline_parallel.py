@@ -28,6 +28,7 @@ from torch.distributed.pipelining.schedules import (
     RECV_B,
     REDUCE_GRAD,
     SEND_B,
+    PipelineScheduleMulti,
     PipelineScheduleSingle,
     _Action,
     _PipelineScheduleRuntime,
@@ -108,9 +109,9 @@ class Pipeline:
         self.has_first, self.has_last = 0 in parts, plan.stages - 1 in parts
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
-        self.schedule = self._build_schedule()
+        self.schedule, orders = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
-        self.forward_only = self._runtime(self._orders())
+        self.forward_only = self._runtime(orders)
         self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
         self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
 
@@ -174,17 +175,21 @@ class Pipeline:
             for stage, part in self.parts.items()
         ]
 
-    def _build_schedule(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
-        schedule_class = get_schedule_class(self.plan.schedule)
-        stages = self._stages()
-        single = issubclass(schedule_class, PipelineScheduleSingle)
+    def _build_schedule(self) -> tuple[PipelineScheduleSingle | PipelineScheduleMulti, Order]:
+        """The schedule, and what each rank does in it; GPipe's order stands for all that have one stage a rank."""
+        schedule_class, microbatches = get_schedule_class(self.plan.schedule), self.plan.microbatches
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
-        schedule = schedule_class(
-            stages[0] if single else stages, self.plan.microbatches, loss_fn=self._loss, scale_grads=False
-        )
-        if not single and self.plan.whole_backward:
-            return self._runtime(whole_backwards(schedule.pipeline_order))
-        return schedule
+        if issubclass(schedule_class, PipelineScheduleSingle):
+            schedule = schedule_class(self._stages()[0], microbatches, loss_fn=self._loss, scale_grads=False)
+            ways, everything = (FORWARD, FULL_BACKWARD), range(microbatches)
+            return schedule, {
+                r: [_Action(r, way, m) for way in ways for m in everything] for r in range(self.plan.stages)
+            }
+        schedule = schedule_class(self._stages(), microbatches, loss_fn=self._loss, scale_grads=False)
+        if not self.plan.whole_backward:
+            return schedule, schedule.pipeline_order
+        orders = whole_backwards(schedule.pipeline_order)
+        return self._runtime(orders), orders
 
     def _runtime(self, orders: Order) -> _PipelineScheduleRuntime:
         runtime = _PipelineScheduleRuntime(
@@ -192,13 +197,6 @@ class Pipeline:
         )
         runtime._prepare_schedule_with_comms(orders)
         return runtime
-
-    def _orders(self) -> Order:
-        """What each rank does, where the schedule has it as data; where it has one stage a rank, GPipe's."""
-        if not isinstance(self.schedule, PipelineScheduleSingle):
-            return self.schedule.pipeline_order
-        ways, everything = (FORWARD, FULL_BACKWARD), range(self.plan.microbatches)
-        return {r: [_Action(r, way, m) for way in ways for m in everything] for r in range(self.plan.stages)}
 
 
 def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:

@@ -173,7 +173,9 @@ def as_text(value: Any) -> str:
         return str(value).lower()
     if value is None:
         return "none"
-    return ",".join(value) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ";".join(map(as_text, value)) if isinstance(value[0], list) else ",".join(value)
+    return str(value)
 
 
 def run_cases(plan: Plan, ranks: int, cases: dict[str, dict[str, Any]], folder: Path) -> Iterator[tuple[str, str]]:
@@ -324,7 +326,7 @@ def make_plan(config_file: str | None, steps: int, trainer_options: list[str], l
     return Plan(file, values, config.comm.init_timeout_seconds, on_gpus=visible_gpus() >= ranks)
 
 
-COLUMNS = "{:<26}{:>6}{:>9}{:>9}{:>10}{:>9}{:>9}  {}"
+COLUMNS = "{:<34}{:>6}{:>9}{:>9}{:>10}{:>9}{:>9}  {}"
 
 
 def as_line(row: Row) -> str:
