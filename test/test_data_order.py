@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torchtrain.config_manager import Data, Training
 from torchtrain.datasets import loader
 from torchtrain.datasets.data_order import locate, permuted
-from torchtrain.datasets.loader import DataLoader, PackedDataset, build_dataset
+from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.token_cache import Manifest, TokenCache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.utils import UserError
@@ -199,7 +200,7 @@ def test_resume_names_every_difference_and_a_wrong_position():
         DataLoader(counting_dataset(1001, 20, seed=1, tokenizer="u"), 12, 0, 1, 12).check_state(saved, 5)
     assert "debug.seed" in str(caught.value)
     assert "model.tokenizer_path" in str(caught.value)
-    with pytest.raises(UserError, match="samples consumed so far: 60 in the checkpoint, 72 now"):
+    with pytest.raises(UserError, match="not of step 6: the samples consumed so far are 60 in the checkpoint, 72 by"):
         DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).check_state(saved, 6)
     with pytest.raises(UserError):
         DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).check_state({}, 5)

@@ -1,16 +1,22 @@
 """The tokenizer gives back every text exactly, knows what it cannot read, and trains to the same bytes."""
 
 import io
+import itertools
+import json
+import os
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtrain.datasets import tokenizer as module
+from torchtrain.datasets import tokenizer_formats
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer, main, train_tokenizer
 from torchtrain.utils import UserError
 
@@ -190,9 +196,13 @@ def test_folder_with_a_model_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken format"),
-        (b'{"version": "1.0", "model": {}}', "JSON"),
-        (b'\n  {"version": "1.0"}', "JSON"),
+        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken format, with 3 tokens; .* only Llama 3's is known, with 128,000"),
+        (b"IQ== 0\nIg== \nIw== 2\n", "line 2: not a token in base64 and its rank"),
+        (b"IQ== 0\nI?== 1\n", "line 2: not a token in base64"),
+        (b'{"version": "1.0", "model": {}}', "JSON, but no tokenizer.json"),
+        (b'\n  {"version": "1.0"}', "JSON, but no tokenizer.json"),
+        (b'{"version": ', "JSON, but no tokenizer.json"),
+        (b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}', "JSON, but no tokenizer.json"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"", "empty"),
         (b"\0" * 1000, "no SentencePiece model"),
@@ -211,11 +221,11 @@ def test_other_formats_are_named(tmp_path, content, message):
 def test_missing_paths_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "nothing.model")
-    with pytest.raises(UserError, match=r"folder without tokenizer\.model"):
+    with pytest.raises(UserError, match=r"folder without tokenizer\.json or tokenizer\.model"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json.*SentencePiece models alone"):
-        load_tokenizer(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        load_tokenizer(tmp_path / "pipe")
 
 
 def test_model_without_bos_or_eos_is_refused():
@@ -223,3 +233,174 @@ def test_model_without_bos_or_eos_is_refused():
         foreign_model(bos_id=-1, eos_id=-1)
     with pytest.raises(UserError, match="no EOS"):
         foreign_model(eos_id=-1)
+
+
+# Other formats
+
+
+def hugging_face(*special: str) -> tokenizers.Tokenizer:
+    """A small byte-level BPE, made here."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+    )
+    made.train_from_iterator(TEXT, trainer)
+    return made
+
+
+def saved(folder: Path, *special: str, **beside: object) -> Path:
+    """The same in a folder, with the JSON files that `beside` names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hugging_face(*special).save(str(folder / "tokenizer.json"))
+    for name, content in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama3_file(tmp_path_factory) -> Path:
+    """A file as Llama 3's: every byte, then pairs, then triples, 128,000 in all."""
+    tokens = [bytes(token) for length in (1, 2) for token in itertools.product(range(256), repeat=length)]
+    tokens += [bytes(token) for token in itertools.islice(itertools.product(range(97, 256), repeat=3), 128_000)]
+    lines = (b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens[:128_000]))
+    file = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
+    file.write_bytes(b"".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, llama3_file):
+    folder = saved(tmp_path_factory.mktemp("hf"), "<|begin_of_text|>", "<|end_of_text|>")
+    return {"hugging face": load_tokenizer(folder), "llama 3": load_tokenizer(llama3_file)}
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "llama 3"])
+@pytest.mark.parametrize(
+    "text", [*HOSTILE, "<|begin_of_text|><|end_of_text|><|special_0|>"], ids=lambda text: ascii(text)[:30]
+)
+def test_other_kinds_give_every_text_back_and_spell_no_special_token(others, kind, text):
+    tokenizer = others[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "llama 3"])
+def test_other_kinds_give_the_same_ids_on_threads(others, kind):
+    texts = [text for text in HOSTILE if len(text) < 6000] * 3
+    one_by_one = [others[kind].encode(text) for text in texts]
+    for threads in (1, 2):
+        assert [ids.tolist() for ids in others[kind].encode_batch(texts, threads=threads)] == one_by_one
+    with pytest.raises(UserError, match="lone surrogate"):
+        others[kind].encode_batch(["fine", "\ud800"], threads=2)
+
+
+def test_hugging_face_ids_are_the_packages_own(others):
+    made = hugging_face("<|begin_of_text|>", "<|end_of_text|>")
+    for text in TEXT:
+        assert others["hugging face"].encode(text) == made.encode(text, add_special_tokens=False).ids
+
+
+def test_template_padding_and_truncation_of_a_tokenizer_json_are_left_out(tmp_path, others):
+    made = hugging_face("<|begin_of_text|>", "<|end_of_text|>")
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    made.enable_truncation(5)
+    made.enable_padding(length=100)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(TEXT[0]) == others["hugging face"].encode(TEXT[0])
+
+
+def test_bos_and_eos_are_those_of_the_files_beside_then_the_well_known(tmp_path):
+    specials = ("<s>", "</s>", "<a>", "<b>")
+
+    def pair(name, **beside):
+        tokenizer = load_tokenizer(saved(tmp_path / name, *specials, **beside))
+        return tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint
+
+    known = pair("known", tokenizer_config={"model_max_length": 8})
+    config = pair("config", tokenizer_config={"bos_token": "<a>", "eos_token": {"content": "<b>", "lstrip": False}})
+    mapped = pair("mapped", special_tokens_map={"bos_token": "<b>", "eos_token": "<b>"})
+    both = pair(
+        "both", special_tokens_map={"bos_token": "<b>", "eos_token": "<s>"}, tokenizer_config={"bos_token": "<a>"}
+    )
+    assert [entry[:2] for entry in (known, config, mapped, both)] == [(0, 1), (2, 3), (3, 3), (2, 0)]
+    assert len({entry[2] for entry in (known, config, mapped, both)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("specials", "beside", "message"),
+    [
+        ((), {}, r"bos_token = None, eos_token = None is none .*tokenizer_config\.json"),
+        (
+            ("<b>",),
+            {"tokenizer_config": {"bos_token": None, "eos_token": "<b>"}},
+            "separates documents: bos_token = None is none of its tokens",
+        ),
+        (
+            ("<s>", "</s>"),
+            {"tokenizer_config": {"bos_token": "<x>", "eos_token": "</s>"}},
+            "bos_token = '<x>' is none of its tokens",
+        ),
+        (("<s>", "</s>"), {"tokenizer_config": {"bos_token": {"x": 1}}}, "tokenizer_config.json.* cannot be read"),
+        (("<s>", "</s>"), {"tokenizer_config": {"bos_token": ["<s>"]}}, "is none of its tokens"),
+        (("<s>", "</s>"), {"tokenizer_config": ["<s>"]}, "tokenizer_config.json', which names BOS and EOS, cannot be"),
+    ],
+)
+def test_bos_and_eos_that_cannot_be_known_are_refused(tmp_path, specials, beside, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(saved(tmp_path, *specials, **beside))
+
+
+def test_tokens_that_the_file_does_not_call_special_cannot_be_spelled_either(tmp_path):
+    made = hugging_face()
+    made.add_tokens([tokenizers.AddedToken("<s>", special=False), tokenizers.AddedToken("</s>", special=False)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("a<s>b</s>")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (300, 301, 302)
+    assert not {300, 301} & set(ids)
+    assert tokenizer.decode([300, *ids, 301]) == "a<s>b</s>"
+
+
+def test_tokenizer_json_goes_before_tokenizer_model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(DEBUG_MODEL.read_bytes())
+    assert load_tokenizer(saved(tmp_path, "<s>", "</s>")).vocab_size == 300
+
+
+def test_llama3_ids_follow_its_file(others):
+    """BOS and EOS are the first two special tokens; merges go by rank: the pair comes before any triple."""
+    tokenizer = others["llama 3"]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (128_256, 128_000, 128_001)
+    assert tokenizer.encode("!") == [33]
+    assert tokenizer.encode("ab") == [256 + 97 * 256 + 98]
+    assert tokenizer.encode("aaa") == [256 + 65_536]
+    assert tokenizer.encode("1234567") == tokenizer.encode("123") + tokenizer.encode("456") + tokenizer.encode("7")
+
+
+def test_llama3_text_is_cut_where_metas_code_cuts_it():
+    def cuts(text):
+        return list(tokenizer_formats._cut_as_meta(text))
+
+    run = tokenizer_formats.LLAMA3_LONGEST_RUN
+    assert cuts("") == [""]
+    assert cuts("x" * run) == ["x" * run]
+    assert cuts("a " + "x" * (2 * run + 1) + " b") == ["a " + "x" * run, "x" * run, "x b"]
+    assert cuts(" " * (run + 1)) == [" " * run, " "]
+    words = "word " * 100_000
+    assert cuts(words) == [words[:400_000], words[400_000:]]
+
+
+def test_llama3_file_that_is_damaged_is_refused(tmp_path, llama3_file):
+    lines = llama3_file.read_bytes().splitlines(keepends=True)
+    (tmp_path / "tokenizer.model").write_bytes(b"".join([*lines[:-1], b"AAAAAAAA 5\n"]))
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:1000]))
+    with pytest.raises(UserError, match="with 1,000 tokens"):
+        load_tokenizer(tmp_path)

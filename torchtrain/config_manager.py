@@ -18,13 +18,14 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from torchtrain.datasets.registry import DATASETS
+from torchtrain.datasets.registry import DATASETS, find_dataset, import_custom
 from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
 from torchtrain.pipeline_stages import (
     SCHEDULES,
@@ -203,7 +204,7 @@ class Training(Section):
     """Data, batch, length and precision."""
 
     dataset: Text = "python_stdlib"
-    """Name of the dataset."""
+    """Name of the dataset, or owner/name[:config[:split]] of one of the Hugging Face Hub."""
     dataset_path: Name | None = None
     """File or folder with the documents, for the datasets that read your own."""
     local_batch_size: Count = 8
@@ -236,7 +237,13 @@ class Data(Section):
     cache_folder: Name | None = None
     """Folder of the token cache; unset: $XDG_CACHE_HOME/torchtrain or ~/.cache/torchtrain."""
     text_key: Name = "text"
-    """Field of a jsonl line that holds the document."""
+    """Field of a jsonl line, a parquet row or a hub's dataset that holds the document."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a row that is no document: the run stops, naming it, or it is left out and counted."""
+    mixture: Pieces | None = None
+    """Several sources instead of training.dataset, each "dataset = weight" or "dataset path = weight"."""
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the ids in token files that don't say; unset: the smallest that holds the vocabulary."""
 
 
 class Parallelism(Section):
@@ -303,6 +310,8 @@ class Checkpoint(Section):
     """Save after the first step too, to see early that saving works."""
     load_only: bool = False
     """Load, but save nothing."""
+    accept_changed_data: bool = False
+    """Go on although batch size, sequence length, corpus, tokenizer or seed differ from the checkpoint's; says how."""
 
 
 class ActivationCheckpoint(Section):
@@ -349,6 +358,16 @@ class Debug(Section):
     """Find the operation whose gradient is NaN (slow)."""
 
 
+class Experimental(Section):
+    """Your own code."""
+
+    custom_import: Text = ""
+    """Module (dotted) or .py file that is run before the config is checked, to register a dataset; empty: none."""
+
+
+# What names datasets, which the user's own code may add to.
+DATASET_KEYS = ("training.dataset", "data.mixture")
+
 # The factors of the world size beside data_parallel_shard_degree.
 DEGREES = (
     "pipeline_parallel_degree",
@@ -368,7 +387,7 @@ PIPELINE_KEYS = (
 )
 
 # What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
-UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "experimental", "validation")
+UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "validation")
 UNSUPPORTED_KEYS = {
     "job": "save_config_file custom_config_module",
     "metrics": "save_for_all_ranks",
@@ -384,6 +403,7 @@ UNSUPPORTED_KEYS = {
     "visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
     "comm": "trace_buf_size save_traces_folder save_traces_file_prefix mode",
     "debug": "moe_force_load_balance",
+    "experimental": "custom_args_module",
 }
 UNSUPPORTED_VALUES = {"parallelism.context_parallel_load_balancer": ("ptrr",)}
 NOT_YET = "is a torchtitan v0.2.2 option that torchtrain does not support yet"
@@ -426,13 +446,15 @@ class JobConfig(BaseModel):
     compile: Compile = Field(default_factory=Compile)
     comm: Comm = Field(default_factory=Comm)
     debug: Debug = Field(default_factory=Debug)
+    experimental: Experimental = Field(default_factory=Experimental)
 
     def parse_args(self, args_list: list[str] | None = None, world_size: int | None = None) -> "JobConfig":
         """Fill in place: default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
 
         Args:
             args_list: the command line; by default this process's.
-            world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1.
+            world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1. 0: not known, and no
+                layout is judged.
 
         Raises:
             ConfigError: every fault that can be known, in one report.
@@ -460,10 +482,17 @@ class JobConfig(BaseModel):
                 origin[name] = source
 
         config = JobConfig.model_validate(merged)
+        if config.experimental.custom_import:
+            name = "experimental.custom_import"
+            try:
+                import_custom(config.experimental.custom_import)
+            except UserError as fault:
+                lines.append(f"{origin[name]}: {fault}")
+                faulty.update((name, *DATASET_KEYS))
         if world_size is None:
             world_size, environment_faults = world_size_from_environment()
             lines += environment_faults
-        for clash in check(config, world_size):
+        for clash in check(config, world_size or None):
             if not faulty.intersection(clash.keys):
                 where = list(dict.fromkeys(origin[key] for key in clash.keys if key in origin))
                 lines.append(f"{', '.join(where) or 'defaults'}: {clash.text}")
@@ -530,6 +559,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "array" and schema["items"]["type"] == "array":
         return "a list of lists of names, none empty"
+    if schema["type"] == "array" and "enum" not in schema["items"]:
+        return "a list of texts, none empty"
     if schema["type"] == "array":
         return "a list with at least one of " + ", ".join(schema["items"]["enum"])
     words = {
@@ -762,7 +793,7 @@ def check(config: JobConfig, world_size: int | None) -> list[Fault]:
     """Every combination that cannot work; with a world size of None, those that need none."""
     return [
         *_check_model(config.model),
-        *_check_data(config.training),
+        *_check_data(config.training, config.data),
         *_check_layout(config, world_size),
         *_check_sharing(config),
         *_check_pipeline(config, world_size),
@@ -810,25 +841,30 @@ def _check_model(model: Model) -> Iterator[Fault]:
         )
 
 
-def _check_data(training: Training) -> Iterator[Fault]:
-    given = f"training.dataset = {shown(training.dataset)}"
-    keys = ("training.dataset", "training.dataset_path")
-    if training.dataset not in DATASETS:
-        close = nearest(training.dataset, DATASETS)
-        hint = f", did you mean {close}?" if close else ""
-        allowed = ", ".join(DATASETS)
-        yield Fault(keys[:1], f"{given} is unknown{hint}; allowed: {allowed}")
+def _check_data(training: Training, data: Data) -> Iterator[Fault]:
+    keys: tuple[str, ...] = ("training.dataset", "training.dataset_path")
+    if data.mixture is not None:
+        for name in keys:
+            value = training.__dict__[name.partition(".")[2]]
+            if value != options()[name].default:
+                yield Fault(
+                    (name, "data.mixture"), f"{name} = {shown(value)} has no effect: data.mixture names the sources"
+                )
+        keys = ("data.mixture",)
+    try:
+        sources = plan_sources(training, data)
+    except UserError as fault:
+        yield Fault(keys, str(fault))
         return
-    spec = DATASETS[training.dataset]
-    if spec.needs_path and training.dataset_path is None:
-        yield Fault(keys, f"{given} needs training.dataset_path: {spec.description}")
-    elif not spec.needs_path and training.dataset_path is not None:
+    for source in sources:
+        try:
+            find_dataset(source.dataset, source.path)
+        except UserError as fault:
+            yield Fault(keys, f"data.mixture: {shown(source.name)}: {fault}" if data.mixture else str(fault))
+    if data.token_dtype is not None and all(source.dataset != "tokens" for source in sources):
         yield Fault(
-            keys, f"training.dataset_path = {shown(training.dataset_path)} has no effect: {given} takes no path"
-        )
-    elif training.dataset_path is not None and not Path(training.dataset_path).expanduser().exists():
-        yield Fault(
-            keys, f"training.dataset_path = {shown(training.dataset_path)} does not exist (seen from {Path.cwd()})"
+            ("data.token_dtype", *keys),
+            f'data.token_dtype = {shown(data.token_dtype)} has no effect: no source is a token file (dataset "tokens")',
         )
 
 
@@ -976,7 +1012,8 @@ def _check_folders(config: JobConfig) -> Iterator[Fault]:
 
 def _check_checkpoint(checkpoint: Checkpoint) -> Iterator[Fault]:
     if not checkpoint.enable:
-        for key in ("load_step", "initial_load_path", "load_only", "enable_first_step_checkpoint"):
+        unused = ("load_step", "initial_load_path", "load_only", "enable_first_step_checkpoint", "accept_changed_data")
+        for key in unused:
             name, value = f"checkpoint.{key}", checkpoint.__dict__[key]
             if value != options()[name].default:
                 yield Fault(
@@ -1028,6 +1065,58 @@ def _check_switches(config: JobConfig) -> Iterator[Fault]:
 
 
 # ---- what follows from the values ----
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of documents, and its share of the samples."""
+
+    dataset: str
+    path: str | None
+    share: Fraction
+    """All shares add up to 1."""
+
+    @property
+    def name(self) -> str:
+        """As data.mixture names it."""
+        return self.dataset if self.path is None else f"{self.dataset} {self.path}"
+
+
+MIXTURE_PERIOD = 100_000
+"""Most samples after which a mixture's pattern of sources may repeat: it is kept as a table."""
+
+
+def plan_sources(training: Training, data: Data) -> list[DataSource]:
+    """The sources that the samples come from; weights are exact fractions, so that shares are.
+
+    Raises:
+        UserError: an entry of data.mixture that is none, a source named twice, weights too fine for a table.
+    """
+    if data.mixture is None:
+        return [DataSource(training.dataset, training.dataset_path, Fraction(1))]
+    weights: dict[tuple[str, str | None], Fraction] = {}
+    for entry in data.mixture:
+        name, _, number = (part.strip() for part in entry.rpartition("="))
+        plain = re.fullmatch(r"\d{1,18}(\.\d{1,18})?|\d{1,18}/0*[1-9]\d{0,17}", number, re.ASCII)
+        weight = Fraction(number) if plain else Fraction(0)
+        if not name or weight == 0:
+            raise UserError(
+                f'data.mixture: {shown(entry)} must be "dataset = weight" or "dataset path = weight", with a weight '
+                "> 0 such as 0.7, 7 or 7/10"
+            )
+        dataset, *path = name.split(maxsplit=1)
+        key = (dataset, path[0] if path else None)
+        if key in weights:
+            raise UserError(f"data.mixture: {shown(name)} is named twice; add its weights up")
+        weights[key] = weight
+    shares = {key: weight / sum(weights.values()) for key, weight in weights.items()}
+    if math.lcm(*(share.denominator for share in shares.values())) > MIXTURE_PERIOD:
+        near = [max(1, round(share * MIXTURE_PERIOD / 10)) for share in shares.values()]
+        raise UserError(
+            f"data.mixture: these weights need more than {MIXTURE_PERIOD:,} samples to come out exactly. Weights that "
+            f"are near, and do: {', '.join(map(str, near))}"
+        )
+    return [DataSource(dataset, path, share) for (dataset, path), share in shares.items()]
 
 
 @dataclass(frozen=True)

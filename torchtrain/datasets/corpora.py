@@ -3,23 +3,35 @@
 A reader finds its files at once (so that a wrong path is known before anything slow) and gives a `Corpus`, whose
 documents can be read as often as needed. In a folder, files are taken recursively, sorted by relative path; hidden
 files and folders (a leading dot) are left out; linked folders are followed, each real folder once. Empty documents are
-left out too: there is nothing to learn from BOS EOS. Everything else that cannot be read is an error with its place.
+left out too: there is nothing to learn from BOS EOS. A row that cannot be a document is an error with its place, or,
+with `data.on_bad_row = "skip"`, left out and counted. A file that cannot be opened is always an error.
+
+Compressed files and parquet are read by pyarrow, which the package `datasets` brings; hubs by `datasets` itself
+(https://huggingface.co/docs/datasets/package_reference/loading_methods).
 """
 
 import hashlib
+import io
 import json
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import IO, Any, Literal
 
-from torchtrain.datasets.registry import DATASETS
+from torchtrain.datasets.registry import DATASETS, DatasetSpec, HubSource, find_dataset, source_file, user_place
 from torchtrain.utils import UserError, nearest
 
 # Tests, and what is installed beside the library, are not prose worth learning; encodings and lib2to3 are tables.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"})
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PLACES_NAMED = 5
+HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,42 @@ class Document:
 
     text: str
     place: str
-    """Where it is, `file` or `file:line`, for messages."""
+    """Where it is, `file` or `file:line` (`file:row`), for messages."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """What stands where a document should."""
+
+    kind: str
+    """Under which it is counted."""
+    place: str
+    problem: str
+    """In words, with what was expected."""
+
+
+Rows = Iterator[Document | BadRow]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The rows that the latest reading of a corpus left out, empty ones among them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By kind."""
+    places: list[str] = field(default_factory=list)
+    """The first of them."""
+
+    def add(self, kind: str, place: str) -> None:
+        """Count one."""
+        self.counts[kind] += 1
+        if len(self.places) < PLACES_NAMED:
+            self.places.append(f"{place} ({kind})")
+
+    def describe(self) -> str:
+        """One line."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+        return f"left out {self.counts.total():,} rows: {kinds}; the first: {', '.join(self.places)}"
 
 
 @dataclass(frozen=True)
@@ -39,25 +86,51 @@ class Corpus:
     """How messages call it."""
     files: list[Path]
     """Every file that is read, in order: when none has changed, neither have the documents."""
-    documents: Callable[[], Iterator[Document]]
-    """Reads them from the start; raises UserError at the first that cannot be read."""
+    rows: Callable[[], Rows]
+    """Reads all from the start; raises UserError at a file that cannot be opened."""
+    revision: str | None = None
+    """Where there are no files, what changes whenever the documents may have; None if nobody can know."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents from the start; raises UserError at the first that cannot be read, unless that is skipped."""
+        self.left_out.counts.clear()
+        self.left_out.places.clear()
+        for row in self.rows():
+            if isinstance(row, BadRow):
+                if self.on_bad_row == "error":
+                    raise UserError(f'{row.place}: {row.problem} (data.on_bad_row = "skip" leaves such rows out)')
+                self.left_out.add(row.kind, row.place)
+            elif row.text:
+                yield row
+            else:
+                self.left_out.add("empty", row.place)
 
 
-def open_corpus(dataset: str, dataset_path: str | None, text_key: str) -> Corpus:
-    """The corpus of `training.dataset` and `training.dataset_path`.
+def open_corpus(
+    dataset: str,
+    dataset_path: str | None,
+    text_key: str,
+    on_bad_row: Literal["error", "skip"] = "error",
+    streaming: bool = False,
+) -> Corpus:
+    """The corpus of `training.dataset`, `training.dataset_path`, `data.text_key` and `data.on_bad_row`.
+
+    With `streaming`, a dataset of the Hugging Face Hub is read while it is downloaded, and nothing of it is kept.
 
     Raises:
-        UserError: unknown dataset, path missing or of the wrong kind, no file in it.
+        UserError: unknown dataset, path missing or of the wrong kind, no file in it; hub that cannot be reached.
     """
-    if dataset not in DATASETS:
-        close = nearest(dataset, DATASETS)
-        hint = f" Did you mean {close!r}?" if close else ""
-        raise UserError(f"training.dataset = {dataset!r} is unknown; allowed: {', '.join(DATASETS)}.{hint}")
-    spec = DATASETS[dataset]
-    if spec.needs_path and not dataset_path:
-        raise UserError(f"training.dataset = {dataset!r} is {spec.description}: name it in training.dataset_path")
+    spec = find_dataset(dataset, dataset_path)
     path = Path(dataset_path).expanduser() if dataset_path else None
-    return READERS[spec.reader](path, text_key)
+    if spec.texts is not None:
+        corpus = custom_corpus(dataset, spec, dataset_path)
+    elif spec.hub is not None:
+        corpus = hub_corpus(spec.hub, path, text_key, streaming)
+    else:
+        corpus = READERS[spec.reader](path, text_key)
+    return replace(corpus, on_bad_row=on_bad_row)
 
 
 def python_stdlib(root: Path | None, text_key: str) -> Corpus:
@@ -78,35 +151,156 @@ def python_stdlib(root: Path | None, text_key: str) -> Corpus:
 
 def text_files(path: Path | None, text_key: str) -> Corpus:
     """Every file is one document, kept to the byte (CRLF and a byte order mark survive)."""
-    assert path is not None
-    files = files_under(path)
-    if not files:
-        raise UserError(f"training.dataset_path = {str(path)!r} holds no file (hidden ones don't count)")
-    return Corpus(f"text {path}", files, partial(_whole_files, files))
+    return _corpus_of_files("text", path, "", "file", _whole_file)
 
 
 def jsonl_files(path: Path | None, text_key: str) -> Corpus:
     """Every line is a JSON object whose `text_key` is one document; blank lines don't count."""
-    assert path is not None
-    files = files_under(path, ".jsonl")
-    if not files:
-        raise UserError(f"training.dataset_path = {str(path)!r} holds no .jsonl file (hidden ones don't count)")
-    return Corpus(f"jsonl {path} [{text_key}]", files, partial(_json_lines, files, text_key))
+    return _corpus_of_files("jsonl", path, JSON_LINES, "file named *.jsonl(.gz, .zst)", _json_lines, text_key)
+
+
+def parquet_files(path: Path | None, text_key: str) -> Corpus:
+    """Every row's `text_key` is one document."""
+    return _corpus_of_files("parquet", path, ".parquet", "file named *.parquet", _parquet_rows, text_key)
+
+
+def mixed_files(path: Path | None, text_key: str) -> Corpus:
+    """Each file by its name: *.jsonl(.gz, .zst) and *.parquet as above, any other as a text."""
+
+    def rows(file: Path, text_key: str) -> Rows:
+        if file.name.endswith(JSON_LINES):
+            return _json_lines(file, text_key)
+        return _parquet_rows(file, text_key) if file.name.endswith(".parquet") else _whole_file(file)
+
+    return _corpus_of_files("mixed", path, "", "file", rows, text_key)
+
+
+def token_file(path: Path | None, text_key: str) -> Corpus:
+    """No corpus: `token_file.py` reads it without one."""
+    raise UserError(f"training.dataset_path = {str(path)!r} is a token file, which has no text")
 
 
 READERS: dict[str, Callable[[Path | None, str], Corpus]] = {
     "python_stdlib": python_stdlib,
     "text_files": text_files,
     "jsonl_files": jsonl_files,
+    "parquet_files": parquet_files,
+    "mixed_files": mixed_files,
+    "token_file": token_file,
 }
 
 
-def files_under(path: Path, suffix: str = "", leave_out: frozenset[str] = frozenset()) -> list[Path]:
+def _corpus_of_files(
+    kind: str, path: Path | None, suffix: str | tuple[str, ...], wanted: str, rows: Callable[..., Rows], *key: str
+) -> Corpus:
+    assert path is not None
+    files = files_under(path, suffix)
+    if not files:
+        raise UserError(f"training.dataset_path = {str(path)!r} holds no {wanted} (hidden ones don't count)")
+    name = " ".join([kind, str(path), *(f"[{text_key}]" for text_key in key)])
+    return Corpus(name, files, lambda: (row for file in files for row in rows(file, *key)))
+
+
+def custom_corpus(name: str, spec: DatasetSpec, dataset_path: str | None) -> Corpus:
+    """What the user's function yields; a fault inside it is the user's, with the number of the document it was at.
+
+    The state of its own file and of the files in `dataset_path` tells whether documents may have changed. Without a
+    path nothing can: then they are read once at every start.
+    """
+    texts = spec.texts
+    assert texts is not None
+    files = []
+    if dataset_path and Path(dataset_path).expanduser().exists():
+        files = [source_file(texts), *files_under(Path(dataset_path).expanduser())]
+
+    def rows() -> Rows:
+        number = 0
+        try:
+            for number, text in enumerate(texts(dataset_path), start=1):
+                yield _checked(text, f"{name}:{number}", "what it yields")
+        except UserError:
+            raise
+        except Exception as error:
+            problem = f"{user_place(error)}: {type(error).__name__}: {error}"
+            raise UserError(f"{name}, after document {number}: {problem}") from error
+
+    return Corpus(" ".join(filter(None, [name, dataset_path])), files, rows)
+
+
+def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: bool) -> Corpus:
+    """A dataset of the Hugging Face Hub at its newest revision, or a local folder that `datasets` can read.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such dataset.
+    """
+    if path and not path.is_dir():
+        raise UserError(f"training.dataset_path = {str(path)!r} must be a folder, a copy of {source.repository}")
+    here = Path(source.repository).expanduser()
+    local = path or (here if here.is_dir() else None)
+    where = str(local or source.repository)
+    name = f"{where} {source.config or 'default'} {source.split} [{text_key}]"
+    files = files_under(local) if local else []
+    revision = None if local else _hub_revision(source.repository)
+
+    def rows() -> Rows:
+        try:
+            dataset = _load(where, local is not None, source, revision, streaming)
+            if dataset.column_names and text_key not in dataset.column_names:
+                raise UserError(f"{name}: {_no_field(text_key, where, dataset.column_names).problem}")
+            # The other fields are not even read.
+            for number, row in enumerate(dataset.select_columns([text_key]), start=1):
+                yield _checked(row[text_key], f"{where} {source.split}:{number}", repr(text_key))
+        except UserError:
+            raise
+        except Exception as error:  # of the hub, the network, the file formats, the package's own: no common base
+            lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+            raise UserError(f"{name} cannot be read: {lines[0] if lines else repr(error)}") from error
+
+    return Corpus(name, files, rows, None if revision is None else f"{where}@{revision}")
+
+
+def _hub_revision(repository: str) -> str | None:
+    """The newest commit of a dataset; None under HF_HUB_OFFLINE=1, when whatever was downloaded before is used.
+
+    Asked for first, with one request, since `datasets` itself tries for half a minute when there is no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+    given = f"training.dataset: {repository!r} of the Hugging Face Hub"
+    try:
+        return HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S).sha
+    except OfflineModeIsEnabled:
+        return None
+    except RepositoryNotFoundError as error:
+        close = nearest(repository, [name for name in DATASETS if "/" in name])
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(f"{given} does not exist, or is not open to you (see `hf auth login`){hint}") from error
+    except Exception as error:  # its HTTP library has changed before, and the errors with it
+        raise UserError(
+            f"{given} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            "Set training.dataset_path to a local copy, or HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ) from error
+
+
+def _load(where: str, is_local: bool, source: HubSource, revision: str | None, streaming: bool) -> Any:
+    import datasets
+
+    if is_local and (Path(where, "state.json").exists() or Path(where, "dataset_dict.json").exists()):
+        saved = datasets.load_from_disk(where)
+        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+    config = source.config
+    if is_local and config not in datasets.get_dataset_config_names(where):
+        config = None  # files of one split, copied without the description that names its configs
+    return datasets.load_dataset(where, config, split=source.split, revision=revision, streaming=streaming)
+
+
+def files_under(path: Path, suffix: str | tuple[str, ...] = "", leave_out: frozenset[str] = frozenset()) -> list[Path]:
     """`path` itself when it is a file, whatever its suffix; else the files below it as the module's docstring says.
 
     Args:
         path: A file or a folder.
-        suffix: Ending of the names that count.
+        suffix: Ending, or endings, of the names that count.
         leave_out: Names of folders not to enter.
 
     Raises:
@@ -144,7 +338,7 @@ def _read(file: Path) -> bytes:
         raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
 
 
-def _distinct_sources(files: Iterable[Path]) -> Iterator[Document]:
+def _distinct_sources(files: Iterable[Path]) -> Rows:
     seen: set[bytes] = set()
     for file in files:
         data = _read(file)
@@ -157,53 +351,97 @@ def _distinct_sources(files: Iterable[Path]) -> Iterator[Document]:
                 continue
 
 
-def _whole_files(files: Iterable[Path]) -> Iterator[Document]:
-    for file in files:
-        data = _read(file)
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{str(file)!r} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start:,}. "
-                "Convert it, or keep files that are not text out of training.dataset_path"
-            ) from error
-        if text:
-            yield Document(text, str(file))
+def _whole_file(file: Path) -> Rows:
+    try:
+        yield Document(_read(file).decode("utf-8"), str(file))
+    except UnicodeDecodeError as error:
+        yield _not_utf8(error, str(file))
 
 
-def _json_lines(files: Iterable[Path], text_key: str) -> Iterator[Document]:
-    for file in files:
-        try:
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors add
-                    if line.strip():
-                        place = f"{file}:{number}"
-                        text = _text_of_line(line, text_key, place)
-                        if text:
-                            yield Document(text, place)
-        except OSError as error:
-            raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
+def _json_lines(file: Path, text_key: str) -> Rows:
+    compression = COMPRESSIONS.get(file.suffix)
+    number = 0
+    try:
+        with open(file, "rb") as raw:
+            for number, line in enumerate(_decompressed(raw, compression), start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors add
+                if line.strip():
+                    yield _row_of_line(line, text_key, f"{file}:{number}")
+    except OSError as error:
+        yield _broken(compression, file, number + 1, error)
 
 
-def _text_of_line(line: bytes, text_key: str, place: str) -> str:
+def _decompressed(raw: IO[bytes], compression: str | None) -> Iterable[bytes]:
+    if compression is None:
+        return raw
+    import pyarrow
+
+    # A small buffer, since one that meets a break loses what is in it.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression), 1 << 13)
+
+
+def _row_of_line(line: bytes, text_key: str, place: str) -> Document | BadRow:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from error
+        return _not_utf8(error, place)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}") from error
+        return BadRow("broken JSON", place, f"not JSON: {error}")
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a JSON {type(row).__name__}, but each line must be an object with {text_key!r}")
-    if text_key not in row:
-        keys = ", ".join(repr(key) for key in list(row)[:8]) or "none"
-        raise UserError(f"{place}: no key {text_key!r}, which data.text_key asks for; keys here: {keys}")
-    text = row[text_key]
+        problem = f"a JSON {type(row).__name__}, but each line must be an object with {text_key!r}"
+        return BadRow("no object", place, problem)
+    return _checked(row[text_key], place, repr(text_key)) if text_key in row else _no_field(text_key, place, row)
+
+
+def _parquet_rows(file: Path, text_key: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with open(file, "rb") as raw:
+            table = pyarrow.parquet.ParquetFile(raw)
+            if text_key not in table.schema_arrow.names:
+                yield _no_field(text_key, str(file), table.schema_arrow.names)
+                return
+            values = (value for batch in table.iter_batches(1024, columns=[text_key]) for value in batch.column(0))
+            for number, value in enumerate(values, start=1):
+                try:
+                    yield _checked(value.as_py(), f"{file}:{number}", repr(text_key))
+                except UnicodeDecodeError as error:
+                    yield _not_utf8(error, f"{file}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _broken("parquet", file, number + 1, error)
+
+
+def _broken(format: str | None, file: Path, row: int, error: Exception) -> BadRow:
+    """What stands for the rest of a file whose content is at fault; pyarrow's faults have no number of the system's.
+
+    Raises:
+        UserError: it is the file that cannot be read.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    problem = f"the {format} data is broken from here on ({error}); nothing after it can be read"
+    return BadRow(f"broken {format}", f"{file}:{row}", problem)
+
+
+def _not_utf8(error: UnicodeDecodeError, place: str) -> BadRow:
+    problem = f"not UTF-8: 0x{error.object[error.start]:02x} in byte {error.start + 1:,}; convert it, or keep it out"
+    return BadRow("invalid UTF-8", place, problem)
+
+
+def _no_field(text_key: str, place: str, names: Iterable[str]) -> BadRow:
+    there = ", ".join(repr(name) for name in islice(names, 8)) or "none"
+    return BadRow("no text field", place, f"no {text_key!r}, which data.text_key asks for; fields here: {there}")
+
+
+def _checked(text: object, place: str, what: str) -> Document | BadRow:
     if not isinstance(text, str):
-        raise UserError(f"{place}: {text_key!r} is a {type(text).__name__}, but must be a string")
+        return BadRow("not a string", place, f"{what} is a {type(text).__name__}, but must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
-        raise UserError(f"{place}: {text_key!r} holds a lone surrogate, \\u{ord(text[error.start]):04x}") from error
-    return text
+        return BadRow("lone surrogate", place, f"{what} holds a lone surrogate, \\u{ord(text[error.start]):04x}")
+    return Document(text, place)

@@ -1,10 +1,11 @@
-"""Batches: documents packed into sequences, and the share of each step that a rank reads.
+"""Batches: the dataset of a run, and the share of each step that a rank reads.
 
 Shapes: B sequences of a microbatch, S tokens of a sequence.
 
 There is no reader process and no prefetching: a step's batch comes from the page cache in well under a millisecond.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,90 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import Data, Training
-from torchtrain.datasets.corpora import open_corpus
-from torchtrain.datasets.data_order import locate
-from torchtrain.datasets.token_cache import TokenCache, cache_root, open_token_cache
-from torchtrain.datasets.tokenizer import SentencePieceTokenizer
+from torchtrain.config_manager import Data, Training, plan_sources
+from torchtrain.datasets.mixture import Mixture
+from torchtrain.datasets.prepare import open_tokens
+from torchtrain.datasets.samples import Dataset, PackedDataset
+from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.logging_utils import logger
 from torchtrain.utils import UserError
 
 
-class PackedDataset:
-    """A token cache cut into sequences: sequence j holds tokens [j·S, j·S+S] and overlaps the next by one.
-
-    The corpus' last tokens, too few for a sequence, are dropped. Documents follow each other without a border, so EOS
-    predicts the BOS of the next; no label is -100.
-    """
-
-    def __init__(self, cache: TokenCache, seq_len: int, seed: int) -> None:
-        """Cut `cache` into sequences of `seq_len` tokens, in the order of `seed`.
-
-        Raises:
-            UserError: the corpus is shorter than one sequence.
-        """
-        self.manifest = cache.manifest
-        self.seq_len = seq_len
-        self.seed = seed
-        self._tokens = cache.tokens
-        self.n_samples = (len(self._tokens) - 1) // seq_len
-        if self.n_samples == 0:
-            raise UserError(
-                f"{self.manifest.source} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "
-                f"{seq_len + 1:,} for one sequence. Add text, or make the sequences shorter"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """What fixes the samples and their order, as JSON: two runs with equal identities read the same."""
-        return {
-            "corpus": self.manifest.corpus_fingerprint,
-            "tokenizer": self.manifest.tokenizer_fingerprint,
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "n_samples": self.n_samples,
-        }
-
-    @property
-    def fingerprint(self) -> str:
-        """`identity` in one string; ranks compare it, since they may see different files."""
-        return " ".join(f"{name}={value}" for name, value in self.identity().items())
-
-    def describe(self) -> str:
-        """One line for the start of a run."""
-        dropped = len(self._tokens) - 1 - self.n_samples * self.seq_len
-        return (
-            f"{self.manifest.source}: {self.manifest.documents:,} documents in {self.manifest.files:,} files, "
-            f"{self.manifest.bytes / 1e6:,.2f} MB, {self.manifest.tokens:,} tokens; an epoch is {self.n_samples:,} "
-            f"samples of {self.seq_len:,} tokens (the last {dropped:,} tokens dropped)"
-        )
-
-    def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels, int64 `[B, S]` each, of global samples `[B]`; a label is the token after."""
-        starts = locate(sample_ids, self.n_samples, self.seed) * self.seq_len
-        sequences = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
-        for row, start in zip(sequences, starts, strict=True):
-            row[:] = self._tokens[start : start + self.seq_len + 1]
-        # Copies: views of the one array would be passed on with a row stride of S + 1.
-        return sequences[:, :-1].copy(), sequences[:, 1:].copy()
-
-
 def build_dataset(
-    training: Training,
-    data: Data,
-    tokenizer: SentencePieceTokenizer,
-    seed: int,
-    *,
-    log: Callable[[str], None] = print,
-) -> PackedDataset:
-    """The dataset of a run, from `training.dataset`, `dataset_path`, `seq_len`, `data.cache_folder` and `text_key`.
+    training: Training, data: Data, tokenizer: Tokenizer, seed: int, *, log: Callable[[str], None] = print
+) -> Dataset:
+    """The dataset of a run, as `training` and `data` name it: one source, or a mixture.
 
     Every rank calls it; on each host the first builds the token cache while the others wait. No collective is used.
 
     Raises:
-        UserError: whatever is wrong with the corpus or the cache folder.
+        UserError: whatever is wrong with a source or the cache folder.
     """
-    corpus = open_corpus(training.dataset, training.dataset_path, data.text_key)
-    cache = open_token_cache(corpus, tokenizer, cache_root(data.cache_folder), log)
-    return PackedDataset(cache, training.seq_len, seed)
+    sources = plan_sources(training, data)
+    datasets: list[Dataset] = [
+        PackedDataset(open_tokens(source, data, tokenizer, log), training.seq_len, seed) for source in sources
+    ]
+    if len(datasets) == 1:
+        return datasets[0]
+    return Mixture(datasets, [source.share for source in sources], training.seq_len)
 
 
 @dataclass(frozen=True)
@@ -114,12 +57,13 @@ class DataLoader:
     """A rank's share of every step, a pure function of the step: it keeps no position, so there is none to lose.
 
     Optimizer step t = 1, 2, … consumes global samples [(t-1)·G, t·G) for a global batch of G; of these, each
-    data-parallel rank takes a run of G / degree, cut into microbatches.
+    data-parallel rank takes a run of G / degree, cut into microbatches. Where a run went on with another G (see
+    `check_state`), that is counted from the step and the sample at which it did, its origin.
     """
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: Dataset,
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_degree: int,
@@ -133,11 +77,17 @@ class DataLoader:
         self._per_rank = global_batch_size // data_parallel_degree
         self._rank = data_parallel_rank
         self._microbatch_size = microbatch_size
+        self._origin_step, self._origin_sample = 0, 0
+
+    def samples_before(self, step: int) -> int:
+        """The first global sample of `step`, which is the number of those consumed before it."""
+        return self._origin_sample + (step - 1 - self._origin_step) * self.global_batch_size
 
     def step_batches(self, step: int) -> list[Microbatch]:
         """The microbatches of optimizer step `step`, counted from 1."""
         assert step >= 1
-        first = (step - 1) * self.global_batch_size + self._rank * self._per_rank
+        self._log_epochs(step)
+        first = self.samples_before(step) + self._rank * self._per_rank
         sample_ids = np.arange(first, first + self._per_rank)
         tokens, labels = (torch.from_numpy(array) for array in self.dataset.read(sample_ids))
         size = self._microbatch_size
@@ -146,22 +96,66 @@ class DataLoader:
             for at in range(0, self._per_rank, size)
         ]
 
+    def _log_epochs(self, step: int) -> None:
+        """Say which sources begin an epoch in this step, the first aside."""
+        before, after = (self.dataset.epochs(self.samples_before(at)) for at in (step, step + 1))
+        for name, epochs in after.items():
+            begun = math.ceil(epochs)  # the epoch of the last sample read, counted from 1
+            if begun > math.ceil(before[name]) and begun > 1:
+                logger.info(f"step {step}: epoch {begun} of {name} begins")
+
+    def describe(self, steps: int) -> str:
+        """The dataset, and how many epochs of each source a run of `steps` takes."""
+        return self.dataset.describe(self.samples_before(steps + 1))
+
     def state(self, step: int) -> dict[str, Any]:
         """The data state, as JSON, after optimizer step `step`; the same on every rank and for every degree."""
         return {
-            "samples_consumed": step * self.global_batch_size,
+            "samples_consumed": self.samples_before(step + 1),
+            "origin": [self._origin_step, self._origin_sample],
             "global_batch_size": self.global_batch_size,
-            "source": self.dataset.manifest.source,
+            "source": self.dataset.name,
             **self.dataset.identity(),
         }
 
-    def check_state(self, saved: dict[str, Any], step: int) -> None:
-        """Refuse to go on after `step` unless this loader continues exactly the order of the `saved` state.
+    def check_state(self, saved: dict[str, Any], step: int, accept_changes: bool = False) -> None:
+        """Go on after `step` exactly where the `saved` state, of any degree, ended.
+
+        Args:
+            saved: What `state` gave after `step`.
+            step: The last optimizer step taken.
+            accept_changes: Log what has changed, and take the samples that come next by number from the new order.
 
         Raises:
-            UserError: names every difference.
+            UserError: the state is not of `step`, or something has changed; names every difference.
         """
-        current = self.state(step)
+        origin_step, origin_sample = saved.get("origin", (0, 0))
+        consumed = origin_sample + (step - origin_step) * saved.get("global_batch_size", 0)
+        if saved.get("samples_consumed") != consumed:
+            raise UserError(
+                f"the data state in the checkpoint is not of step {step}: the samples consumed so far are "
+                f"{saved.get('samples_consumed')} in the checkpoint, {consumed} by its step and batch"
+            )
+        self._origin_step, self._origin_sample = origin_step, origin_sample
+        changes = self._differences(saved, self.state(step))
+        if not changes:
+            return
+        heading = f"the data of step {step} in the checkpoint (from {saved.get('source')})"
+        if not accept_changes:
+            raise UserError(
+                "\n".join([f"{heading} can't be continued:", *changes])
+                + "\nGive the run what it had, start a new one in another job.dump_folder, or go on all the same with "
+                "checkpoint.accept_changed_data = true"
+            )
+        self._origin_step, self._origin_sample = step, consumed
+        lines = [f"{heading} is not what this run reads, which checkpoint.accept_changed_data allows:", *changes]
+        lines.append(
+            f"  Step {step + 1} reads on from global sample {consumed:,} of the new order ({self.dataset.name}): "
+            "what earlier steps have read may come again, and some of this epoch be left out"
+        )
+        logger.warning("\n".join(lines))
+
+    def _differences(self, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         names = {
             "corpus": "the corpus' contents (training.dataset, training.dataset_path, data.text_key)",
             "tokenizer": "the tokenizer (model.tokenizer_path)",
@@ -169,13 +163,10 @@ class DataLoader:
             "seed": "debug.seed",
             "n_samples": "the number of samples in an epoch",
             "global_batch_size": "training.global_batch_size",
-            "samples_consumed": "the samples consumed so far",
         }
-        different = [key for key in names if saved.get(key) != current[key]]
-        if different:
-            lines = [f"  {names[key]}: {saved.get(key)} in the checkpoint, {current[key]} now" for key in different]
-            raise UserError(
-                f"the data of step {step} in the checkpoint (from {saved.get('source')}) can't be continued:\n"
-                + "\n".join(lines)
-                + "\nGive the run what it had, or start a new one in another job.dump_folder"
-            )
+        return [
+            f"  {names.get(key, key + ' (data.mixture)')}: {saved.get(key, 'none')} in the checkpoint, "
+            f"{current.get(key, 'none')} now"
+            for key in dict.fromkeys([*names, *saved, *current])
+            if key not in ("source", "samples_consumed", "origin") and saved.get(key) != current.get(key)
+        ]

@@ -1,9 +1,32 @@
 """The datasets a run can name, as data. No torch here: the config check reads it before any heavy import.
 
 To add one, add a line to DATASETS and, when its documents come from a new kind of place, a reader to `corpora.py`.
+A user's own comes from the file that `experimental.custom_import` names, see `register_corpus`.
 """
 
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from torchtrain.utils import UserError, nearest
+
+Texts = Callable[[str | None], Iterable[str]]
+"""A user's source: given `training.dataset_path`, the text of each document, the same ones whenever it is called."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset of the Hugging Face Hub."""
+
+    repository: str
+    config: str | None = None
+    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -13,13 +36,154 @@ class DatasetSpec:
     reader: str
     """Key of the function in `corpora.READERS` that opens it."""
     needs_path: bool
-    """Whether `training.dataset_path` must be given (and otherwise must not be)."""
+    """Whether `training.dataset_path` must be given (and otherwise must not be, but for a hub's or a custom one)."""
     description: str
     """One line for --help and for error messages."""
+    hub: HubSource | None = None
+    """Where it lies when `training.dataset_path` names no local copy."""
+    texts: Texts | None = None
+    """The user's function, of a custom dataset."""
 
 
+FINEWEB_EDU = HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+# Filled here and, while the config is read, by the user's own file: constant from then on.
 DATASETS: dict[str, DatasetSpec] = {
     "python_stdlib": DatasetSpec("python_stdlib", False, "the running interpreter's standard library source"),
     "text": DatasetSpec("text_files", True, "a text file, or a folder of them: each file is a document"),
-    "jsonl": DatasetSpec("jsonl_files", True, "a .jsonl file, or a folder of them: each line's text is a document"),
+    "jsonl": DatasetSpec("jsonl_files", True, "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document"),
+    "parquet": DatasetSpec("parquet_files", True, "a .parquet file, or a folder: each row's text is a document"),
+    "mixed": DatasetSpec("mixed_files", True, "a folder of jsonl and parquet files; every other file is a text"),
+    "tokens": DatasetSpec("token_file", True, "a file of token ids made elsewhere: .bin (with or without .idx), .npy"),
+    "c4": DatasetSpec("hub", False, "English C4, from the Hugging Face Hub", HubSource("allenai/c4", "en")),
+    "c4_validation": DatasetSpec("hub", False, "its held-out split", HubSource("allenai/c4", "en", "validation")),
+    "allenai/c4": DatasetSpec("hub", False, "the same as c4", HubSource("allenai/c4", "en")),
+    "HuggingFaceFW/fineweb-edu": DatasetSpec("hub", False, "its sample of 10 billion tokens", FINEWEB_EDU),
 }
+
+
+def find_dataset(name: str, path: str | None) -> DatasetSpec:
+    """What `training.dataset` = `name` means, with `training.dataset_path` = `path`.
+
+    A name with a slash that is not in the table is a local folder if there is one, else `owner/name` of the Hugging
+    Face Hub; `:config` and `:config:split` may follow.
+
+    Raises:
+        UserError: unknown, without the path it needs, with one it takes no notice of, or with one that isn't there.
+    """
+    given = f"training.dataset = {name!r}"
+    spec = DATASETS.get(name) or _by_place(name)
+    if spec is None:
+        close = nearest(name, DATASETS)
+        hint = f", did you mean {close}?" if close else ""
+        raise UserError(f"{given} is unknown{hint}; allowed: {', '.join(DATASETS)}, or owner/name[:config[:split]]")
+    if spec.needs_path and not path:
+        raise UserError(f"{given} needs training.dataset_path: {spec.description}")
+    takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
+    if path and not takes_path:
+        raise UserError(f"training.dataset_path = {path!r} has no effect: {given} takes no path")
+    if path and not spec.texts and not Path(path).expanduser().exists():
+        raise UserError(f"training.dataset_path = {path!r} does not exist (seen from {Path.cwd()})")
+    return spec
+
+
+def _by_place(name: str) -> DatasetSpec | None:
+    if "/" not in name:
+        return None
+    repository, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    hub = HubSource(repository, config or None, split or "train")
+    if Path(repository).expanduser().is_dir():
+        return DatasetSpec("hub", False, "a local folder that the package datasets can read", hub)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]*){0,2}", name):
+        raise UserError(
+            f"training.dataset = {name!r} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
+            "the Hugging Face Hub, owner/name[:config[:split]]"
+        )
+    return DatasetSpec("hub", False, "a dataset of the Hugging Face Hub", hub)
+
+
+def register_corpus(name: str, description: str = "a dataset of your own") -> Callable[[Texts], Texts]:
+    """Make the decorated function the dataset `name`: `training.dataset = "name"`.
+
+    The function (or class) is called with `training.dataset_path`, None where it isn't given, and yields the text of
+    each document. It is called more than once and must give the same documents as long as neither its file nor those
+    in the path change. What is no string counts as a bad row.
+
+    Raises:
+        UserError: another dataset has this name.
+    """
+
+    def register(texts: Texts) -> Texts:
+        known = DATASETS.get(name)
+        if known and (known.texts is None or source_file(known.texts) != source_file(texts)):
+            raise UserError(f"register_corpus({name!r}): there is a dataset of this name; choose another")
+        DATASETS[name] = DatasetSpec("custom", False, description, texts=texts)
+        return texts
+
+    return register
+
+
+def source_file(texts: Texts) -> Path:
+    """The file that a user's function, or class, stands in."""
+    return Path(inspect.getfile(texts))
+
+
+def import_custom(given: str) -> None:
+    """Run the user's code that `experimental.custom_import` names: a dotted module, or a path that ends in .py.
+
+    The working directory, or the file's folder, goes to the end of Python's search path, so that the code may import
+    what lies beside it and shadows nothing. In one process it runs once.
+
+    Raises:
+        UserError: not found, or whatever fault it has, with file, line and error.
+    """
+    path = Path(given).expanduser().absolute() if given.endswith(".py") else None
+    folder = str(path.parent if path else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    option = f"experimental.custom_import = {given!r}"
+    if path and not path.is_file():
+        raise UserError(f"{option}: there is no such file (seen from {Path.cwd()})")
+    try:
+        if path is None:
+            importlib.import_module(given)
+        else:
+            _import_file(path)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{given}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{option}: there is no module {error.name!r}; give a dotted module name that can be imported from "
+                f"{folder} or PYTHONPATH, or the path of a .py file"
+            ) from error
+        raise UserError(f"{option}: {user_place(error)}: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> None:
+    name = f"torchtrain_custom_{path.stem}"  # a name of its own: the user's may well be that of a package
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def user_place(error: BaseException) -> str:
+    """The line of the user's file where `error` came up: of the first file that is neither ours nor Python's own."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    ours = str(Path(__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    frames = [frame for frame in frames if not frame.filename.startswith(("<frozen importlib", importlib.__file__))]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    return f"{frames[0].filename}:{lines[-1]}" if frames else "at its import"

@@ -2,12 +2,17 @@
 
     tokens/<key>/tokens.bin         BOS document EOS BOS document EOS …, as uint16 or uint32
     tokens/<key>/manifest.json      what it is; written last, so a folder without it is not a cache
-    tokens/<corpus>.seen.json       the files' state when last read, so that an unchanged corpus isn't read again
+    tokens/<corpus>.seen.json       the corpus' state when last read, so that an unchanged one isn't read again
     tokens/<corpus>.lock            held by the process that reads or builds; its text is how far that is
+    tokens/<corpus>.building-<key>/ a build in the making: progress.json says how much of cache/tokens.bin counts
 
 <key> is the hash of contents, tokenizer and format: the same text elsewhere finds the same cache, changed text another.
 A build happens in a folder of its own, is synced, then renamed: killed at any instant it leaves nothing that could be
 taken for a cache, and the kernel drops the lock of a process that died.
+
+Tokens are made shard by shard, each some megabytes of documents, and written in order: so any number of processes
+makes the same bytes as one, and a build that was killed goes on after its last shard. Shards are units of work alone:
+a finished cache is one array, and reading it needs no index.
 """
 
 import fcntl
@@ -16,18 +21,20 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
-from torchtrain.datasets.tokenizer import SentencePieceTokenizer, in_batches
+from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.utils import UserError, fsync_folder, write_durably
 
 FORMAT = 1
@@ -35,31 +42,55 @@ FORMAT = 1
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again without another time stamp: file systems
 count in up to 2 s."""
+LOGGED_EVERY_S = 30.0
+"""How often a log file bears a line of progress."""
+SHARD_CHARACTERS = 1 << 23
+"""A shard ends with the document that reaches this: some seconds of work for one core, little enough to lose."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished cache holds."""
+    """What a finished cache, or a token file, holds."""
 
     format: int
     source: str
     files: int
-    documents: int
-    bytes: int
-    """Of the documents' text in UTF-8."""
+    documents: int | None
+    """None where a token file doesn't say."""
+    bytes: int | None
+    """Of the documents' text in UTF-8; None for a token file."""
     tokens: int
     dtype: str
     corpus_fingerprint: str
     tokenizer_fingerprint: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows that became no document, by kind."""
+    left_out_places: list[str] = field(default_factory=list)
+    """The first of them."""
+
+    def describe(self) -> str:
+        """What is known, in words."""
+        known = [f"{self.tokens:,} tokens"]
+        if self.bytes is not None:
+            known.insert(0, f"{self.bytes / 1e6:,.2f} MB")
+        if self.documents is not None:
+            known.insert(0, f"{self.documents:,} documents in {self.files:,} files")
+        return f"{self.source}: {', '.join(known)}"
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A finished cache, open for reading."""
+    """A finished cache, or a token file, open for reading."""
 
     manifest: Manifest
     tokens: np.ndarray
-    """Memory-mapped, read-only `[tokens]`, uint16 or uint32."""
+    """Memory-mapped, read-only `[tokens]`, of an integer type."""
+
+
+Shards = Iterator[list[str]]
+"""Texts, shard by shard."""
+Encode = Callable[[Shards], Iterator[tuple[int, bytes]]]
+"""Turns each shard, in order, into its number of documents and its tokens as they go into the file."""
 
 
 def cache_root(configured: str | None) -> Path:
@@ -76,7 +107,7 @@ def cache_root(configured: str | None) -> Path:
 
 
 def open_token_cache(
-    corpus: Corpus, tokenizer: SentencePieceTokenizer, root: Path, log: Callable[[str], None] = print
+    corpus: Corpus, tokenizer: Tokenizer, root: Path, log: Callable[[str], None] = print, encode: Encode | None = None
 ) -> TokenCache:
     """The corpus in tokens: opened if it is there, else built, while other processes that ask for it wait.
 
@@ -85,34 +116,38 @@ def open_token_cache(
         tokenizer: Its BOS and EOS go around every document.
         root: The cache folder, see `cache_root`.
         log: Takes the lines that say what happens, when it is more than opening a file.
+        encode: How shards are encoded; by default in this process, on all cores.
 
     Raises:
         UserError: the corpus is empty, unreadable or changes meanwhile, or the folder cannot be written.
     """
     folder = root / "tokens"
-    name = _hash([corpus.name, str(corpus.files[0].absolute())])
+    name = short_hash([corpus.name, *(str(file.absolute()) for file in corpus.files[:1])])
     seen = folder / f"{name}.seen.json"
     cache = _open_if_unchanged(corpus, tokenizer, seen)
     if cache:
         return cache
-    with _cache_errors(folder):
+    with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock", log) as progress:
-            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
-                shutil.rmtree(leftover)
+        with locked(folder / f"{name}.lock", log) as progress:
             cache = _open_if_unchanged(corpus, tokenizer, seen)  # another process may have built it meanwhile
             if cache:
                 return cache
             contents = _read_through(corpus, seen, progress)
-            target = folder / _key(contents.fingerprint(), tokenizer)
+            if corpus.left_out.counts:
+                log(f"{corpus.name}: {corpus.left_out.describe()}")
+            key = _key(contents.fingerprint(), tokenizer)
+            target, building = folder / key, folder / f"{name}.building-{key}"
             cache = _open(target, log)
+            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
+                if cache or leftover != building:
+                    shutil.rmtree(leftover)
             if cache:
                 return cache
             log(f"tokenising {corpus.name} ({contents.bytes / 1e6:,.1f} MB) into {target}")
             started = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix=f"{name}.building-", dir=folder) as temporary:
-                _build(corpus, contents, tokenizer, Path(temporary, "cache"), progress)
-                _publish(Path(temporary, "cache"), target)
+            _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
+            _publish(building, target)
             cache = _open(target)
             _draw("")
             log(f"tokenised in {time.monotonic() - started:.1f} s")
@@ -144,22 +179,32 @@ class _Contents:
         return self._digest.hexdigest()
 
 
-class _Progress:
-    """How far the holder of the lock is: one line, redrawn on a terminal, and kept in the lock's file for others."""
+class Progress:
+    """How far the holder of the lock is: one line, redrawn on a terminal, and kept in the lock's file for others.
 
-    def __init__(self, lock: IO[str]) -> None:
+    Without a terminal it is logged, now and then.
+    """
+
+    def __init__(self, lock: IO[str], log: Callable[[str], None]) -> None:
         self._lock = lock
+        self._log = log
         self._next = 0.0
+        self._next_logged = time.monotonic() + LOGGED_EVERY_S
 
     def show(self, text: str) -> None:
-        if time.monotonic() < self._next:
+        """Say how far it is; cheap enough for every document."""
+        now = time.monotonic()
+        if now < self._next:
             return
-        self._next = time.monotonic() + 0.2
+        self._next = now + 0.2
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(text)
         self._lock.flush()
         _draw(text)
+        if now > self._next_logged and not sys.stderr.isatty():
+            self._next_logged = now + LOGGED_EVERY_S
+            self._log(text)
 
 
 def _draw(text: str) -> None:
@@ -167,16 +212,16 @@ def _draw(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _hash(parts: Iterable[str]) -> str:
+def short_hash(parts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(parts)).encode("ascii")).hexdigest()[:32]
 
 
-def _key(corpus_fingerprint: str, tokenizer: SentencePieceTokenizer) -> str:
-    return _hash([str(FORMAT), corpus_fingerprint, tokenizer.fingerprint])
+def _key(corpus_fingerprint: str, tokenizer: Tokenizer) -> str:
+    return short_hash([str(FORMAT), corpus_fingerprint, tokenizer.fingerprint])
 
 
 @contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
+def cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -187,7 +232,7 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[_Progress]:
+def locked(path: Path, log: Callable[[str], None]) -> Iterator[Progress]:
     with open(path, "a+", encoding="utf-8") as lock:
         waiting = False
         while True:
@@ -202,23 +247,23 @@ def _locked(path: Path, log: Callable[[str], None]) -> Iterator[_Progress]:
                 _draw(lock.read(200))
                 time.sleep(0.1)
         try:
-            yield _Progress(lock)
+            yield Progress(lock, log)
         finally:
             _draw("")
 
 
-def _open_if_unchanged(corpus: Corpus, tokenizer: SentencePieceTokenizer, seen: Path) -> TokenCache | None:
+def _open_if_unchanged(corpus: Corpus, tokenizer: Tokenizer, seen: Path) -> TokenCache | None:
     """The cache, without reading the corpus, if every file is in the state in which it was last read through."""
     try:
         remembered = json.loads(seen.read_text(encoding="utf-8"))
-        if remembered["state"] != _state(corpus.files)[0]:
+        if remembered["state"] != corpus_state(corpus)[0]:
             return None
         return _open(seen.parent / _key(remembered["corpus_fingerprint"], tokenizer))
     except (OSError, ValueError, LookupError, TypeError):
         return None  # nothing remembered, or nothing legible: the corpus is read
 
 
-def _state(files: list[Path]) -> tuple[str, int]:
+def files_state(files: list[Path]) -> tuple[str, int]:
     """A hash of every file's path, size and times, and the newest of these times (ns since 1970).
 
     The time of the last status change is among them: a tool that sets the time of modification back can't set that.
@@ -232,19 +277,27 @@ def _state(files: list[Path]) -> tuple[str, int]:
             raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         states.append(f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
-    return _hash([str(FORMAT), *states]), newest
+    return short_hash([str(FORMAT), *states]), newest
 
 
-def _read_through(corpus: Corpus, seen: Path, progress: _Progress) -> _Contents:
-    """The corpus' contents; its files' state is remembered if nobody can have written to them meanwhile."""
-    state, newest = _state(corpus.files)
+def corpus_state(corpus: Corpus) -> tuple[str, int]:
+    """The same of a whole corpus, with its revision and how it treats bad rows."""
+    state, newest = files_state(corpus.files)
+    return short_hash([state, corpus.revision or "", corpus.on_bad_row]), newest
+
+
+def _read_through(corpus: Corpus, seen: Path, progress: Progress) -> _Contents:
+    """The corpus' contents; its state is remembered if it has one and nobody can have changed it meanwhile."""
+    state, newest = corpus_state(corpus)
     started = time.time_ns()
     contents = _Contents()
     for _ in contents.texts(corpus.documents()):
         progress.show(f"reading {corpus.name}: {contents.bytes / 1e6:,.0f} MB")
     if contents.documents == 0:
-        raise UserError(f"{corpus.name} holds no text: all its files are empty")
-    if newest < started - SETTLED_NS and state == _state(corpus.files)[0]:
+        left_out = f" ({corpus.left_out.describe()})" if corpus.left_out.counts else ""
+        raise UserError(f"{corpus.name} holds no text{left_out}")
+    known = bool(corpus.files) or corpus.revision is not None
+    if known and newest < started - SETTLED_NS and state == corpus_state(corpus)[0]:
         write_durably(seen, json.dumps({"state": state, "corpus_fingerprint": contents.fingerprint()}))
     return contents
 
@@ -266,25 +319,38 @@ def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache 
         return None
 
 
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned type, of two or four bytes, that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[int, bytes]:
+    """What an `Encode` makes of one shard."""
+    dtype, bos, eos = token_dtype(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch(texts, threads=threads)
+    return len(texts), b"".join(np.concatenate((bos, ids, eos)).astype(dtype).tobytes() for ids in encoded)
+
+
+def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, bytes]]:
+    """The `Encode` of one process: threads share each shard."""
+    return (encode_shard(tokenizer, texts, threads=cores()) for texts in shards)
+
+
 def _build(
-    corpus: Corpus, contents: _Contents, tokenizer: SentencePieceTokenizer, built: Path, progress: _Progress
+    corpus: Corpus, contents: _Contents, tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
 ) -> None:
-    """Tokenise `corpus`, of which `contents` is known, into the new folder `built`, in memory for a batch at a time."""
-    started = time.monotonic()
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    """Tokenise `corpus`, of which `contents` is known, into `building`, going on where an earlier build ended."""
+    dtype = token_dtype(tokenizer)
     again = _Contents()
-    tokens = 0
-    built.mkdir()
-    with open(built / "tokens.bin", "wb") as file:
-        for texts in in_batches(again.texts(corpus.documents())):
-            for ids in tokenizer.encode_batch(texts, threads=_cores()):
-                file.write(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype).data)
-                tokens += len(ids) + 2
-            speed = again.bytes / (time.monotonic() - started)
-            progress.show(f"tokenising {corpus.name}: {again.bytes / contents.bytes:4.0%}, {speed / 1e6:.1f} MB/s")
-        file.flush()
-        os.fsync(file.fileno())
+    (building / "cache").mkdir(parents=True, exist_ok=True)
+    try:
+        tokens = _write_tokens(corpus, contents, again, building, dtype.itemsize, progress, encode)
+    except BaseException:
+        if not (building / "progress.json").exists():  # nothing to go on from
+            shutil.rmtree(building)
+        raise
     if again.fingerprint() != contents.fingerprint():
+        shutil.rmtree(building)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
         format=FORMAT,
@@ -296,18 +362,77 @@ def _build(
         dtype=dtype.name,
         corpus_fingerprint=again.fingerprint(),
         tokenizer_fingerprint=tokenizer.fingerprint,
+        left_out=dict(corpus.left_out.counts),
+        left_out_places=corpus.left_out.places,
     )
-    write_durably(built / "manifest.json", json.dumps(asdict(manifest), indent=2))
+    write_durably(building / "cache" / "manifest.json", json.dumps(asdict(manifest), indent=2))
 
 
-def _cores() -> int:
+def _write_tokens(
+    corpus: Corpus,
+    contents: _Contents,
+    again: _Contents,
+    building: Path,
+    itemsize: int,
+    progress: Progress,
+    encode: Encode,
+) -> int:
+    """Append the shards that are missing in `building`; the corpus goes by `again`. Returns the tokens in all."""
+    documents, tokens = _already_done(building, itemsize)
+    started, start = time.monotonic(), documents
+    with open(building / "cache" / "tokens.bin", "ab") as file:
+        file.truncate(tokens * itemsize)
+        missing = islice(again.texts(corpus.documents()), documents, None)
+        for of_shard, data in encode(_in_shards(missing)):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            documents += of_shard
+            tokens += len(data) // itemsize
+            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
+            share = documents / contents.documents
+            speed = (documents - start) / (time.monotonic() - started)  # documents a second
+            left = timedelta(seconds=round((contents.documents - documents) / speed))
+            progress.show(
+                f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
+                f"{speed * contents.bytes / contents.documents / 1e6:.1f} MB/s, {left} left"
+            )
+    return tokens
+
+
+def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
+    """Documents and tokens that an earlier build has finished."""
+    try:
+        done = json.loads((building / "progress.json").read_text(encoding="utf-8"))
+        if os.stat(building / "cache" / "tokens.bin").st_size >= done["tokens"] * itemsize:
+            return done["documents"], done["tokens"]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # none, or not legible
+    return 0, 0
+
+
+def _in_shards(texts: Iterator[str]) -> Shards:
+    shard: list[str] = []
+    characters = 0
+    for text in texts:
+        shard.append(text)
+        characters += len(text)
+        if characters >= SHARD_CHARACTERS:
+            yield shard
+            shard, characters = [], 0
+    if shard:
+        yield shard
+
+
+def cores() -> int:
+    """Those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _publish(built: Path, target: Path) -> None:
-    if _open(target):
-        return  # the same text under another name was built meanwhile
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(built, target)
-    fsync_folder(target.parent)
+def _publish(building: Path, target: Path) -> None:
+    if not _open(target):  # else the same text under another name was built meanwhile
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(building / "cache", target)
+        fsync_folder(target.parent)
+    shutil.rmtree(building)

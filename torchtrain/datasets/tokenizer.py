@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: reading one, and training a small lossless one.
+"""Tokenizers: loading one of any kind, SentencePiece's own, and training a small lossless one.
 
     python -m torchtrain.datasets.tokenizer train --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
 
@@ -14,14 +14,17 @@ import hashlib
 import io
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
 from torchtrain.datasets.corpora import open_corpus
-from torchtrain.datasets.registry import DATASETS
+from torchtrain.datasets.registry import import_custom
+from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, TiktokenTokenizer, require_unicode
 from torchtrain.utils import UserError
 
 SPACE_MARK = "\u2581"
@@ -33,9 +36,31 @@ BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
 
 WHAT_WORKS = (
-    "This version reads SentencePiece models alone, such as Llama 2's tokenizer.model; "
-    "`python -m torchtrain.datasets.tokenizer train` makes one of your own text"
+    "What can be read: SentencePiece models (Llama 2's tokenizer.model), Hugging Face's tokenizer.json, Llama 3's "
+    "original tokenizer.model; `python -m torchtrain.datasets.tokenizer train` makes one of your own text"
 )
+
+
+class Tokenizer(Protocol):
+    """What every kind can do. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+    """Two tokenizers with equal fingerprints give equal ids."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """As `encode` for each text, int32 `[tokens]`; the number of threads changes no id."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
 
 
 class SentencePieceTokenizer:
@@ -84,13 +109,7 @@ class SentencePieceTokenizer:
 
     def _parts(self, text: str) -> list[str]:
         """`text` cut so that the parts' ids in a row are the text's, with every U+2581 on its own where it is kept."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
-                "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
-            ) from error
+        require_unicode(text)
         if self._space_mark_ids and SPACE_MARK in text:
             return [part for piece in re.split(f"({SPACE_MARK})", text) for part in self._cut(piece)]
         return self._cut(text)
@@ -145,41 +164,41 @@ def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer:
-    """The tokenizer at `path`: a model file, or a folder that holds `tokenizer.model`.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a file, or a folder that holds tokenizer.json or else tokenizer.model.
+
+    The content tells the format, not the name: Llama 2 and Llama 3 call different things tokenizer.model.
 
     Raises:
-        UserError: nothing there, another format (said which), damaged, or a model without BOS or EOS.
+        UserError: nothing there, a format that is not known, damaged, or without BOS or EOS.
     """
-    given = Path(path).expanduser()
-    file = given / "tokenizer.model" if given.is_dir() else given
-    if given.is_dir() and not file.is_file():
-        if (given / "tokenizer.json").is_file():
-            raise UserError(f"model.tokenizer_path = {str(path)!r} holds a Hugging Face tokenizer.json. {WHAT_WORKS}")
-        raise UserError(f"model.tokenizer_path = {str(path)!r} is a folder without tokenizer.model")
+    given = f"model.tokenizer_path = {str(path)!r}"
+    file = Path(path).expanduser()
+    if file.is_dir():
+        found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
+        if not found:
+            raise UserError(f"{given} is a folder without tokenizer.json or tokenizer.model")
+        file = found[0]
     if not file.exists():
-        raise UserError(f"model.tokenizer_path = {str(path)!r} does not exist (from {str(Path.cwd())!r})")
+        raise UserError(f"{given} does not exist (from {str(Path.cwd())!r})")
     if not file.is_file():
-        raise UserError(f"model.tokenizer_path = {str(path)!r} is neither a file nor a folder")
+        raise UserError(f"{given} is neither a file nor a folder")
     try:
-        model = file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read model.tokenizer_path = {str(file)!r}: {error.strerror}") from error
-    _refuse_other_formats(model, str(file))
-    return SentencePieceTokenizer(model, str(file))
-
-
-def _refuse_other_formats(model: bytes, name: str) -> None:
-    if not model:
+    name = str(file)
+    if not content:
         raise UserError(f"tokenizer {name!r} is an empty file")
-    if model.startswith(b"version https://git-lfs"):
+    if content.startswith(b"version https://git-lfs"):
         raise UserError(
             f"tokenizer {name!r} is a Git LFS pointer, not the file itself: run `git lfs pull` where it lies"
         )
-    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", model):  # Llama 3's own file: base64 of the token's bytes, rank
-        raise UserError(f"tokenizer {name!r} is in tiktoken format, as Llama 3's original is. {WHAT_WORKS}")
-    if model.lstrip().startswith(b"{"):
-        raise UserError(f"tokenizer {name!r} is JSON, as Hugging Face's tokenizer.json is. {WHAT_WORKS}")
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", content):
+        return TiktokenTokenizer(content, name)
+    if content.lstrip().startswith(b"{"):
+        return HuggingFaceTokenizer(content, file)
+    return SentencePieceTokenizer(content, name)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
@@ -229,6 +248,8 @@ def _train_command(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
+    if options.custom_import:
+        import_custom(options.custom_import)
     corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
     model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
     tokenizer = SentencePieceTokenizer(model, options.output)
@@ -246,9 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a lossless byte-fallback BPE model", allow_abbrev=False)
     train.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
     train.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
-    train.add_argument("--dataset", default="python_stdlib", choices=list(DATASETS), help="default: %(default)s")
-    train.add_argument("--dataset-path", metavar="PATH", help="the text's file or folder, for text and jsonl")
-    train.add_argument("--text-key", default="text", help="the documents' key in jsonl (default: %(default)s)")
+    train.add_argument("--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)")
+    train.add_argument("--dataset-path", metavar="PATH", help="the documents' file or folder")
+    train.add_argument("--text-key", default="text", help="the documents' key in a row (default: %(default)s)")
+    train.add_argument("--custom-import", metavar="MODULE", help="as experimental.custom_import")
     try:
         _train_command(parser.parse_args(arguments))
     except UserError as error:

@@ -1,0 +1,89 @@
+"""Samples: what a loader reads by number, whatever they come from.
+
+Shapes: B samples, S tokens of a sequence.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtrain.datasets.data_order import locate
+from torchtrain.datasets.token_cache import TokenCache
+from torchtrain.utils import UserError
+
+
+class Dataset(Protocol):
+    """An endless row of samples; which one stands at number i depends on `identity` and i alone."""
+
+    name: str
+    """How messages call it."""
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the samples and their order, as flat JSON: two runs with equal identities read the same."""
+
+    def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels, int64 `[B, S]` each, of samples `[B]`; a label of -100 does not count."""
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the first `samples` samples go through each source, by its name."""
+
+    def describe(self, samples: int | None = None) -> str:
+        """What it holds, for the start of a run, and how many epochs the run's `samples` take; a line a source."""
+
+    @property
+    def fingerprint(self) -> str:
+        """`identity` in one string; ranks compare it, since they may see different files."""
+        return " ".join(f"{name}={value}" for name, value in self.identity().items())
+
+
+class PackedDataset(Dataset):
+    """Tokens cut into sequences: sequence j holds tokens [j·S, j·S+S] and overlaps the next by one.
+
+    The last tokens, too few for a sequence, are dropped. Documents follow each other without a border, so EOS predicts
+    the BOS of the next; no label is -100.
+    """
+
+    def __init__(self, cache: TokenCache, seq_len: int, seed: int) -> None:
+        """Cut `cache` into sequences of `seq_len` tokens, in the order of `seed`.
+
+        Raises:
+            UserError: the corpus is shorter than one sequence.
+        """
+        self.manifest = cache.manifest
+        self.name = cache.manifest.source
+        self.seq_len = seq_len
+        self.seed = seed
+        self._tokens = cache.tokens
+        self.n_samples = (len(self._tokens) - 1) // seq_len
+        if self.n_samples <= 0:
+            raise UserError(
+                f"{self.name} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "
+                f"{seq_len + 1:,} for one sequence. Add text, or make the sequences shorter"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "corpus": self.manifest.corpus_fingerprint,
+            "tokenizer": self.manifest.tokenizer_fingerprint,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "n_samples": self.n_samples,
+        }
+
+    def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = locate(sample_ids, self.n_samples, self.seed) * self.seq_len
+        sequences = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        for row, start in zip(sequences, starts, strict=True):
+            row[:] = self._tokens[start : start + self.seq_len + 1]
+        return np.ascontiguousarray(sequences[:, :-1]), np.ascontiguousarray(sequences[:, 1:])
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        return {self.name: samples / self.n_samples}
+
+    def describe(self, samples: int | None = None) -> str:
+        dropped = len(self._tokens) - 1 - self.n_samples * self.seq_len
+        taken = "" if samples is None else f"; the run takes {samples / self.n_samples:,.2f} epochs"
+        return (
+            f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens (the last "
+            f"{dropped:,} tokens dropped){taken}"
+        )

@@ -1,0 +1,195 @@
+"""Token files made elsewhere, used where they lie: nothing is copied, and nothing is added between documents.
+
+    .bin            ids one after the other, as nanoGPT writes them
+    .bin with .idx  Megatron's pair: the index beside it says type and documents
+    .npy            NumPy's own format, or, as OLMo's, ids one after the other under that name
+
+A file is read through once: its hash is part of the run's identity, and no id may be beyond the vocabulary. What was
+found is remembered in the cache folder for as long as the file's path, size and times stay the same.
+"""
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtrain.datasets.token_cache import (
+    FORMAT,
+    SETTLED_NS,
+    Manifest,
+    Progress,
+    TokenCache,
+    cache_errors,
+    files_state,
+    locked,
+    short_hash,
+    token_dtype,
+)
+from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.utils import UserError, write_durably
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, type of the ids, number of sequences, of borders between documents; then the sequences' lengths."""
+INDEX_DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+"""Megatron's codes of the types that hold token ids (megatron/core/datasets/indexed_dataset.py)."""
+CHUNK = 1 << 24
+
+
+def open_token_file(
+    path: str | None, dtype: str | None, tokenizer: Tokenizer, root: Path, log: Callable[[str], None] = print
+) -> TokenCache:
+    """The ids in `path`, memory-mapped.
+
+    Args:
+        path: The `.bin` or `.npy` file.
+        dtype: `data.token_dtype`, of ids whose file doesn't say.
+        tokenizer: The one that made the ids, which no file says: its vocabulary must hold them.
+        root: The cache folder.
+        log: Takes the lines that say what happens.
+
+    Raises:
+        UserError: no such file, not what its name says, an id beyond the vocabulary, or it can't be read.
+    """
+    assert path is not None, "the config check asks for it"
+    file = Path(path).expanduser()
+    try:
+        tokens, documents = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
+    except OSError as error:
+        raise UserError(f"cannot read the token file {path!r}: {error.strerror or error}") from error
+    facts = _facts(file, tokens, root, log)
+    if not 0 <= facts["lowest"] <= facts["highest"] < tokenizer.vocab_size:
+        raise UserError(
+            f"the token file {path!r} holds ids from {facts['lowest']:,} to {facts['highest']:,}, read as "
+            f"{tokens.dtype}, but the tokenizer's are 0 to {tokenizer.vocab_size - 1:,}. Set model.tokenizer_path to "
+            "the tokenizer that made the file, and data.token_dtype to the type it was written in"
+        )
+    return TokenCache(
+        Manifest(
+            format=FORMAT,
+            source=f"tokens {path}",
+            files=1,
+            documents=documents,
+            bytes=None,
+            tokens=len(tokens),
+            dtype=tokens.dtype.name,
+            corpus_fingerprint=facts["fingerprint"],
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        ),
+        tokens,
+    )
+
+
+def _map(file: Path, given: np.dtype | None, default: np.dtype) -> tuple[np.ndarray, int | None]:
+    """The ids `[tokens]`, and the number of documents if known; their type is the file's own, `given`, or `default`."""
+    if file.suffix not in (".bin", ".npy") or not file.is_file():
+        raise UserError(
+            f"a token file must be one .bin or .npy file, but {str(file)!r} is none. Of several make one (`cat` does "
+            "for .bin), or list them in data.mixture"
+        )
+    size, index, documents = file.stat().st_size, file.with_suffix(".idx"), None
+    own: np.dtype | None = None
+    with open(file, "rb") as start:
+        has_header = start.read(6) == b"\x93NUMPY"
+    if has_header:
+        tokens = _map_npy(file)
+        own = tokens.dtype
+    elif file.suffix == ".bin" and index.is_file():
+        own, documents = _read_index(index, size)
+    if given is not None and own is not None and given != own:
+        raise UserError(
+            f"the token file {str(file)!r} says it holds {own}, but data.token_dtype = {given.name!r}: leave it out"
+        )
+    if has_header:
+        return tokens, documents
+    dtype = own or given or default
+    if size % dtype.itemsize or size == 0:
+        raise UserError(
+            f"the token file {str(file)!r} has {size:,} bytes, which is no whole number of {dtype} ids. Set "
+            "data.token_dtype to the type it was written in, or get the file again"
+        )
+    return np.memmap(file, dtype, mode="r"), documents
+
+
+def _map_npy(file: Path) -> np.ndarray:
+    try:
+        tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"the token file {str(file)!r} is a damaged .npy file: {error}") from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) == 0:
+        raise UserError(
+            f"the token file {str(file)!r} holds {tokens.dtype} of shape {list(tokens.shape)}, but must hold a row of "
+            "integers"
+        )
+    return tokens
+
+
+def _read_index(index: Path, size: int) -> tuple[np.dtype, int]:
+    """Type of the ids and number of documents of Megatron's `index`, whose `.bin` has `size` bytes."""
+    content = index.read_bytes()
+    try:
+        magic, version, code, sequences, borders = INDEX_HEADER.unpack_from(content)
+        lengths = np.frombuffer(content, "<i4", sequences, offset=INDEX_HEADER.size)
+    except (struct.error, ValueError):
+        magic = version = None
+    if magic != INDEX_MAGIC or version != 1:
+        raise UserError(
+            f"{str(index)!r} is no whole index of Megatron's (version 1), which a file of that name must be. Move it "
+            "away to read the .bin as plain ids"
+        )
+    dtype = INDEX_DTYPES.get(code)
+    if dtype is None:
+        raise UserError(f"{str(index)!r} says that its .bin holds no token ids (type {code})")
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens * dtype.itemsize != size:
+        raise UserError(
+            f"{str(index)!r} counts {tokens:,} ids of {dtype.itemsize} bytes, but its .bin has {size:,} bytes: they do "
+            "not belong together, or one is cut off"
+        )
+    return dtype, borders - 1
+
+
+def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Hash, lowest and highest id: remembered, or found by reading all of it while other processes wait."""
+    folder = root / "tokens"
+    name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
+    seen = folder / f"{name}.seen.json"
+    with cache_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f"{name}.lock", log) as progress:
+            remembered = _remembered(seen, file)
+            if remembered:
+                return remembered
+            state, newest = files_state([file])
+            started = time.time_ns()
+            facts = {"state": state, **_read_through(file, tokens, progress)}
+            if files_state([file])[0] != state:
+                raise UserError(f"the token file {str(file)!r} changed while it was read; start again when it is done")
+            if newest < started - SETTLED_NS:
+                write_durably(seen, json.dumps(facts))
+            return facts
+
+
+def _remembered(seen: Path, file: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(seen.read_text(encoding="utf-8"))
+        whole = facts.keys() == {"state", "fingerprint", "lowest", "highest"}
+        return facts if whole and facts["state"] == files_state([file])[0] else None
+    except (OSError, ValueError, AttributeError):
+        return None  # nothing remembered, or nothing legible
+
+
+def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:
+    digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
+    lowest, highest = int(tokens[0]), int(tokens[0])
+    for start in range(0, len(tokens), CHUNK):
+        part = tokens[start : start + CHUNK]
+        digest.update(np.ascontiguousarray(part).data)
+        lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
+        progress.show(f"checking {file}: {start / len(tokens):4.0%}")
+    return {"fingerprint": digest.hexdigest(), "lowest": lowest, "highest": highest}

@@ -1,0 +1,189 @@
+"""Tokenizers in other formats than SentencePiece's: Hugging Face's tokenizer.json, and Llama 3's original file.
+
+Each is read by its own package, so that ids are what its authors' code gives. Text can spell no special token: what
+looks like one is encoded as ordinary characters, and BOS and EOS are for the caller to add.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from torchtrain.utils import UserError
+
+# How Meta's release of Llama 3 (https://github.com/meta-llama/llama3) completes its file, which holds ordinary tokens
+# alone: how text is split before merging, 256 special tokens after the others, the first two of them BOS and EOS, and
+# cuts of long texts and runs, beyond which the splitting would exhaust its stack.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_TOKENS = 128_000
+LLAMA3_SPECIAL_TOKENS = 256
+LLAMA3_LONGEST_TEXT = 400_000
+LLAMA3_LONGEST_RUN = 25_000
+
+WELL_KNOWN = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|endoftext|>",) * 2)
+"""BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
+
+
+def require_unicode(text: str) -> None:
+    """Refuse `text` that holds a lone surrogate, which no UTF-8 text can.
+
+    Raises:
+        UserError: it does; says where.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
+            "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
+        ) from error
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, as the package `tokenizers` reads it."""
+
+    def __init__(self, content: bytes, file: Path) -> None:
+        """Load `content`, that of `file`, and find BOS and EOS in the files beside it, else by well-known names.
+
+        Raises:
+            UserError: no tokenizer.json, or one whose BOS and EOS cannot be known.
+        """
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the package raises nothing more special
+            raise UserError(f"tokenizer {str(file)!r} is JSON, but no tokenizer.json: {error}") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        bos, eos = _special_names(file, vocabulary)
+        self._model.add_special_tokens([bos, eos])  # which not every file calls special; ids stay
+        self.bos_id: int = vocabulary[bos]
+        self.eos_id: int = vocabulary[eos]
+        self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """As `encode` for each text, int32 `[tokens]`; any number of threads above one means all cores."""
+        for text in texts:
+            require_unicode(text)
+        if threads == 1:
+            encoded = [self._model.encode(text, add_special_tokens=False) for text in texts]
+        else:
+            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; BOS and EOS have none."""
+        return self._model.decode([int(id) for id in ids], skip_special_tokens=True)
+
+
+def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
+    """The tokens that the files beside `file` call bos_token and eos_token, else the first well-known pair."""
+    given: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts where they differ
+        beside = file.with_name(name)
+        try:
+            settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
+            tokens = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
+            given |= {key: str(token["content"] if isinstance(token, dict) else token) for key, token in tokens.items()}
+        except (OSError, ValueError, AttributeError, LookupError) as error:
+            raise UserError(f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}") from error
+    if not given:
+        pairs = (pair for pair in WELL_KNOWN if all(token in vocabulary for token in pair))
+        given = dict(zip(("bos_token", "eos_token"), next(pairs, ()), strict=False))
+    faults = [f"{key} = {given.get(key)!r}" for key in ("bos_token", "eos_token") if given.get(key) not in vocabulary]
+    if faults:
+        raise UserError(
+            f"tokenizer {str(file)!r} and the files beside it do not say what separates documents: {', '.join(faults)} "
+            f"is none of its tokens. Name two in {str(file.with_name('tokenizer_config.json'))!r}: "
+            '{"bos_token": "…", "eos_token": "…"}; they may be the same'
+        )
+    return given["bos_token"], given["eos_token"]
+
+
+class TiktokenTokenizer:
+    """Llama 3's original tokenizer.model: lines of a token's bytes in base64 and its rank; read by `tiktoken`."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        """Load `content`, that of a file that messages call `name`.
+
+        Raises:
+            UserError: damaged, or not Llama 3's.
+        """
+        import tiktoken
+
+        ranks = _read_ranks(content, name)
+        special = {f"<|special_{number}|>": len(ranks) + number for number in range(LLAMA3_SPECIAL_TOKENS)}
+        self._model = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = len(ranks) + LLAMA3_SPECIAL_TOKENS
+        self.bos_id = len(ranks)
+        self.eos_id = len(ranks) + 1
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """As `encode` for each text, int32 `[tokens]`, on several threads."""
+        parts_of = [list(_cut_as_meta(text)) for text in texts]
+        parts = [part for parts in parts_of for part in parts]
+        if threads == 1:
+            encoded = iter([self._model.encode_ordinary(part) for part in parts])
+        else:
+            encoded = iter(self._model.encode_ordinary_batch(parts, num_threads=threads))
+        return [np.array([id for _ in parts for id in next(encoded)], dtype=np.int32) for parts in parts_of]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        return self._model.decode([int(id) for id in ids if id < self.bos_id])
+
+
+def _read_ranks(content: bytes, name: str) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(f"tokenizer {name!r}, line {number}: not a token in base64 and its rank") from error
+    if len(ranks) != LLAMA3_TOKENS:
+        raise UserError(
+            f"tokenizer {name!r} is in tiktoken format, with {len(ranks):,} tokens; of this kind only Llama 3's is "
+            f"known, with {LLAMA3_TOKENS:,}: the file does not say how another splits text. Give its tokenizer.json"
+        )
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(
+            f"tokenizer {name!r} is damaged: its ranks are not 0 to {len(ranks) - 1:,}, or a byte is missing"
+        )
+    return ranks
+
+
+def _cut_as_meta(text: str) -> Iterator[str]:
+    """`text` in the parts that Meta's own code encodes apart, so that the ids are the same."""
+    require_unicode(text)
+    for start in range(0, max(len(text), 1), LLAMA3_LONGEST_TEXT):
+        piece = text[start : start + LLAMA3_LONGEST_TEXT]
+        at = 0
+        if len(piece) > LLAMA3_LONGEST_RUN:
+            longer = LLAMA3_LONGEST_RUN + 1
+            for run in re.finditer(rf"(?<!\S)\S{{{longer},}}|(?<!\s)\s{{{longer},}}", piece):
+                for cut in range(run.start() + LLAMA3_LONGEST_RUN, run.end(), LLAMA3_LONGEST_RUN):
+                    yield piece[at:cut]
+                    at = cut
+        yield piece[at:]
