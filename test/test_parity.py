@@ -27,7 +27,6 @@ SUBSET = (
     "tp2-labels",
     "tp2-no-sequence-no-loss",
     "tp2-compile",
-    "tp2-compile-cached",
     "cp2-labels",
     "cp2-alltoall-in-order",
     "cp2-ulysses",
