@@ -280,8 +280,10 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     optimizer = build_optimizer(weights.values(), config.optimizer)
     losses = sequence_losses
     # The compiler's cache on disk takes all ranks' sharded tensors for the same, and would hand a rank another one's
-    # share of the vocabulary: https://github.com/pytorch/pytorch/issues/188390
-    torch.compiler.config.cache_key_tag = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dims.tp > 1 else ""
+    # share of the vocabulary (https://github.com/pytorch/pytorch/issues/188390), or the name of another run's group.
+    groups = " ".join(group.group_name for group in mesh.get_all_groups())
+    tag = f"rank {dist.get_rank()} of {dist.get_world_size()}, groups {groups}"
+    torch.compiler.config.cache_key_tag = tag if dims.tp > 1 else ""
     if config.compile.enable and "loss" in config.compile.components:
         losses = torch.compile(sequence_losses, backend=config.compile.backend, dynamic=False)
     lr_scheduler = get_lr_scheduler(optimizer, config)

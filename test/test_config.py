@@ -198,7 +198,7 @@ BAD_COMMAND_LINE = {
     "bare dashes": (["--"], ["unknown"]),
     "not UTF-8": (["--job.description", "\udcff"], ["job.description", "UTF-8 text"]),
     "unsupported option": (
-        ["--parallelism.pipeline_parallel_degree", "2"],
+        ["--parallelism.pipeline_parallel_schedule_csv", "x.csv"],
         ["not support yet"],
     ),
     "unsupported section": (["--validation.freq=2"], ["--validation.freq", "not support yet"]),
@@ -286,6 +286,7 @@ def test_every_key_of_torchtitan_is_ours_or_refused_as_not_supported_yet():
         assert f"[{section}]: this section is a torchtitan v0.2.2 option" in report(f"[{section}]\nx = 1")
 
 
+PP2 = "--parallelism.pipeline_parallel_degree=2"
 TP2, CP2 = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"
 BAD_SHARING = {
     "product": (
@@ -312,6 +313,65 @@ BAD_SHARING = {
     "no cp": (["--parallelism.context_parallel_method=ulysses"], ["no effect while parallelism.context_parallel_deg"]),
     "budget": (["--activation_checkpoint.mode=memory_budget"], ["it needs compile.enable = true"]),
     "async": ([TP2, "--parallelism.enable_async_tensor_parallel"], ["it needs compile.enable = true"]),
+    "no pp": (
+        ["--parallelism.pipeline_parallel_schedule=GPipe", "--parallelism.pipeline_parallel_microbatch_size=2"],
+        [
+            'pipeline_parallel_schedule = "GPipe" has no effect while parallelism.pipeline_parallel_degree = 1',
+            "pipeline_parallel_microbatch_size = 2 has no effect",
+        ],
+    ),
+    "pp product": (["--parallelism.pipeline_parallel_degree=3"], ["pipeline_parallel_degree = 3 does not divide"]),
+    "pp schedule": (
+        [PP2, "--parallelism.pipeline_parallel_schedule=1f1b"],
+        ["must be one of GPipe, 1F1B, Interleaved"],
+    ),
+    "pp layers": (["--parallelism.pipeline_parallel_degree=4", "--model.n_layers=1"], ["1 layers are too few for 4"]),
+    "pp stages": (
+        [PP2, "--parallelism.pipeline_parallel_layers_per_stage=2"],
+        ["pipeline_parallel_degree = 2: 4 stages on 2 pipeline ranks; 1F1B takes 2, one a rank"],
+    ),
+    "pp interleaved stages": (
+        [
+            PP2,
+            "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+            "--parallelism.pipeline_parallel_layers_per_stage=4",
+        ],
+        ["2 stages on 2 pipeline ranks; Interleaved1F1B takes 4, 6 or a higher multiple of 2"],
+    ),
+    "pp microbatches": (
+        [PP2, "--training.local_batch_size=1"],
+        ["1 microbatches for 2 stages; 1F1B takes at least one a stage", "training.local_batch_size allows more"],
+    ),
+    "pp rounds": (
+        [PP2, "--parallelism.pipeline_parallel_schedule=InterleavedZeroBubble", "--training.local_batch_size=5"],
+        ["5 microbatches on 2 pipeline ranks; InterleavedZeroBubble takes up to 3, or multiples of 2"],
+    ),
+    "pp microbatch size": (
+        [PP2, "--parallelism.pipeline_parallel_microbatch_size=3"],
+        ["pipeline_parallel_microbatch_size = 3 must divide the 8 sequences that pass the pipeline together"],
+    ),
+    "pp pieces": (
+        [PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings,layers.0;layers.2,norm"],
+        ["missing: layers.1", "output", "the model's pieces are, in order: tok_embeddings to"],
+    ),
+    "pp both cuts": (
+        [
+            PP2,
+            "--model.n_layers=1",
+            "--parallelism.pipeline_parallel_layers_per_stage=1",
+            "--parallelism.module_fqns_per_model_part=tok_embeddings;layers.0,norm,output",
+        ],
+        ["pipeline_parallel_layers_per_stage = 1 has no effect with module_fqns_per_model_part"],
+    ),
+    "pp empty stage": ([PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings;"], ["a list of lists of names"]),
+    "pp reshard": (
+        [
+            PP2,
+            "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+            "--parallelism.fsdp_reshard_after_forward=always",
+        ],
+        ['fsdp_reshard_after_forward = "always": ZBVZeroBubble splits the backward'],
+    ),
     "n-th block": (["--activation_checkpoint.selective_ac_option=0"], ['selective_ac_option = "0"']),
 }
 
@@ -327,6 +387,9 @@ def test_layouts_that_cannot_be_are_refused(name):
 def test_layouts_that_can_be_are_accepted():
     parse("", TP2, CP2, "--training.seq_len=8", world_size=8)
     parse("", TP2, "--training.seq_len=3", "--parallelism.disable_sequence_parallel", world_size=2)
+    parse("", PP2, TP2, CP2, "--training.seq_len=8", world_size=16)
+    parse("", PP2, "--parallelism.fsdp_reshard_after_forward=always", world_size=2)
+    parse("[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_layers_per_stage = 4", world_size=2)
     parse("", CP2, "--training.seq_len=6", "--parallelism.context_parallel_load_balancer=none", world_size=2)
 
 
@@ -409,9 +472,10 @@ def test_round_trip_of_any_value(text, lr, seed):
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_round_trip_of_committed_files(path):
-    config = JobConfig().parse_args(["--job.config_file", str(path)], world_size=8)
+    ranks = 64 if "405b" in path.stem else 8
+    config = JobConfig().parse_args(["--job.config_file", str(path)], world_size=ranks)
     text = to_toml(config)
-    again = parse(text, world_size=8)
+    again = parse(text, world_size=ranks)
     assert again.job.config_file == "run.toml"
     again.job.config_file = config.job.config_file
     assert again == config
@@ -428,8 +492,8 @@ def test_committed_files_are_the_promised_ones():
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_committed_files_fit_the_usual_world_sizes(path):
-    sizes = (1, 2, 3, 4, 6, 8) if path.stem == "debug_model" else (8, 64, 256, 512)
-    for world_size in sizes:
+    sizes = {"debug_model": (1, 2, 3, 4, 6, 8), "llama3_405b": (64, 128, 256, 512)}
+    for world_size in sizes.get(path.stem, (8, 64, 256, 512)):
         config = JobConfig().parse_args(["--job.config_file", str(path)], world_size)
         assert config.training.global_batch_size > 0, "set in every committed file"
         if path.stem != "debug_model":

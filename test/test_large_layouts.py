@@ -10,46 +10,72 @@ from launching import ROOT
 SET_UP = """
 import json, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchtrain.config_manager import JobConfig, model_shape
-from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms.apply import parallelize
+from torchtrain.config_manager import JobConfig, model_shape, plan_batch
+from torchtrain.loss import sequence_losses
+from torchtrain.parallelisms.apply import build_parts, build_pipeline, named_weights
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 
-config = JobConfig().parse_args(["--job.config_file", sys.argv[1], "--compile.enable=false"], int(sys.argv[2]))
-dist.init_process_group("fake", rank=0, world_size=int(sys.argv[2]), store=FakeStore())
-dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
+file, ranks, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false", *sys.argv[4:]], ranks)
+dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+dims = ParallelDims.from_config(config.parallelism, ranks)
 mesh = dims.build_mesh("cpu")
-with torch.device("meta"):
-    model = Transformer(model_shape(config.model))
-parallelize(model, mesh, dims, config)
-parameters = dict(model.named_parameters())
+parts = build_parts(model_shape(config.model), mesh, dims, config)
+plan = None
+if dims.pp > 1:
+    size = plan_batch(config.training, dims.data_parallel).microbatch_size
+    plan = build_pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
+weights = named_weights(parts.values())
 print(json.dumps({
     "mesh": [list(mesh.mesh_dim_names), list(mesh.shape)],
-    "whole": sum(p.numel() for p in parameters.values()),
-    "local": sum(p.to_local().numel() for p in parameters.values()),
-    "dims": [len(p.placements) for p in parameters.values()],
+    "names": list(weights),
+    "whole": sum(p.numel() for p in weights.values()),
+    "local": sum(p.to_local().numel() for p in weights.values()),
+    "dims": sorted({len(p.placements) for p in weights.values()}),
+    "stages": list(parts),
+    "microbatches": None if plan is None else plan.microbatches,
 }))
 """
+
+
+def facts_of(file, ranks, rank, *overrides):
+    toml = str(ROOT / "train_configs" / f"{file}.toml")
+    process = subprocess.run(
+        [sys.executable, "-c", SET_UP, toml, str(ranks), str(rank), *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "ranks", "parameters"),
-    [
-        ("llama2_70b", 256, 68_976_648_192),
-        ("llama3_70b", 256, 70_553_706_496),
-        ("llama3_405b", 512, 405_853_388_800),
-    ],
+    [("llama2_70b", 256, 68_976_648_192), ("llama3_70b", 256, 70_553_706_496)],
 )
-def test_the_largest_models_are_laid_out_evenly(file, ranks, parameters):
-    toml = str(ROOT / "train_configs" / f"{file}.toml")
-    process = subprocess.run(
-        [sys.executable, "-c", SET_UP, toml, str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert process.returncode == 0, process.stderr
-    facts = json.loads(process.stdout.splitlines()[-1])
+def test_70b_is_laid_out_evenly(file, ranks, parameters):
+    facts = facts_of(file, ranks, 0)
     assert facts["mesh"] == [["dp_shard", "tp"], [ranks // 8, 8]]
     assert facts["whole"] == parameters
-    assert set(facts["dims"]) == {2}, "a parameter is on neither or on one dimension of the mesh alone"
+    assert facts["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
     # Norms are whole on each rank of tensor parallelism, so a rank holds a little more than its even share.
     assert parameters / ranks <= facts["local"] < 1.01 * parameters / ranks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_405b_is_cut_into_stages_that_together_are_the_model():
+    ranks, pipeline, parameters = 512, 8, 405_853_388_800
+    each = [facts_of("llama3_405b", ranks, stage * ranks // pipeline) for stage in range(pipeline)]
+    assert all(facts["mesh"] == [["pp", "dp_shard", "tp"], [8, 8, 8]] for facts in each)
+    assert sum(facts["whole"] for facts in each) == parameters
+    names = [name for facts in each for name in facts["names"]]
+    assert len(names) == len(set(names)) == 126 * 9 + 3
+    for facts in each:
+        assert facts["dims"] == [2]
+        assert facts["microbatches"] >= pipeline
+        # Layers differ by two between stages, norms are whole on each rank of tensor parallelism.
+        assert facts["local"] == pytest.approx(parameters / ranks, rel=0.15)

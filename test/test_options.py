@@ -31,6 +31,10 @@ SHARING_KEYS = (
     "tensor_parallel_degree disable_sequence_parallel disable_loss_parallel context_parallel_degree "
     "context_parallel_method context_parallel_rotate_method context_parallel_load_balancer"
 )
+CUTTING_KEYS = (
+    "pipeline_parallel_layers_per_stage pipeline_parallel_first_stage_less_layers "
+    "pipeline_parallel_last_stage_less_layers module_fqns_per_model_part"
+)
 SCHEDULE_KEYS = "warmup_steps warmup_ratio total_steps decay_ratio decay_type min_lr_factor"
 
 # Which test shows the option. A new option without a line here fails; so does a line that names no test.
@@ -101,6 +105,10 @@ SHOWN_BY = {
     "activation_checkpoint.memory_budget": "test_memory_budget_reaches_the_compiler",
     "training.enable_cpu_offload": "test_cpu_offload_reaches_every_group",
     **dict.fromkeys((f"parallelism.{key}" for key in SHARING_KEYS.split()), "test_sharing_options_reach_the_model"),
+    "parallelism.pipeline_parallel_degree": "test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process",
+    "parallelism.pipeline_parallel_schedule": "test_pipeline_options_reach_the_schedule",
+    "parallelism.pipeline_parallel_microbatch_size": "test_pipeline_options_reach_the_schedule",
+    **dict.fromkeys((f"parallelism.{key}" for key in CUTTING_KEYS.split()), "test_cutting_options_cut"),
     "parallelism.enable_async_tensor_parallel": "test_async_tensor_parallel_needs_cuda",
     "compile.enable": "test_compile_options",
     "compile.components": "test_compile_options",
@@ -174,7 +182,8 @@ def first_loss(trainer):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_committed_toml_is_accepted(file):
-    config = JobConfig().parse_args(["--job.config_file", str(file)], world_size=8)
+    ranks = 64 if "405b" in file.stem else 8
+    config = JobConfig().parse_args(["--job.config_file", str(file)], world_size=ranks)
     assert config.training.global_batch_size > 0
 
 
@@ -183,7 +192,7 @@ def test_a_run_writes_its_folder(run, tmp_path):
     assert [line["step"] for line in lines] == [1, 2]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.toml", "metrics.jsonl", "run.json"}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["degrees"] == {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
+    assert facts["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
     assert facts["batch"]["accumulation_steps"] == 1
     assert facts["parameters"] > 0
     for text in ("parameters", "one process", "microbatch 8, accumulation 1", "warm-up", "documents", str(tmp_path)):
@@ -524,7 +533,7 @@ def test_memory_budget_reaches_the_compiler(data, device):
 
 def test_cpu_offload_reaches_every_group(data, device):
     def policies(**overrides):
-        model = setting_up(data, device, **overrides).model
+        model = setting_up(data, device, **overrides).parts[0]
         states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
         return {type(group.offload_policy) for state in states for group in state._fsdp_param_groups}
 

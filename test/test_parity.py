@@ -9,7 +9,7 @@ from launching import ROOT
 
 from torchtrain.config_manager import JobConfig
 from torchtrain.tools import parity
-from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout
+from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout, pipeline
 
 # Every technique once, most of them in company; the whole table is the tool's own business.
 SUBSET = (
@@ -27,10 +27,25 @@ SUBSET = (
     "tp2-labels",
     "tp2-no-sequence-no-loss",
     "tp2-compile",
-    "tp2-compile-cached",
     "cp2-labels",
     "cp2-alltoall-in-order",
     "cp2-ulysses",
+    "pp2-1f1b-accumulate",
+    "pp2-1f1b-uneven",
+    "pp2-gpipe-full-ac",
+    "pp2-interleaved",
+    "pp2-interleaved-zb",
+    "pp2-zbv-tied",
+    "pp2-dualpipev-labels",
+    "pp2-1f1b-compile",
+    "pp2-1f1b-offload",
+    "pp2-zbv-bf16",
+    "pp4-1f1b",
+    "fsdp2-pp2-zbv",
+    "fsdp2-pp2-interleaved-always",
+    "tp2-pp2-zbv",
+    "cp2-pp2-dualpipev-labels",
+    "fsdp2-tp2-pp2-1f1b",
     "hsdp2x2-accumulate-labels",
     "fsdp2-tp2-tied-full-ac",
     "fsdp2-cp2",
@@ -41,8 +56,8 @@ SUBSET = (
 
 @pytest.fixture(scope="module")
 def small(data):
-    """Options for both kinds of runs: the tests' corpus, and half the layers."""
-    return {**data, "model.n_layers": 2, "training.steps": 3}
+    """Options for both kinds of runs: the tests' corpus, and a step less."""
+    return {**data, "training.steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +96,8 @@ FAULTY = {
     "replica-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}),
     "tensor-rank-drifts": Layout(2, {"parallelism.tensor_parallel_degree": 2}),
     "tied-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}, "tied"),
+    "stages-scaled": Layout(2, pipeline("1F1B")),
+    "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
     "raises": Layout(2),
     "killed": Layout(2),
     "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
@@ -104,6 +121,18 @@ def test_gradients_scaled_by_the_microbatch_count_are_seen(faulty):
     assert row.norm == pytest.approx(3, rel=1e-5)
     assert "gradient norm" in row.verdict
     assert "gradient of" in row.verdict
+
+
+@pytest.mark.slow
+def test_gradients_that_pytorch_divides_by_the_pipelines_microbatches_are_seen(faulty):
+    row = faulty["stages-scaled"]
+    assert row.gradient == pytest.approx(7 / 8, rel=1e-5)
+    assert "gradient norm" in row.verdict
+
+
+@pytest.mark.slow
+def test_a_tied_outputs_gradient_that_does_not_reach_the_embedding_is_seen(faulty):
+    assert "gradient of tok_embeddings.weight" in faulty["copy-forgotten"].verdict
 
 
 @pytest.mark.slow

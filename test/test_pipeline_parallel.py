@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from launching import ROOT, TIMEOUT_S, environment, metrics, options, train
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.models.flavors import FLAVORS, ModelShape
 from torchtrain.models.llama import Transformer
+from torchtrain.parallelisms import apply
+from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.pipeline_stages import (
     SCHEDULES,
     check_cut,
@@ -188,6 +191,25 @@ PP = {
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 
 
+def test_pipeline_options_reach_the_schedule(data, monkeypatch):
+    made = []
+    monkeypatch.setattr(apply, "Pipeline", lambda parts, plan, *_: made.append(plan))
+    for extra in ({}, {SCHEDULE: "DualPipeV"}, {"parallelism.pipeline_parallel_microbatch_size": 2}):
+        for recompute in ("none", "full"):
+            given = {**data, **PP, **extra, "activation_checkpoint.mode": recompute}
+            config = JobConfig().parse_args(options(given), world_size=2)
+            dims = ParallelDims.from_config(config.parallelism, 2)
+            parts = {0: Transformer(SHAPE)}
+            apply.build_pipeline(parts, SimpleNamespace(get_group=str), dims, config, 8, torch.device("cpu"), len)
+    plans = [(p.schedule, p.stages, p.microbatches, p.microbatch_size, p.last_rank, p.whole_backward) for p in made]
+    assert plans == [
+        *[("1F1B", 2, 8, 1, 1, False)] * 2,
+        ("DualPipeV", 4, 8, 1, 0, False),
+        ("DualPipeV", 4, 8, 1, 0, True),
+        *[("1F1B", 2, 4, 2, 1, False)] * 2,
+    ]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, data):
     """What two ranks found under each schedule, and in bf16 under those that differ in their backward."""
@@ -246,7 +268,7 @@ def test_gradients_of_a_split_backward_add_up_in_fp32_too(found, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_run_goes_on_from_pipeline_and_shards_to_tensor_ranks_to_one_process(tmp_path, data):
+def test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process(tmp_path, data):
     common = {
         **data,
         **PP,

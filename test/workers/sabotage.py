@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 import train
 from torchtrain.models.llama import RotaryPositions
+from torchtrain.parallelisms.pipeline_parallel import AccumulatingStage, TiedOutput
 from torchtrain.tools import parity_ranks
 
 forward_backward, optimizer_step, at = train.forward_backward, train.optimizer_step, RotaryPositions.at
-run_case = parity_ranks.run_case
+run_case, reduce_gradients = parity_ranks.run_case, AccumulatingStage.perform_reduce_grad
 
 
 def scaled_by_microbatches(trainer, microbatches):
@@ -39,6 +40,15 @@ def drifting(name):
     return step
 
 
+def scaling_stages(stage, factor):
+    reduce_gradients(stage, len(stage.args_recv_info))
+
+
+def forgetting(tied, device):
+    if tied.copy is not None:
+        tied.copy.grad = None
+
+
 def raising(trainer, microbatches):
     if dist.get_rank() == 1:
         raise RuntimeError("a fault of rank 1\nwith a second line")
@@ -57,6 +67,8 @@ FAULTS = {
     "replica-drifts": patch.object(train, "optimizer_step", drifting("norm.weight")),
     "tensor-rank-drifts": patch.object(train, "optimizer_step", drifting("layers.1.ffn_norm.weight")),
     "tied-drifts": patch.object(train, "optimizer_step", drifting("tok_embeddings.weight")),
+    "stages-scaled": patch.object(AccumulatingStage, "perform_reduce_grad", scaling_stages),
+    "copy-forgotten": patch.object(TiedOutput, "hand_in_gradient", forgetting),
     "raises": patch.object(train, "forward_backward", raising),
     "killed": patch.object(train, "forward_backward", killed),
 }

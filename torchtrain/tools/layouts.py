@@ -96,8 +96,6 @@ LAYOUTS = {
     "tp2-no-sequence-no-loss": Layout(2, TP_2 | NO_SEQUENCE | NO_LOSS),
     "tp2-selective-ac": Layout(2, TP_2 | SELECTIVE),
     "tp2-compile": Layout(2, TP_2 | COMPILE),
-    # The compiler's cache is on disk, and ranks share it: a second run takes what any rank of the first left there.
-    "tp2-compile-cached": Layout(2, TP_2 | COMPILE),
     "tp2-offload": Layout(2, TP_2 | OFFLOAD),
     "tp2-tied": Layout(2, TP_2 | MICROBATCH_1, "tied"),
     "tp2-labels": Layout(2, TP_2 | MICROBATCH_1, "labels"),
