@@ -114,7 +114,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
-            check_finite(summary, trainer.batch)
+            check_finite(summary, trainer.loader)
             optimizer_step(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch)
@@ -149,7 +149,7 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     valid //= trainer.dims.ranks_a_sample  # each of which has counted
     if valid.item() == 0:
         step = trainer.step + 1
-        raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.batch, step)}")
+        raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.loader, step)}")
 
     losses_by_sequence = []
     for tokens, labels in batches:
@@ -204,7 +204,7 @@ def combine_ranks(
     return summary, int(worst[4])
 
 
-def check_finite(summary: StepSummary, batch: BatchPlan) -> None:
+def check_finite(summary: StepSummary, loader: DataLoader) -> None:
     """Stop before a loss or gradient that is not a number reaches the weights.
 
     Raises:
@@ -214,7 +214,7 @@ def check_finite(summary: StepSummary, batch: BatchPlan) -> None:
         return
     raise NonFinite(
         f"step {summary.step}: loss {summary.loss}, gradient norm {summary.grad_norm}, on "
-        f"{sample_range(batch, summary.step)}. The weights are still those of step {summary.step - 1}. "
+        f"{sample_range(loader, summary.step)}. The weights are still those of step {summary.step - 1}. "
         "Find the operation with --debug.detect_anomaly; a lower optimizer.lr or a longer warm-up often helps."
     )
 
@@ -380,7 +380,8 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     if source.model_only:
         checkpointer.load(source, trainer.weights, None)
         return
-    together(lambda: trainer.loader.check_state(saved.data, saved.step))
+    accept = trainer.config.checkpoint.accept_changed_data
+    together(lambda: trainer.loader.resume(saved.data, saved.step, accept))
     checkpointer.load(source, trainer.weights, trainer.optimizer)
     trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
@@ -410,10 +411,9 @@ def progress_of(trainer: Trainer) -> Progress:
     )
 
 
-def sample_range(batch: BatchPlan, step: int) -> str:
+def sample_range(loader: DataLoader, step: int) -> str:
     """The global samples of one step, in words, for error messages."""
-    first = (step - 1) * batch.global_batch_size
-    return f"global samples {first} to {first + batch.global_batch_size - 1}"
+    return f"global samples {loader.samples_before(step)} to {loader.samples_before(step + 1) - 1}"
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
@@ -438,7 +438,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         f"precision  parameters {config.training.dtype}, compute {config.training.mixed_precision_param}, "
         f"reductions {config.training.mixed_precision_reduce}"
     )
-    logger.info(f"data       {trainer.loader.dataset.describe()}")
+    logger.info(f"data       {trainer.loader.describe(config.training.steps)}")
     if config.lr_scheduler.log_schedule:
         schedule = build_schedule(config.lr_scheduler, config.training.steps)
         logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")

@@ -189,21 +189,21 @@ def test_state_is_json_and_the_same_on_every_rank_and_degree():
 def test_resume_in_another_order_is_refused_by_name(other, batch, named):
     given = {"n_tokens": 1001, "seq_len": 20}
     saved = json.loads(json.dumps(DataLoader(counting_dataset(**given), 12, 0, 1, 12).state(5)))
-    DataLoader(counting_dataset(**given), 12, 1, 2, 3).check_state(saved, 5)
+    DataLoader(counting_dataset(**given), 12, 1, 2, 3).resume(saved, 5)
     with pytest.raises(UserError, match=named):
-        DataLoader(counting_dataset(**(given | other)), batch, 0, 1, batch).check_state(saved, 5)
+        DataLoader(counting_dataset(**(given | other)), batch, 0, 1, batch).resume(saved, 5)
 
 
 def test_resume_names_every_difference_and_a_wrong_position():
     saved = DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).state(5)
     with pytest.raises(UserError) as caught:
-        DataLoader(counting_dataset(1001, 20, seed=1, tokenizer="u"), 12, 0, 1, 12).check_state(saved, 5)
+        DataLoader(counting_dataset(1001, 20, seed=1, tokenizer="u"), 12, 0, 1, 12).resume(saved, 5)
     assert "debug.seed" in str(caught.value)
     assert "model.tokenizer_path" in str(caught.value)
     with pytest.raises(UserError, match="not of step 6: the samples consumed so far are 60 in the checkpoint, 72 by"):
-        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).check_state(saved, 6)
+        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).resume(saved, 6)
     with pytest.raises(UserError):
-        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).check_state({}, 5)
+        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).resume({}, 5)
 
 
 # From files to batches

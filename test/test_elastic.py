@@ -70,7 +70,7 @@ def test_interrupted_anywhere_and_resumed_on_any_ranks_reads_the_same(datasets, 
         loaders = ranks(datasets(kind, seed), GLOBAL_BATCH, degree, local_batch)
         for loader in loaders:
             if saved is not None:
-                loader.check_state(json.loads(saved), step)
+                loader.resume(json.loads(saved), step)
         for _ in range(steps):
             step += 1
             more_ids, more_rows = read(loaders, step)
@@ -97,7 +97,7 @@ def test_an_accepted_change_of_the_global_batch_loses_and_doubles_nothing(datase
         loaders = ranks(dataset, global_batch, degree, 4)
         for loader in loaders:
             if saved is not None:
-                loader.check_state(json.loads(saved), step, accept_changes=True)
+                loader.resume(json.loads(saved), step, accept_changes=True)
         for _ in range(steps):
             step += 1
             ids += read(loaders, step)[0]
@@ -111,9 +111,9 @@ def test_a_change_is_refused_with_every_difference_or_accepted_and_told(datasets
     saved = json.loads(json.dumps(before.state(5)))
     (now,) = ranks(datasets("mixture", seed=1, seq_len=4), 24, 1, 24)
     with pytest.raises(UserError) as caught:
-        now.check_state(saved, 5)
+        now.resume(saved, 5)
     assert "checkpoint.accept_changed_data = true" in str(caught.value)
-    now.check_state(saved, 5, accept_changes=True)
+    now.resume(saved, 5, accept_changes=True)
     printed = capsys.readouterr().out
     for text in (str(caught.value), printed):
         assert "training.seq_len: 8 in the checkpoint, 4 now" in text
@@ -125,22 +125,22 @@ def test_a_change_is_refused_with_every_difference_or_accepted_and_told(datasets
     assert now.step_batches(6)[0].sample_ids == list(range(60, 84))
     # From here on it is the run's own order: nothing to accept.
     again = ranks(datasets("mixture", seed=1, seq_len=4), 24, 2, 1)[1]
-    again.check_state(json.loads(json.dumps(now.state(8))), 8)
+    again.resume(json.loads(json.dumps(now.state(8))), 8)
     assert [number for batch in again.step_batches(9) for number in batch.sample_ids] == list(range(144, 156))
     with pytest.raises(UserError, match=r"training\.global_batch_size: 24 in the checkpoint, 12 now"):
-        ranks(datasets("mixture", seed=1, seq_len=4), 12, 1, 1)[0].check_state(now.state(8), 8)
+        ranks(datasets("mixture", seed=1, seq_len=4), 12, 1, 1)[0].resume(now.state(8), 8)
 
 
 def test_a_state_of_another_step_is_refused_though_changes_are_accepted(datasets):
     loader = ranks(datasets("cache"), 12, 1, 12)[0]
     with pytest.raises(UserError, match="not of step 6"):
-        loader.check_state(loader.state(5), 6, accept_changes=True)
+        loader.resume(loader.state(5), 6, accept_changes=True)
 
 
 def test_a_state_from_before_there_was_an_origin_goes_on(datasets):
     loader = ranks(datasets("cache"), 12, 1, 12)[0]
     saved = {key: value for key, value in loader.state(5).items() if key != "origin"}
-    loader.check_state(saved, 5)
+    loader.resume(saved, 5)
     assert loader.step_batches(6)[0].sample_ids == list(range(60, 72))
 
 

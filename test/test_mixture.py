@@ -117,9 +117,9 @@ def test_identity_holds_weights_and_every_source():
     assert json.loads(json.dumps(plain.identity())) == plain.identity()
     saved = DataLoader(plain, 4, 0, 1, 4).state(3)
     with pytest.raises(UserError, match=r"weight of source 1 \(data\.mixture\): 3/4 in the checkpoint, 2/3 now"):
-        DataLoader(others[0], 4, 0, 1, 4).check_state(saved, 3)
+        DataLoader(others[0], 4, 0, 1, 4).resume(saved, 3)
     with pytest.raises(UserError, match=r"corpus of source 3 \(data\.mixture\): none in the checkpoint, c2 now"):
-        DataLoader(others[5], 4, 0, 1, 4).check_state(saved, 3)
+        DataLoader(others[5], 4, 0, 1, 4).resume(saved, 3)
 
 
 # The option

@@ -58,7 +58,7 @@ class DataLoader:
 
     Optimizer step t = 1, 2, … consumes global samples [(t-1)·G, t·G) for a global batch of G; of these, each
     data-parallel rank takes a run of G / degree, cut into microbatches. Where a run went on with another G (see
-    `check_state`), that is counted from the step and the sample at which it did, its origin.
+    `resume`), that is counted from the step and the sample at which it did, its origin.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class DataLoader:
             **self.dataset.identity(),
         }
 
-    def check_state(self, saved: dict[str, Any], step: int, accept_changes: bool = False) -> None:
+    def resume(self, saved: dict[str, Any], step: int, accept_changes: bool = False) -> None:
         """Go on after `step` exactly where the `saved` state, of any degree, ended.
 
         Args:
