@@ -162,6 +162,7 @@ class Pipeline:
         with torch.device("meta"):
             tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
             h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
+            logits = h.new_empty(plan.microbatch_size, plan.seq_len, self.parts[min(self.parts)].shape.vocab_size)
         return [
             AccumulatingStage(
                 part,
@@ -169,7 +170,7 @@ class Pipeline:
                 plan.stages,
                 self.device,
                 input_args=h if stage > 0 else tokens,
-                output_args=h,  # of the last stage it is never asked: its logits stay where they are
+                output_args=h if stage < plan.stages - 1 else logits,
                 group=self.group,
             )
             for stage, part in self.parts.items()
@@ -235,6 +236,10 @@ class AccumulatingStage(PipelineStage):
     A whole backward ends in FSDP's hook, which moves a microbatch's gradient, in the compute precision, to the sum.
     The weights' half reaches no hook, and several in a row would be summed in bf16.
     """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Torch 2.11 opens the V's turn, from a rank to itself, like any other connection, and gloo has none there."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As PyTorch's, and then what FSDP's hook does."""

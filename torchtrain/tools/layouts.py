@@ -170,6 +170,12 @@ LAYOUTS = {
     "tp2-pp2-interleaved-compile-tied": Layout(4, INTERLEAVED | TP_2 | COMPILE, "tied"),
     "cp2-pp2-1f1b": Layout(4, PP_2 | CP_2),
     "cp2-pp2-dualpipev-labels": Layout(4, DUAL_PIPE | CP_2, "labels"),
+    "fsdp2-tp2-full-ac-compile": Layout(4, TP_2 | FULL | COMPILE),
+    "fsdp2-cp2-full-ac-compile": Layout(4, CP_2 | FULL | COMPILE),
+    "replicate2-tp2-full-ac-compile": Layout(4, TP_2 | REPLICATE_2 | FULL | COMPILE),
+    "fsdp2-pp2-1f1b-full-ac-compile": Layout(4, PP_2 | FULL | COMPILE),
+    "tp2-pp2-1f1b-full-ac-compile": Layout(4, PP_2 | TP_2 | FULL | COMPILE),
+    "fsdp2-tp2-pp2-1f1b-full-ac-compile": Layout(8, PP_2 | TP_2 | FULL | COMPILE),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }
