@@ -15,33 +15,41 @@ from torchtrain.loss import sequence_losses
 from torchtrain.parallelisms.apply import build_parts, build_pipeline, named_weights
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 
-file, ranks, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false", *sys.argv[4:]], ranks)
-dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+file, ranks = sys.argv[1], int(sys.argv[2])
+config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false"], ranks)
 dims = ParallelDims.from_config(config.parallelism, ranks)
-mesh = dims.build_mesh("cpu")
-parts = build_parts(model_shape(config.model), mesh, dims, config)
-plan = None
-if dims.pp > 1:
-    size = plan_batch(config.training, dims.data_parallel).microbatch_size
-    plan = build_pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
-weights = named_weights(parts.values())
-print(json.dumps({
-    "mesh": [list(mesh.mesh_dim_names), list(mesh.shape)],
-    "names": list(weights),
-    "whole": sum(p.numel() for p in weights.values()),
-    "local": sum(p.to_local().numel() for p in weights.values()),
-    "dims": sorted({len(p.placements) for p in weights.values()}),
-    "stages": list(parts),
-    "microbatches": None if plan is None else plan.microbatches,
-}))
+
+
+def facts(rank):
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    mesh = dims.build_mesh("cpu")
+    parts = build_parts(model_shape(config.model), mesh, dims, config)
+    plan = None
+    if dims.pp > 1:
+        size = plan_batch(config.training, dims.data_parallel).microbatch_size
+        plan = build_pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
+    weights = named_weights(parts.values())
+    dist.destroy_process_group()
+    return {
+        "mesh": [list(mesh.mesh_dim_names), list(mesh.shape)],
+        "names": list(weights),
+        "whole": sum(p.numel() for p in weights.values()),
+        "local": sum(p.to_local().numel() for p in weights.values()),
+        "dims": sorted({len(p.placements) for p in weights.values()}),
+        "stages": list(parts),
+        "microbatches": None if plan is None else plan.microbatches,
+    }
+
+
+print(json.dumps([facts(rank) for rank in json.loads(sys.argv[3])]))
 """
 
 
-def facts_of(file, ranks, rank, *overrides):
+def facts_of(file, ranks, of):
+    """Of these ranks, as they would see the model."""
     toml = str(ROOT / "train_configs" / f"{file}.toml")
     process = subprocess.run(
-        [sys.executable, "-c", SET_UP, toml, str(ranks), str(rank), *overrides],
+        [sys.executable, "-c", SET_UP, toml, str(ranks), json.dumps(of)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -57,7 +65,7 @@ def facts_of(file, ranks, rank, *overrides):
     [("llama2_70b", 256, 68_976_648_192), ("llama3_70b", 256, 70_553_706_496)],
 )
 def test_70b_is_laid_out_evenly(file, ranks, parameters):
-    facts = facts_of(file, ranks, 0)
+    (facts,) = facts_of(file, ranks, [0])
     assert facts["mesh"] == [["dp_shard", "tp"], [ranks // 8, 8]]
     assert facts["whole"] == parameters
     assert facts["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
@@ -69,7 +77,7 @@ def test_70b_is_laid_out_evenly(file, ranks, parameters):
 @pytest.mark.timeout(600)
 def test_405b_is_cut_into_stages_that_together_are_the_model():
     ranks, pipeline, parameters = 512, 8, 405_853_388_800
-    each = [facts_of("llama3_405b", ranks, stage * ranks // pipeline) for stage in range(pipeline)]
+    each = facts_of("llama3_405b", ranks, [stage * ranks // pipeline for stage in range(pipeline)])
     assert all(facts["mesh"] == [["pp", "dp_shard", "tp"], [8, 8, 8]] for facts in each)
     assert sum(facts["whole"] for facts in each) == parameters
     names = [name for facts in each for name in facts["names"]]

@@ -158,7 +158,7 @@ def test_a_stopped_rank_ends_the_run_within_the_training_timeout(tmp_path, data)
         time.sleep(1)
         stopped = ranks_of(process)[1]
         os.kill(stopped, signal.SIGSTOP)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode not in (0, None)
     assert "rank 0 failed" in output
 

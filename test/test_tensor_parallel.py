@@ -56,20 +56,15 @@ class Case:
 WHOLE = {"sequence_parallel": False, "loss_parallel": False}
 FSDP2_TP2 = {"dp_shard": 2, "tp": 2}
 CASES = {
-    **{
-        f"{name}{'-sequence' * sequence}{'-loss' * loss}": Case(
-            **degrees, sequence_parallel=sequence, loss_parallel=loss
-        )
-        for name, degrees in {"tp4": {"tp": 4}, "fsdp2-tp2": FSDP2_TP2}.items()
-        for sequence in (True, False)
-        for loss in (True, False)
-    },
+    "tp4-sequence": Case(tp=4, loss_parallel=False),
+    "tp4-loss": Case(tp=4, sequence_parallel=False),
+    "fsdp2-tp2-sequence-loss": Case(**FSDP2_TP2),
+    "fsdp2-tp2": Case(**FSDP2_TP2, **WHOLE),
     "hsdp2-tp2": Case(dp_replicate=2, tp=2, reshard="never"),
     "fsdp2-tp2-tied": Case(**FSDP2_TP2, shape=TIED),
     "tp4-tied-whole": Case(tp=4, **WHOLE, shape=TIED, reshard="always"),
     "tp4-odd-vocabulary-whole": Case(tp=4, **WHOLE, shape=ODD_VOCABULARY),
     "fsdp2-tp2-odd-everywhere": Case(**FSDP2_TP2, shape=ODD_EVERYWHERE),
-    "fsdp2-tp2-compiled": Case(**FSDP2_TP2, compiled=True),
     "tp4-compiled-whole": Case(tp=4, **WHOLE, compiled=True),
     "fsdp2-tp2-bf16": Case(**FSDP2_TP2, bf16=True),
 }
