@@ -1,30 +1,22 @@
-"""Tokenizers: loading one of any kind, SentencePiece's own, and training a small lossless one.
+"""Tokenizers: SentencePiece models and Hugging Face's tokenizer.json, told apart by their contents.
 
-    python -m torchtrain.datasets.tokenizer train --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
-
-The committed `debug_tokenizer.model` is what this command makes of `python_stdlib`.
+The committed `debug_tokenizer.model` is what `python -m torchtrain.tools.train_tokenizer` makes of `python_stdlib`.
 
 SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) writes a space as U+2581 inside its pieces, so by itself it
 reads a U+2581 of the text as a space. Wherever the model allows it, `encode` spells that character in byte pieces
 instead; with a model that puts a space before every text (Llama 2's) it stays a space, as in Meta's own use.
 """
 
-import argparse
 import hashlib
-import io
+import json
 import re
-import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
-from torchtrain.datasets.corpora import open_corpus
-from torchtrain.datasets.registry import import_custom
-from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, TiktokenTokenizer, require_unicode
 from torchtrain.utils import UserError
 
 SPACE_MARK = "\u2581"
@@ -35,13 +27,16 @@ source code takes up to twice as long), so does its memory, and one text keeps o
 BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
 
+WELL_KNOWN = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|endoftext|>",) * 2)
+"""BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
+
 WHAT_WORKS = (
-    "What can be read: SentencePiece models (Llama 2's tokenizer.model), Hugging Face's tokenizer.json, Llama 3's "
-    "original tokenizer.model; `python -m torchtrain.datasets.tokenizer train` makes one of your own text"
+    "What can be read: SentencePiece models (Llama 2's tokenizer.model), Hugging Face's tokenizer.json; "
+    "`python -m torchtrain.tools.train_tokenizer` makes one of your own text"
 )
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """What every kind can do. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
 
     vocab_size: int
@@ -50,9 +45,9 @@ class Tokenizer(Protocol):
     fingerprint: str
     """Two tokenizers with equal fingerprints give equal ids."""
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
+        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate, which no UTF-8 text can hold."""
+        return self.encode_batch([text])[0].tolist()
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
@@ -60,11 +55,11 @@ class Tokenizer(Protocol):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """The text of `ids`; BOS and EOS have none."""
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
 
     def __init__(self, model: bytes, name: str) -> None:
         """Load `model`, the bytes of a model file; `name` is how messages call it.
@@ -89,14 +84,6 @@ class SentencePieceTokenizer:
         self._cut_keeps_space = self._rule_for_cuts()
         self._space_mark_ids = self._bytes_of_space_mark()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS.
-
-        Raises:
-            UserError: `text` holds a lone surrogate, which no UTF-8 text can.
-        """
-        return self.encode_batch([text])[0].tolist()
-
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """As `encode` for each text, int32 `[tokens]`, but faster, on several threads, and in bounded extra memory."""
         parts_of = [self._parts(text) for text in texts]
@@ -115,7 +102,7 @@ class SentencePieceTokenizer:
         return self._cut(text)
 
     def _encoded(self, parts: Iterable[str], threads: int) -> Iterator[np.ndarray]:
-        for batch in in_batches(parts):
+        for batch in in_batches(parts, BATCH_CHARACTERS):
             for part, ids in zip(batch, self._model.encode(batch, num_threads=threads), strict=True):
                 kept_mark = part == SPACE_MARK and self._space_mark_ids
                 yield np.array(self._space_mark_ids if kept_mark else ids, dtype=np.int32)
@@ -150,14 +137,97 @@ class SentencePieceTokenizer:
         return ids if kept else []
 
 
-def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """`texts` in lists that are closed at BATCH_CHARACTERS characters."""
+def require_unicode(text: str) -> None:
+    """Refuse `text` that holds a lone surrogate, which no UTF-8 text can.
+
+    Raises:
+        UserError: it does; says where.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
+            "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
+        ) from error
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the package `tokenizers`, so that ids are what its authors' code gives.
+
+    Text can spell no special token: what looks like one is encoded as ordinary characters.
+    """
+
+    def __init__(self, content: bytes, file: Path) -> None:
+        """Load `content`, that of `file`, and find BOS and EOS in the files beside it, else by well-known names.
+
+        Raises:
+            UserError: no tokenizer.json, or one whose BOS and EOS cannot be known.
+        """
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the package raises nothing more special
+            raise UserError(f"tokenizer {str(file)!r} is JSON, but no tokenizer.json: {error}") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        bos, eos = _special_names(file, vocabulary)
+        self._model.add_special_tokens([bos, eos])  # which not every file calls special; ids stay
+        self.bos_id: int = vocabulary[bos]
+        self.eos_id: int = vocabulary[eos]
+        self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """As `encode` for each text, int32 `[tokens]`; any number of threads above one means all cores."""
+        for text in texts:
+            require_unicode(text)
+        if threads == 1:
+            encoded = [self._model.encode(text, add_special_tokens=False) for text in texts]
+        else:
+            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; BOS and EOS have none."""
+        return self._model.decode([int(id) for id in ids], skip_special_tokens=True)
+
+
+def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
+    """The tokens that the files beside `file` call bos_token and eos_token, else the first well-known pair."""
+    given: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts where they differ
+        beside = file.with_name(name)
+        try:
+            settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
+            tokens = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
+            given |= {key: str(token["content"] if isinstance(token, dict) else token) for key, token in tokens.items()}
+        except (OSError, ValueError, AttributeError, LookupError) as error:
+            raise UserError(f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}") from error
+    if not given:
+        pairs = (pair for pair in WELL_KNOWN if all(token in vocabulary for token in pair))
+        given = dict(zip(("bos_token", "eos_token"), next(pairs, ()), strict=False))
+    faults = [f"{key} = {given.get(key)!r}" for key in ("bos_token", "eos_token") if given.get(key) not in vocabulary]
+    if faults:
+        raise UserError(
+            f"tokenizer {str(file)!r} and the files beside it do not say what separates documents: {', '.join(faults)} "
+            f"is none of its tokens. Name two in {str(file.with_name('tokenizer_config.json'))!r}: "
+            '{"bos_token": "…", "eos_token": "…"}; they may be the same'
+        )
+    return given["bos_token"], given["eos_token"]
+
+
+def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """`texts` in lists that are closed at `size` characters."""
     batch: list[str] = []
     characters = 0
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= size:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -195,89 +265,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {name!r} is a Git LFS pointer, not the file itself: run `git lfs pull` where it lies"
         )
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", content):
-        return TiktokenTokenizer(content, name)
+        raise UserError(
+            f"tokenizer {name!r} is in tiktoken format (as Llama 3's original tokenizer.model), which does not say how "
+            "text is split. Give the tokenizer.json of the same model's Hugging Face repository instead"
+        )
     if content.lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(content, file)
     return SentencePieceTokenizer(content, name)
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """The model file of a lossless byte-fallback BPE of `texts`, which are all held in memory.
-
-    The same texts and size give the same bytes, since the number of threads is fixed and no path goes in.
-
-    Raises:
-        UserError: `vocab_size` is too large or too small for these texts.
-    """
-    if vocab_size < 260:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small: 256 bytes and <unk>, BOS, EOS come before any text"
-        )
-    model = io.BytesIO()
-    # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
-    cuts = (text[start : start + LONG_TEXT] for text in texts for start in range(0, len(text), LONG_TEXT))
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=cuts,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            max_sentence_length=4 * LONG_TEXT,
-            # Lossless: nothing normalised, and what has no piece is spelled in bytes.
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            byte_fallback=True,
-            # Indentation in one piece: source code shrinks by a third.
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
-        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from error
-    return model.getvalue()
-
-
-def _train_command(options: argparse.Namespace) -> None:
-    output = Path(options.output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
-    if options.custom_import:
-        import_custom(options.custom_import)
-    corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
-    model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
-    tokenizer = SentencePieceTokenizer(model, options.output)
-    try:
-        output.write_bytes(model)
-    except OSError as error:
-        raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
-    print(f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status is 2 for a fault of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m torchtrain.datasets.tokenizer", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a lossless byte-fallback BPE model", allow_abbrev=False)
-    train.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
-    train.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
-    train.add_argument("--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)")
-    train.add_argument("--dataset-path", metavar="PATH", help="the documents' file or folder")
-    train.add_argument("--text-key", default="text", help="the documents' key in a row (default: %(default)s)")
-    train.add_argument("--custom-import", metavar="MODULE", help="as experimental.custom_import")
-    try:
-        _train_command(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
