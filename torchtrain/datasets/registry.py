@@ -54,7 +54,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "jsonl": DatasetSpec("jsonl_files", True, "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document"),
     "parquet": DatasetSpec("parquet_files", True, "a .parquet file, or a folder: each row's text is a document"),
     "mixed": DatasetSpec("mixed_files", True, "a folder of jsonl and parquet files; every other file is a text"),
-    "tokens": DatasetSpec("token_file", True, "a file of token ids made elsewhere: .bin (with or without .idx), .npy"),
+    "tokens": DatasetSpec("token_file", True, "a file of token ids made elsewhere: .bin, .npy"),
     "c4": DatasetSpec("hub", False, "English C4, from the Hugging Face Hub", HubSource("allenai/c4", "en")),
     "c4_validation": DatasetSpec("hub", False, "its held-out split", HubSource("allenai/c4", "en", "validation")),
     "allenai/c4": DatasetSpec("hub", False, "the same as c4", HubSource("allenai/c4", "en")),
