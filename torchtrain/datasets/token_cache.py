@@ -34,7 +34,7 @@ from typing import IO
 import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
-from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.datasets.tokenizer import Tokenizer, in_batches
 from torchtrain.utils import UserError, fsync_folder, write_durably
 
 FORMAT = 1
@@ -147,7 +147,8 @@ def open_token_cache(
             log(f"tokenising {corpus.name} ({contents.bytes / 1e6:,.1f} MB) into {target}")
             started = time.monotonic()
             _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
-            _publish(building, target)
+            with locked(folder / "publish.lock", log):  # the same text may be there under another name, and lock
+                _publish(building, target)
             cache = _open(target)
             _draw("")
             log(f"tokenised in {time.monotonic() - started:.1f} s")
@@ -233,7 +234,7 @@ def cache_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, log: Callable[[str], None]) -> Iterator[Progress]:
-    with open(path, "a+", encoding="utf-8") as lock:
+    with open(path, "a+", encoding="utf-8", errors="backslashreplace") as lock:  # names of files may be any bytes
         waiting = False
         while True:
             try:
@@ -383,7 +384,7 @@ def _write_tokens(
     with open(building / "cache" / "tokens.bin", "ab") as file:
         file.truncate(tokens * itemsize)
         missing = islice(again.texts(corpus.documents()), documents, None)
-        for of_shard, data in encode(_in_shards(missing)):
+        for of_shard, data in encode(in_batches(missing, SHARD_CHARACTERS)):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -409,19 +410,6 @@ def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none, or not legible
     return 0, 0
-
-
-def _in_shards(texts: Iterator[str]) -> Shards:
-    shard: list[str] = []
-    characters = 0
-    for text in texts:
-        shard.append(text)
-        characters += len(text)
-        if characters >= SHARD_CHARACTERS:
-            yield shard
-            shard, characters = [], 0
-    if shard:
-        yield shard
 
 
 def cores() -> int:
