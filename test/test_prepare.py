@@ -16,7 +16,7 @@ from launching import ROOT, options, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
 from torchtrain.datasets import prepare, token_cache
-from torchtrain.datasets.corpora import text_files
+from torchtrain.datasets.corpora import file_corpus
 from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.prepare import encode_in_workers, main
 from torchtrain.datasets.token_cache import encode_here, open_token_cache
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory):
 
 
 def build(corpus, tokenizer, root, encode=None):
-    return open_token_cache(text_files(corpus, ""), tokenizer, root, lambda line: None, encode)
+    return open_token_cache(file_corpus("text", corpus, ""), tokenizer, root, lambda line: None, encode)
 
 
 def whole(corpus, tokenizer) -> list[int]:
@@ -240,7 +240,7 @@ def test_long_preparations_are_told_in_a_log_file_too(tmp_path, corpus, tokenize
             yield result
 
     monkeypatch.setattr(token_cache, "SHARD_CHARACTERS", 10_000)
-    open_token_cache(text_files(corpus, ""), tokenizer, tmp_path, lines.append, slowly)
+    open_token_cache(file_corpus("text", corpus, ""), tokenizer, tmp_path, lines.append, slowly)
     told = [line for line in lines if "MB/s" in line]
     assert told
     assert "tokenising text" in told[0]

@@ -1,6 +1,6 @@
 """The datasets a run can name, as data. No torch here: the config check reads it before any heavy import.
 
-To add one, add a line to DATASETS and, when its documents come from a new kind of place, a reader to `corpora.py`.
+To add one, add a line to DATASETS and, when its documents come from a new kind of place, a line to `open_corpus`.
 A user's own comes from the file that `experimental.custom_import` names, see `register_corpus`.
 """
 
@@ -33,32 +33,31 @@ class HubSource:
 class DatasetSpec:
     """What the config check must know of a dataset before anything is read."""
 
-    reader: str
-    """Key of the function in `corpora.READERS` that opens it."""
-    needs_path: bool
-    """Whether `training.dataset_path` must be given (and otherwise must not be, but for a hub's or a custom one)."""
     description: str
     """One line for --help and for error messages."""
+    needs_path: bool = False
+    """Whether `training.dataset_path` must be given (and otherwise must not be, but for a hub's or a custom one)."""
     hub: HubSource | None = None
     """Where it lies when `training.dataset_path` names no local copy."""
     texts: Texts | None = None
     """The user's function, of a custom dataset."""
 
 
+C4 = HubSource("allenai/c4", "en")
 FINEWEB_EDU = HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 # Filled here and, while the config is read, by the user's own file: constant from then on.
 DATASETS: dict[str, DatasetSpec] = {
-    "python_stdlib": DatasetSpec("python_stdlib", False, "the running interpreter's standard library source"),
-    "text": DatasetSpec("text_files", True, "a text file, or a folder of them: each file is a document"),
-    "jsonl": DatasetSpec("jsonl_files", True, "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document"),
-    "parquet": DatasetSpec("parquet_files", True, "a .parquet file, or a folder: each row's text is a document"),
-    "mixed": DatasetSpec("mixed_files", True, "a folder of jsonl and parquet files; every other file is a text"),
-    "tokens": DatasetSpec("token_file", True, "a file of token ids made elsewhere: .bin, .npy"),
-    "c4": DatasetSpec("hub", False, "English C4, from the Hugging Face Hub", HubSource("allenai/c4", "en")),
-    "c4_validation": DatasetSpec("hub", False, "its held-out split", HubSource("allenai/c4", "en", "validation")),
-    "allenai/c4": DatasetSpec("hub", False, "the same as c4", HubSource("allenai/c4", "en")),
-    "HuggingFaceFW/fineweb-edu": DatasetSpec("hub", False, "its sample of 10 billion tokens", FINEWEB_EDU),
+    "python_stdlib": DatasetSpec("the running interpreter's standard library source"),
+    "text": DatasetSpec("a text file, or a folder of them: each file is a document", needs_path=True),
+    "jsonl": DatasetSpec("a .jsonl(.gz, .zst) file, or a folder: each line's text is a document", needs_path=True),
+    "parquet": DatasetSpec("a .parquet file, or a folder: each row's text is a document", needs_path=True),
+    "mixed": DatasetSpec("a folder of jsonl and parquet files; every other file is a text", needs_path=True),
+    "tokens": DatasetSpec("a file of token ids made elsewhere: .bin, .npy", needs_path=True),
+    "c4": DatasetSpec("English C4, from the Hugging Face Hub", hub=C4),
+    "c4_validation": DatasetSpec("its held-out split", hub=HubSource("allenai/c4", "en", "validation")),
+    "allenai/c4": DatasetSpec("the same as c4", hub=C4),
+    "HuggingFaceFW/fineweb-edu": DatasetSpec("its sample of 10 billion tokens", hub=FINEWEB_EDU),
 }
 
 
@@ -94,13 +93,13 @@ def _by_place(name: str) -> DatasetSpec | None:
     config, _, split = rest.partition(":")
     hub = HubSource(repository, config or None, split or "train")
     if Path(repository).expanduser().is_dir():
-        return DatasetSpec("hub", False, "a local folder that the package datasets can read", hub)
+        return DatasetSpec("a local folder that the package datasets can read", hub=hub)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]*){0,2}", name):
         raise UserError(
             f"training.dataset = {name!r} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
             "the Hugging Face Hub, owner/name[:config[:split]]"
         )
-    return DatasetSpec("hub", False, "a dataset of the Hugging Face Hub", hub)
+    return DatasetSpec("a dataset of the Hugging Face Hub", hub=hub)
 
 
 def register_corpus(name: str, description: str = "a dataset of your own") -> Callable[[Texts], Texts]:
@@ -118,7 +117,7 @@ def register_corpus(name: str, description: str = "a dataset of your own") -> Ca
         known = DATASETS.get(name)
         if known and (known.texts is None or source_file(known.texts) != source_file(texts)):
             raise UserError(f"register_corpus({name!r}): there is a dataset of this name; choose another")
-        DATASETS[name] = DatasetSpec("custom", False, description, texts=texts)
+        DATASETS[name] = DatasetSpec(description, texts=texts)
         return texts
 
     return register
