@@ -29,7 +29,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -146,7 +146,12 @@ def open_token_cache(
                 return cache
             log(f"tokenising {corpus.name} ({contents.bytes / 1e6:,.1f} MB) into {target}")
             started = time.monotonic()
-            _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
+            try:
+                _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
+            except BaseException:
+                if not (building / "progress.json").exists():  # nothing to go on from
+                    shutil.rmtree(building)
+                raise
             with locked(folder / "publish.lock", log):  # the same text may be there under another name, and lock
                 _publish(building, target)
             cache = _open(target)
@@ -255,13 +260,17 @@ def locked(path: Path, log: Callable[[str], None]) -> Iterator[Progress]:
 
 def _open_if_unchanged(corpus: Corpus, tokenizer: Tokenizer, seen: Path) -> TokenCache | None:
     """The cache, without reading the corpus, if every file is in the state in which it was last read through."""
+    fingerprint = remembered(seen, corpus_state(corpus)[0]).get("corpus_fingerprint")
+    return _open(seen.parent / _key(fingerprint, tokenizer)) if fingerprint else None
+
+
+def remembered(seen: Path, state: str) -> dict[str, Any]:
+    """What was found out in this `state` and written into `seen`; nothing where there is nothing legible."""
     try:
-        remembered = json.loads(seen.read_text(encoding="utf-8"))
-        if remembered["state"] != corpus_state(corpus)[0]:
-            return None
-        return _open(seen.parent / _key(remembered["corpus_fingerprint"], tokenizer))
+        facts = json.loads(seen.read_text(encoding="utf-8"))
+        return facts if facts["state"] == state else {}
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # nothing remembered, or nothing legible: the corpus is read
+        return {}
 
 
 def files_state(files: list[Path]) -> tuple[str, int]:
@@ -282,8 +291,10 @@ def files_state(files: list[Path]) -> tuple[str, int]:
 
 
 def corpus_state(corpus: Corpus) -> tuple[str, int]:
-    """The same of a whole corpus, with its revision and how it treats bad rows."""
+    """The same of a whole corpus, with its revision and how it treats bad rows; one that can't tell has just changed."""
     state, newest = files_state(corpus.files)
+    if not corpus.files and corpus.revision is None:
+        newest = time.time_ns()
     return short_hash([state, corpus.revision or "", corpus.on_bad_row]), newest
 
 
@@ -297,8 +308,7 @@ def _read_through(corpus: Corpus, seen: Path, progress: Progress) -> _Contents:
     if contents.documents == 0:
         left_out = f" ({corpus.left_out.describe()})" if corpus.left_out.counts else ""
         raise UserError(f"{corpus.name} holds no text{left_out}")
-    known = bool(corpus.files) or corpus.revision is not None
-    if known and newest < started - SETTLED_NS and state == corpus_state(corpus)[0]:
+    if newest < started - SETTLED_NS and state == corpus_state(corpus)[0]:
         write_durably(seen, json.dumps({"state": state, "corpus_fingerprint": contents.fingerprint()}))
     return contents
 
@@ -340,18 +350,31 @@ def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, byt
 def _build(
     corpus: Corpus, contents: _Contents, tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
 ) -> None:
-    """Tokenise `corpus`, of which `contents` is known, into `building`, going on where an earlier build ended."""
+    """Tokenise `corpus`, of which `contents` is known, into `building`, going on after the shards that are there."""
     dtype = token_dtype(tokenizer)
+    documents, tokens = _already_done(building, dtype.itemsize)
+    started, start = time.monotonic(), documents
     again = _Contents()
+    missing = islice(again.texts(corpus.documents()), documents, None)
     (building / "cache").mkdir(parents=True, exist_ok=True)
-    try:
-        tokens = _write_tokens(corpus, contents, again, building, dtype.itemsize, progress, encode)
-    except BaseException:
-        if not (building / "progress.json").exists():  # nothing to go on from
-            shutil.rmtree(building)
-        raise
+    with open(building / "cache" / "tokens.bin", "ab") as file:
+        file.truncate(tokens * dtype.itemsize)
+        for of_shard, data in encode(in_batches(missing, SHARD_CHARACTERS)):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            documents += of_shard
+            tokens += len(data) // dtype.itemsize
+            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
+            share = documents / contents.documents
+            speed = (documents - start) / (time.monotonic() - started)  # documents a second
+            left = timedelta(seconds=round((contents.documents - documents) / speed))
+            progress.show(
+                f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
+                f"{speed * contents.bytes / contents.documents / 1e6:.1f} MB/s, {left} left"
+            )
     if again.fingerprint() != contents.fingerprint():
-        shutil.rmtree(building)
+        (building / "progress.json").unlink(missing_ok=True)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
         format=FORMAT,
@@ -367,38 +390,6 @@ def _build(
         left_out_places=corpus.left_out.places,
     )
     write_durably(building / "cache" / "manifest.json", json.dumps(asdict(manifest), indent=2))
-
-
-def _write_tokens(
-    corpus: Corpus,
-    contents: _Contents,
-    again: _Contents,
-    building: Path,
-    itemsize: int,
-    progress: Progress,
-    encode: Encode,
-) -> int:
-    """Append the shards that are missing in `building`; the corpus goes by `again`. Returns the tokens in all."""
-    documents, tokens = _already_done(building, itemsize)
-    started, start = time.monotonic(), documents
-    with open(building / "cache" / "tokens.bin", "ab") as file:
-        file.truncate(tokens * itemsize)
-        missing = islice(again.texts(corpus.documents()), documents, None)
-        for of_shard, data in encode(in_batches(missing, SHARD_CHARACTERS)):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            documents += of_shard
-            tokens += len(data) // itemsize
-            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
-            share = documents / contents.documents
-            speed = (documents - start) / (time.monotonic() - started)  # documents a second
-            left = timedelta(seconds=round((contents.documents - documents) / speed))
-            progress.show(
-                f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
-                f"{speed * contents.bytes / contents.documents / 1e6:.1f} MB/s, {left} left"
-            )
-    return tokens
 
 
 def _already_done(building: Path, itemsize: int) -> tuple[int, int]:

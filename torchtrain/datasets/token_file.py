@@ -25,6 +25,7 @@ from torchtrain.datasets.token_cache import (
     cache_errors,
     files_state,
     locked,
+    remembered,
     short_hash,
     token_dtype,
 )
@@ -128,10 +129,10 @@ def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f"{name}.lock", log) as progress:
-            remembered = _remembered(seen, file)
-            if remembered:
-                return remembered
             state, newest = files_state([file])
+            facts = remembered(seen, state)
+            if facts:
+                return facts
             started = time.time_ns()
             facts = {"state": state, **_read_through(file, tokens, progress)}
             if files_state([file])[0] != state:
@@ -139,15 +140,6 @@ def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None
             if newest < started - SETTLED_NS:
                 write_durably(seen, json.dumps(facts))
             return facts
-
-
-def _remembered(seen: Path, file: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads(seen.read_text(encoding="utf-8"))
-        whole = facts.keys() == {"state", "fingerprint", "lowest", "highest"}
-        return facts if whole and facts["state"] == files_state([file])[0] else None
-    except (OSError, ValueError, AttributeError):
-        return None  # nothing remembered, or nothing legible
 
 
 def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:
