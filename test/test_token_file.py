@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
-from torchtrain.datasets import token_file
+from torchtrain.datasets import token_cache, token_file
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.token_file import open_token_file
@@ -110,7 +110,7 @@ def test_a_type_that_the_file_contradicts_is_refused(tmp_path, opened):
 
 
 def test_a_file_is_read_through_once_and_again_when_it_has_changed(tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(token_file, "SETTLED_NS", 0)
+    monkeypatch.setattr(token_cache, "SETTLED_NS", 0)
     (tmp_path / "a.bin").write_bytes(IDS.astype("<u2").tobytes())
     first = opened("a.bin").manifest.corpus_fingerprint
     reads = []

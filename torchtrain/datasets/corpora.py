@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from torchtrain.datasets.registry import DATASETS, HubSource, Texts, find_dataset, source_file, user_place
-from torchtrain.utils import UserError, nearest
+from torchtrain.utils import UserError, expanded, nearest
 
 # Tests, and what is installed beside the library, are not prose worth learning; encodings and lib2to3 are tables.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"})
@@ -120,7 +120,7 @@ def open_corpus(
         UserError: unknown dataset, path missing or of the wrong kind, no file in it; hub that cannot be reached.
     """
     spec = find_dataset(dataset, dataset_path)
-    path = Path(dataset_path).expanduser() if dataset_path else None
+    path = expanded(dataset_path) if dataset_path else None
     if spec.texts is not None:
         corpus = custom_corpus(dataset, spec.texts, dataset_path)
     elif spec.hub is not None:
@@ -181,8 +181,8 @@ def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
     path nothing can: then they are read once at every start.
     """
     files = []
-    if dataset_path and Path(dataset_path).expanduser().exists():
-        files = [source_file(texts), *files_under(Path(dataset_path).expanduser())]
+    if dataset_path and expanded(dataset_path).exists():
+        files = [source_file(texts), *files_under(expanded(dataset_path))]
 
     def rows() -> Rows:
         number = 0
@@ -206,7 +206,7 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str) -> Corpus:
     """
     if path and not path.is_dir():
         raise UserError(f"training.dataset_path = {str(path)!r} must be a folder, a copy of {source.repository}")
-    here = Path(source.repository).expanduser()
+    here = expanded(source.repository)
     local = path or (here if here.is_dir() else None)
     where = str(local or source.repository)
     name = f"{where} {source.config or 'default'} {source.split} [{text_key}]"

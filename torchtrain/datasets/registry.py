@@ -5,7 +5,6 @@ A user's own comes from the file that `experimental.custom_import` names, see `r
 """
 
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -13,8 +12,9 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from torchtrain.utils import UserError, nearest
+from torchtrain.utils import UserError, expanded, nearest
 
 Texts = Callable[[str | None], Iterable[str]]
 """A user's source: given `training.dataset_path`, the text of each document, the same ones whenever it is called."""
@@ -81,7 +81,7 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
         raise UserError(f"training.dataset_path = {path!r} has no effect: {given} takes no path")
-    if path and not spec.texts and not Path(path).expanduser().exists():
+    if path and not spec.texts and not expanded(path).exists():
         raise UserError(f"training.dataset_path = {path!r} does not exist (seen from {Path.cwd()})")
     return spec
 
@@ -92,7 +92,7 @@ def _by_place(name: str) -> DatasetSpec | None:
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     hub = HubSource(repository, config or None, split or "train")
-    if Path(repository).expanduser().is_dir():
+    if expanded(repository).is_dir():
         return DatasetSpec("a local folder that the package datasets can read", hub=hub)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]*){0,2}", name):
         raise UserError(
@@ -137,7 +137,7 @@ def import_custom(given: str) -> None:
     Raises:
         UserError: not found, or whatever fault it has, with file, line and error.
     """
-    path = Path(given).expanduser().absolute() if given.endswith(".py") else None
+    path = expanded(given).absolute() if given.endswith(".py") else None
     folder = str(path.parent if path else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -165,13 +165,11 @@ def _import_file(path: Path) -> None:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

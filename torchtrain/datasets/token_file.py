@@ -8,9 +8,8 @@ found is remembered in the cache folder for as long as the file's path, size and
 """
 
 import hashlib
-import json
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,17 @@ import numpy as np
 
 from torchtrain.datasets.token_cache import (
     FORMAT,
-    SETTLED_NS,
     Manifest,
     Progress,
     TokenCache,
-    cache_errors,
     files_state,
+    found_out,
     locked,
-    remembered,
     short_hash,
     token_dtype,
 )
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError, write_durably
+from torchtrain.utils import UserError, expanded
 
 CHUNK = 1 << 24
 
@@ -51,7 +48,7 @@ def open_token_file(
         UserError: no such file, not what its name says, an id beyond the vocabulary, or it can't be read.
     """
     assert path is not None, "the config check asks for it"
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         tokens = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
     except OSError as error:
@@ -125,21 +122,13 @@ def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None
     """Hash, lowest and highest id: remembered, or found by reading all of it while other processes wait."""
     folder = root / "tokens"
     name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
-    seen = folder / f"{name}.seen.json"
-    with cache_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{name}.lock", log) as progress:
-            state, newest = files_state([file])
-            facts = remembered(seen, state)
-            if facts:
-                return facts
-            started = time.time_ns()
-            facts = {"state": state, **_read_through(file, tokens, progress)}
-            if files_state([file])[0] != state:
-                raise UserError(f"the token file {str(file)!r} changed while it was read; start again when it is done")
-            if newest < started - SETTLED_NS:
-                write_durably(seen, json.dumps(facts))
-            return facts
+    with locked(folder, name, log) as progress:
+        return found_out(
+            f"the token file {str(file)!r}",
+            folder / f"{name}.seen.json",
+            partial(files_state, [file]),
+            lambda: _read_through(file, tokens, progress),
+        )
 
 
 def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 
 from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, require_unicode
-from torchtrain.utils import UserError
+from torchtrain.utils import UserError, expanded
 
 SPACE_MARK = "\u2581"
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
@@ -166,7 +166,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: nothing there, a format that is not known, damaged, or without BOS or EOS.
     """
     given = f"model.tokenizer_path = {str(path)!r}"
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
         if not found:
