@@ -132,15 +132,19 @@ def command(corpus: Path, cache: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "torchtrain.datasets.prepare", *given, *more]
 
 
-@pytest.mark.slow
-def test_killed_at_any_instant_it_goes_on_and_its_workers_end(tmp_path, tokenizer):
-    """Real kills, of real processes, at growing delays; the bytes at the end are those of one process."""
-    corpus = write_corpus(tmp_path / "corpus", documents=600)
+def in_small_shards(corpus: Path, cache: Path, *more: str) -> list[str]:
     script = (
         "import sys; from torchtrain.datasets import token_cache, prepare; token_cache.SHARD_CHARACTERS = 20_000; "
         "sys.exit(prepare.main(sys.argv[1:]))"
     )
-    arguments = [sys.executable, "-c", script, *command(corpus, tmp_path / "cache", "--workers", "2")[3:]]
+    return [sys.executable, "-c", script, *command(corpus, cache, *more)[3:]]
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_it_goes_on_and_its_workers_end(tmp_path, tokenizer):
+    """Real kills, of real processes, at growing delays; the bytes at the end are those of one process."""
+    corpus = write_corpus(tmp_path / "corpus", documents=600)
+    arguments = in_small_shards(corpus, tmp_path / "cache", "--workers", "2")
     kept = []
     for _ in range(12):
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -180,6 +184,20 @@ def wait_until(condition, timeout: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_and_its_workers_soon(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", documents=2000)
+    arguments = in_small_shards(corpus, tmp_path / "cache", "--workers", "2")
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: documents_done(tmp_path / "cache") > 0)
+        workers = [int(pid) for pid in children.read_text().split()]
+        process.send_signal(signal.SIGINT)
+        assert "the same command goes on from here" in process.communicate(timeout=30)[1]
+        assert process.returncode == 130
+    wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
 @pytest.mark.slow

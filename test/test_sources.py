@@ -530,6 +530,18 @@ def test_custom_import_that_is_not_there_is_named(given, message):
     assert str(caught.value).startswith(f"experimental.custom_import = {given!r}: ")
 
 
+@pytest.mark.parametrize("name", ["json", "sys"])
+def test_file_of_the_users_that_has_a_known_modules_name_is_refused(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("raise KeyError\n")
+    with pytest.raises(UserError, match=f"another module of the name '{name}'; rename the file"):
+        import_custom(str(tmp_path / f"{name}.py"))
+
+
+def test_path_of_an_unknown_user_is_one_that_is_not_there():
+    with pytest.raises(UserError, match="does not exist"):
+        open_corpus("text", "~no-such-user/texts", "text")
+
+
 def test_fault_while_the_users_source_is_read_is_one_message(tmp_path):
     (tmp_path / "custom.py").write_text(
         "from torchtrain.datasets.registry import register_corpus\n"

@@ -98,9 +98,7 @@ def _work(tokenizer_file: str, texts: list[str]) -> tuple[int, bytes]:
     return encode_shard(_tokenizer(tokenizer_file), texts, threads=1)
 
 
-@cache
-def _tokenizer(file: str) -> Tokenizer:
-    return load_tokenizer(file)  # once a worker
+_tokenizer = cache(load_tokenizer)  # once a worker
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from torchtrain.utils import UserError, expanded, nearest
 
@@ -129,10 +128,10 @@ def source_file(texts: Texts) -> Path:
 
 
 def import_custom(given: str) -> None:
-    """Run the user's code that `experimental.custom_import` names: a dotted module, or a path that ends in .py.
+    """Import the user's code that `experimental.custom_import` names: a dotted module, or a path that ends in .py.
 
     The working directory, or the file's folder, goes to the end of Python's search path, so that the code may import
-    what lies beside it and shadows nothing. In one process it runs once.
+    what lies beside it and shadows nothing.
 
     Raises:
         UserError: not found, or whatever fault it has, with file, line and error.
@@ -145,10 +144,9 @@ def import_custom(given: str) -> None:
     if path and not path.is_file():
         raise UserError(f"{option}: there is no such file (seen from {Path.cwd()})")
     try:
-        if path is None:
-            importlib.import_module(given)
-        else:
-            _import_file(path)
+        found = importlib.import_module(path.stem if path else given).__spec__
+        if path and (found is None or Path(str(found.origin)).resolve() != path.resolve()):
+            raise UserError(f"Python knows another module of the name {path.stem!r}; rename the file")
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
     except (Exception, SystemExit) as error:
@@ -158,21 +156,6 @@ def import_custom(given: str) -> None:
                 f"{folder} or PYTHONPATH, or the path of a .py file"
             ) from error
         raise UserError(f"{option}: {user_place(error)}: {type(error).__name__}: {error}") from error
-
-
-def _import_file(path: Path) -> None:
-    name = f"torchtrain_custom_{path.stem}"  # a name of its own: the user's may well be that of a package
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path):
-        return
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 def user_place(error: BaseException) -> str:

@@ -124,13 +124,11 @@ def open_token_cache(
     folder = root / "tokens"
     name = short_hash([corpus.name, *(str(file.absolute()) for file in corpus.files[:1])])
     seen = folder / f"{name}.seen.json"
-    cache = _open_if_unchanged(corpus, tokenizer, seen)
+    fingerprint = remembered(seen, corpus_state(corpus)[0]).get("fingerprint")
+    cache = _open(folder / _key(fingerprint, tokenizer)) if fingerprint else None
     if cache:
-        return cache
+        return cache  # and nothing was written, for which this user may have no right
     with locked(folder, name, log) as progress:
-        cache = _open_if_unchanged(corpus, tokenizer, seen)  # another process may have built it meanwhile
-        if cache:
-            return cache
         contents = found_out(
             corpus.name, seen, partial(corpus_state, corpus), lambda: _read_through(corpus, progress, log)
         )
@@ -251,12 +249,6 @@ def locked(folder: Path, name: str, log: Callable[[str], None]) -> Iterator[Prog
         ) from error
     finally:
         _draw("")
-
-
-def _open_if_unchanged(corpus: Corpus, tokenizer: Tokenizer, seen: Path) -> TokenCache | None:
-    """The cache, without reading the corpus, if every file is in the state in which it was last read through."""
-    fingerprint = remembered(seen, corpus_state(corpus)[0]).get("fingerprint")
-    return _open(seen.parent / _key(fingerprint, tokenizer)) if fingerprint else None
 
 
 def remembered(seen: Path, state: str) -> dict[str, Any]:

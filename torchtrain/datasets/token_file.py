@@ -85,7 +85,7 @@ def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
         )
     with open(file, "rb") as start:
         if start.read(6) == b"\x93NUMPY":
-            return _map_npy(file, given)
+            return _map_npy(file)
     if given is None and file.suffix == ".bin" and file.with_suffix(".idx").exists():
         raise UserError(
             f"the token file {str(file)!r} has an .idx beside it, as Megatron's have, which alone knows the ids' type "
@@ -100,7 +100,7 @@ def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
     return np.memmap(file, dtype, mode="r")
 
 
-def _map_npy(file: Path, given: np.dtype | None) -> np.ndarray:
+def _map_npy(file: Path) -> np.ndarray:
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
@@ -109,11 +109,6 @@ def _map_npy(file: Path, given: np.dtype | None) -> np.ndarray:
         raise UserError(
             f"the token file {str(file)!r} holds {tokens.dtype} of shape {list(tokens.shape)}, but must hold a row of "
             "integers"
-        )
-    if given is not None and given != tokens.dtype:
-        raise UserError(
-            f"the token file {str(file)!r} says it holds {tokens.dtype}, but data.token_dtype = {given.name!r}: leave "
-            "it out"
         )
     return tokens
 
