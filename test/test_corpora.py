@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from torchtrain.datasets import token_cache
-from torchtrain.datasets.corpora import READERS, Corpus, jsonl_files, open_corpus, python_stdlib, text_files
-from torchtrain.datasets.registry import DATASETS
+from torchtrain.datasets.corpora import Corpus, file_corpus, open_corpus, python_stdlib
 from torchtrain.datasets.token_cache import cache_root, open_token_cache
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 from torchtrain.utils import UserError
@@ -50,14 +49,10 @@ def write(folder: Path, **files: str | bytes) -> Path:
 # Readers
 
 
-def test_every_registered_dataset_has_a_reader():
-    assert {spec.reader for spec in DATASETS.values()} == {*READERS, "hub", "token_file"}
-
-
 def test_text_keeps_every_byte(tmp_path):
     content = "\ufefffirst\r\nsecond\rthird\n\0\t".encode()
     (tmp_path / "a.txt").write_bytes(content)
-    assert [text.encode() for text in texts(text_files(tmp_path / "a.txt", ""))] == [content]
+    assert [text.encode() for text in texts(file_corpus("text", tmp_path / "a.txt", ""))] == [content]
 
 
 def test_text_folder_is_read_in_the_order_of_relative_paths(tmp_path):
@@ -65,35 +60,35 @@ def test_text_folder_is_read_in_the_order_of_relative_paths(tmp_path):
     os.symlink(tmp_path / "a", tmp_path / "loop")
     os.symlink(tmp_path, tmp_path / "a" / "back")
     os.mkfifo(tmp_path / "pipe")
-    corpus = text_files(tmp_path, "")
+    corpus = file_corpus("text", tmp_path, "")
     assert texts(corpus)[:5] == ["A", "a/b/c", "a/z", "aa", "b"]
     assert sorted(texts(corpus)) == sorted({"A", "a/b/c", "a/z", "aa", "b"}), "a linked folder is read once"
-    assert texts(corpus) == texts(text_files(tmp_path, ""))
+    assert texts(corpus) == texts(file_corpus("text", tmp_path, ""))
 
 
 def test_linked_folder_is_followed(tmp_path):
     write(tmp_path / "elsewhere", x="linked")
     write(tmp_path / "corpus", a="own")
     os.symlink(tmp_path / "elsewhere", tmp_path / "corpus" / "link")
-    assert texts(text_files(tmp_path / "corpus", "")) == ["own", "linked"]
+    assert texts(file_corpus("text", tmp_path / "corpus", "")) == ["own", "linked"]
 
 
 def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path):
     write(tmp_path, a="fine", b=b"caf\xe9")
     with pytest.raises(UserError, match="b: not UTF-8: 0xe9 in byte 4;"):
-        texts(text_files(tmp_path, ""))
+        texts(file_corpus("text", tmp_path, ""))
 
 
 def test_dangling_link_is_named(tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "link")
     with pytest.raises(UserError, match=r"link.*No such file"):
-        texts(text_files(tmp_path, ""))
+        texts(file_corpus("text", tmp_path, ""))
 
 
 def test_jsonl_gives_each_line_with_its_place(tmp_path):
     lines = b'\xef\xbb\xbf{"text": "one\\r\\n", "n": 1}\r\n\n  \n{"text": ""}\n{"text": "\\ud83d\\ude00"}'
     write(tmp_path, **{"b.jsonl": lines, "a.jsonl": '{"text": "first"}\n', "c.txt": "no", ".d.jsonl": "no"})
-    documents = list(jsonl_files(tmp_path, "text").documents())
+    documents = list(file_corpus("jsonl", tmp_path, "text").documents())
     assert [document.text for document in documents] == ["first", "one\r\n", "\U0001f600"]
     assert [document.place for document in documents] == [
         f"{tmp_path}/a.jsonl:1",
@@ -104,7 +99,7 @@ def test_jsonl_gives_each_line_with_its_place(tmp_path):
 
 def test_jsonl_reads_another_key_and_a_file_of_any_name(tmp_path):
     write(tmp_path, **{"data.json": '{"body": "x"}\n'})
-    assert texts(jsonl_files(tmp_path / "data.json", "body")) == ["x"]
+    assert texts(file_corpus("jsonl", tmp_path / "data.json", "body")) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +122,7 @@ def test_jsonl_reads_another_key_and_a_file_of_any_name(tmp_path):
 def test_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     write(tmp_path, **{"x.jsonl": b'{"text": "fine"}\n' + line + b"\n"})
     with pytest.raises(UserError, match=message) as caught:
-        texts(jsonl_files(tmp_path, "text"))
+        texts(file_corpus("jsonl", tmp_path, "text"))
     assert str(caught.value).startswith(f"{tmp_path}/x.jsonl:2: ")
 
 
@@ -135,11 +130,11 @@ def test_library_leaves_out_duplicates_tests_and_other_encodings(tmp_path):
     write(tmp_path, **{"a.py": "x = 1\n", "b.py": "x = 1\n", "pkg__c.py": "y = 2\n", "e.py": "", "notes.txt": "no"})
     write(tmp_path, **{"test__t.py": "no", "pkg__tests__t.py": "no", "site-packages__s.py": "no"})
     write(tmp_path, **{"latin.py": b"# -*- coding: latin-1 -*-\n# caf\xe9\n"})
-    assert texts(python_stdlib(tmp_path, "")) == ["x = 1\n", "y = 2\n"]
+    assert texts(python_stdlib(tmp_path)) == ["x = 1\n", "y = 2\n"]
 
 
 def test_this_interpreters_library_is_there():
-    corpus = python_stdlib(None, "")
+    corpus = python_stdlib()
     names = [file.name for file in corpus.files]
     assert "argparse.py" in names
     assert names.count("argparse.py") == 1
@@ -159,6 +154,12 @@ def test_missing_empty_and_wrong_paths_are_named(tmp_path, dataset):
         open_corpus(dataset, str(tmp_path / "pipe"), "text")
 
 
+def test_token_file_is_no_corpus(tmp_path):
+    write(tmp_path, **{"a.bin": b"\0\0"})
+    with pytest.raises(UserError, match="is a token file, which has no text"):
+        open_corpus("tokens", str(tmp_path / "a.bin"), "text")
+
+
 def test_unknown_dataset_is_named_with_the_nearest():
     with pytest.raises(UserError, match=r"'jsnl' is unknown, did you mean jsonl.; allowed: python_stdlib, text"):
         open_corpus("jsnl", None, "text")
@@ -169,7 +170,7 @@ def test_unknown_dataset_is_named_with_the_nearest():
 
 def test_cache_holds_each_document_between_bos_and_eos(tmp_path, tokenizer):
     write(tmp_path / "corpus", a="def f():\r\n\treturn 1\n", b="\u2581 \U0001f600")
-    cache = open_token_cache(text_files(tmp_path / "corpus", ""), tokenizer, tmp_path / "cache")
+    cache = open_token_cache(file_corpus("text", tmp_path / "corpus", ""), tokenizer, tmp_path / "cache")
     expected = []
     for text in ("def f():\r\n\treturn 1\n", "\u2581 \U0001f600"):
         expected += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
@@ -185,13 +186,16 @@ def test_large_vocabulary_takes_four_bytes(tmp_path, tokenizer):
     large = load_tokenizer(DEBUG_MODEL)
     large.vocab_size = (1 << 16) + 1
     large.fingerprint = "another"
-    assert open_token_cache(text_files(tmp_path / "corpus", ""), large, tmp_path / "cache").tokens.dtype == np.uint32
+    assert (
+        open_token_cache(file_corpus("text", tmp_path / "corpus", ""), large, tmp_path / "cache").tokens.dtype
+        == np.uint32
+    )
 
 
 def opened(corpus: Path, tokenizer: SentencePieceTokenizer) -> tuple[str, list[str]]:
     """The fingerprint of the cache of `corpus`, opened as a new process would, and what was logged."""
     log: list[str] = []
-    cache = open_token_cache(text_files(corpus, ""), tokenizer, corpus.parent / "cache", log.append)
+    cache = open_token_cache(file_corpus("text", corpus, ""), tokenizer, corpus.parent / "cache", log.append)
     assert cache.manifest.corpus_fingerprint
     return cache.manifest.corpus_fingerprint, [line.split()[0] for line in log]
 
@@ -287,7 +291,7 @@ def test_damaged_cache_is_built_again_with_a_warning(tmp_path, tokenizer, settle
 
 def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
     file = write(tmp_path / "corpus", a="text") / "a"
-    corpus = text_files(tmp_path / "corpus", "")
+    corpus = file_corpus("text", tmp_path / "corpus", "")
 
     def documents():
         yield from corpus.documents()
@@ -301,18 +305,18 @@ def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
 
 def test_empty_corpus_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="holds no text"):
-        open_token_cache(text_files(write(tmp_path / "corpus", a=""), ""), tokenizer, tmp_path / "cache")
+        open_token_cache(file_corpus("text", write(tmp_path / "corpus", a=""), ""), tokenizer, tmp_path / "cache")
 
 
 def test_folder_that_cannot_be_written_is_named_with_its_option(tmp_path, tokenizer):
-    corpus = text_files(write(tmp_path / "corpus", a="text"), "")
+    corpus = file_corpus("text", write(tmp_path / "corpus", a="text"), "")
     write(tmp_path, file="in the way")
     with pytest.raises(UserError, match=r"file/tokens'.*data\.cache_folder"):
         open_token_cache(corpus, tokenizer, tmp_path / "file")
 
 
 def test_full_disk_is_named_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    corpus = text_files(write(tmp_path / "corpus", a="text"), "")
+    corpus = file_corpus("text", write(tmp_path / "corpus", a="text"), "")
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -338,7 +342,7 @@ BUILDER = """
     import sys, time
     from pathlib import Path
     from torchtrain.datasets import token_cache
-    from torchtrain.datasets.corpora import text_files
+    from torchtrain.datasets.corpora import file_corpus
     from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 
     def stall(*given, **named):
@@ -346,7 +350,7 @@ BUILDER = """
         time.sleep(600)
 
     {patch}
-    corpus = text_files(Path({corpus!r}), "")
+    corpus = file_corpus("text", Path({corpus!r}), "")
     cache = token_cache.open_token_cache(corpus, load_tokenizer({model!r}), Path({root!r}), lambda line: print(line))
     print(cache.manifest.corpus_fingerprint, cache.manifest.tokens)
 """

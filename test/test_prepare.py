@@ -16,7 +16,7 @@ from launching import ROOT, options, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
 from torchtrain.datasets import prepare, token_cache
-from torchtrain.datasets.corpora import text_files
+from torchtrain.datasets.corpora import file_corpus
 from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.prepare import encode_in_workers, main
 from torchtrain.datasets.token_cache import encode_here, open_token_cache
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory):
 
 
 def build(corpus, tokenizer, root, encode=None):
-    return open_token_cache(text_files(corpus, ""), tokenizer, root, lambda line: None, encode)
+    return open_token_cache(file_corpus("text", corpus, ""), tokenizer, root, lambda line: None, encode)
 
 
 def whole(corpus, tokenizer) -> list[int]:
@@ -132,15 +132,19 @@ def command(corpus: Path, cache: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "torchtrain.datasets.prepare", *given, *more]
 
 
-@pytest.mark.slow
-def test_killed_at_any_instant_it_goes_on_and_its_workers_end(tmp_path, tokenizer):
-    """Real kills, of real processes, at growing delays; the bytes at the end are those of one process."""
-    corpus = write_corpus(tmp_path / "corpus", documents=600)
+def in_small_shards(corpus: Path, cache: Path, *more: str) -> list[str]:
     script = (
         "import sys; from torchtrain.datasets import token_cache, prepare; token_cache.SHARD_CHARACTERS = 20_000; "
         "sys.exit(prepare.main(sys.argv[1:]))"
     )
-    arguments = [sys.executable, "-c", script, *command(corpus, tmp_path / "cache", "--workers", "2")[3:]]
+    return [sys.executable, "-c", script, *command(corpus, cache, *more)[3:]]
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_it_goes_on_and_its_workers_end(tmp_path, tokenizer):
+    """Real kills, of real processes, at growing delays; the bytes at the end are those of one process."""
+    corpus = write_corpus(tmp_path / "corpus", documents=600)
+    arguments = in_small_shards(corpus, tmp_path / "cache", "--workers", "2")
     kept = []
     for _ in range(12):
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -180,6 +184,20 @@ def wait_until(condition, timeout: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_and_its_workers_soon(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", documents=2000)
+    arguments = in_small_shards(corpus, tmp_path / "cache", "--workers", "2")
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: documents_done(tmp_path / "cache") > 0)
+        workers = [int(pid) for pid in children.read_text().split()]
+        process.send_signal(signal.SIGINT)
+        assert "the same command goes on from here" in process.communicate(timeout=30)[1]
+        assert process.returncode == 130
+    wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
 @pytest.mark.slow
@@ -240,7 +258,7 @@ def test_long_preparations_are_told_in_a_log_file_too(tmp_path, corpus, tokenize
             yield result
 
     monkeypatch.setattr(token_cache, "SHARD_CHARACTERS", 10_000)
-    open_token_cache(text_files(corpus, ""), tokenizer, tmp_path, lines.append, slowly)
+    open_token_cache(file_corpus("text", corpus, ""), tokenizer, tmp_path, lines.append, slowly)
     told = [line for line in lines if "MB/s" in line]
     assert told
     assert "tokenising text" in told[0]

@@ -249,10 +249,9 @@ def local(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_local_folder_is_read_by_the_package(local, streaming):
+def test_local_folder_is_read_by_the_package(local):
     def read(name, path=None):
-        return texts(open_corpus(name, path, "text", streaming=streaming))
+        return texts(open_corpus(name, path, "text"))
 
     assert read(str(local)) == ["one", "two"]
     assert read(f"{local}::validation") == ["held out"]
@@ -287,12 +286,11 @@ def test_changed_local_folder_gives_its_new_documents(local):
     assert texts(open_corpus(str(local), None, "text")) == ["three"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_null_in_a_hubs_dataset_is_a_bad_row(local, streaming):
+def test_null_in_a_hubs_dataset_is_a_bad_row(local):
     (local / "train.jsonl").write_bytes(lines("one", None, "two"))
     with pytest.raises(UserError, match="train:2: 'text' is a NoneType"):
-        texts(open_corpus(str(local), None, "text", streaming=streaming))
-    corpus = open_corpus(str(local), None, "text", "skip", streaming)
+        texts(open_corpus(str(local), None, "text"))
+    corpus = open_corpus(str(local), None, "text", "skip")
     assert texts(corpus) == ["one", "two"]
     assert corpus.left_out.counts == {"not a string": 1}
 
@@ -360,17 +358,17 @@ def test_hub_is_asked_for_its_revision_which_stands_for_the_files(monkeypatch):
     asked = []
 
     class Remote(list):
-        column_names = None
+        column_names = ("text",)
 
         def select_columns(self, names):
             return self
 
     monkeypatch.setattr(corpora, "_load", lambda *given: asked.append(given) or Remote(rows))
-    corpus = open_corpus("someone/something:config", None, "text", streaming=True)
+    corpus = open_corpus("someone/something:config", None, "text")
     assert (corpus.files, corpus.revision) == ([], "someone/something@commit of someone/something")
     assert texts(corpus) == ["one", "two"]
     assert asked[0][0] == "someone/something"
-    assert asked[0][3:] == ("commit of someone/something", True)
+    assert asked[0][3:] == ("commit of someone/something",)
     assert (asked[0][2].config, asked[0][2].split) == ("config", "train")
 
 
@@ -530,6 +528,18 @@ def test_custom_import_that_is_not_there_is_named(given, message):
     with pytest.raises(UserError, match=message) as caught:
         import_custom(given)
     assert str(caught.value).startswith(f"experimental.custom_import = {given!r}: ")
+
+
+@pytest.mark.parametrize("name", ["json", "sys"])
+def test_file_of_the_users_that_has_a_known_modules_name_is_refused(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("raise KeyError\n")
+    with pytest.raises(UserError, match=f"another module of the name '{name}'; rename the file"):
+        import_custom(str(tmp_path / f"{name}.py"))
+
+
+def test_path_of_an_unknown_user_is_one_that_is_not_there():
+    with pytest.raises(UserError, match="does not exist"):
+        open_corpus("text", "~no-such-user/texts", "text")
 
 
 def test_fault_while_the_users_source_is_read_is_one_message(tmp_path):

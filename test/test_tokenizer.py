@@ -1,12 +1,10 @@
 """The tokenizer gives back every text exactly, knows what it cannot read, and trains to the same bytes."""
 
 import io
-import itertools
 import json
 import os
 import subprocess
 import sys
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtrain.datasets import tokenizer as module
-from torchtrain.datasets import tokenizer_formats
-from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer, main, train_tokenizer
+from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
+from torchtrain.tools.train_tokenizer import main, train_tokenizer
 from torchtrain.utils import UserError
 
 DEBUG_MODEL = Path(module.__file__).with_name("debug_tokenizer.model")
@@ -142,7 +140,7 @@ def test_command_trains_on_own_text(tmp_path, capsys):
         (tmp_path / "corpus" / f"{number}.txt").write_text(text)
     output = tmp_path / "own.model"
     arguments = ["--dataset", "text", "--dataset-path", str(tmp_path / "corpus"), "--vocab-size", "310"]
-    assert main(["train", "--output", str(output), *arguments]) == 0
+    assert main(["--output", str(output), *arguments]) == 0
     tokenizer = load_tokenizer(output)
     assert tokenizer.vocab_size == 310
     assert tokenizer.fingerprint in capsys.readouterr().out
@@ -169,7 +167,7 @@ def test_text_longer_than_a_cut_is_not_dropped_by_the_trainer():
 )
 def test_command_names_the_fault_and_exits_with_2(tmp_path, capsys, arguments, message):
     (tmp_path / "a.txt").write_text("hello world " * 10)
-    assert main(["train", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -178,7 +176,7 @@ def test_command_names_the_fault_and_exits_with_2(tmp_path, capsys, arguments, m
 
 def test_command_runs_as_a_module():
     result = subprocess.run(
-        [sys.executable, "-m", "torchtrain.datasets.tokenizer", "train", "--output", "/nonexistent/folder/x"],
+        [sys.executable, "-m", "torchtrain.tools.train_tokenizer", "--output", "/nonexistent/folder/x"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -196,9 +194,8 @@ def test_folder_with_a_model_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken format, with 3 tokens; .* only Llama 3's is known, with 128,000"),
-        (b"IQ== 0\nIg== \nIw== 2\n", "line 2: not a token in base64 and its rank"),
-        (b"IQ== 0\nI?== 1\n", "line 2: not a token in base64"),
+        (b"IQ== 0\nIg== 1\nIw== 2\n", r"tiktoken format .*Give the tokenizer\.json of the same model's"),
+        (b"IQ== 0\r\nIg== 1\r\n", "tiktoken format"),
         (b'{"version": "1.0", "model": {}}', "JSON, but no tokenizer.json"),
         (b'\n  {"version": "1.0"}', "JSON, but no tokenizer.json"),
         (b'{"version": ', "JSON, but no tokenizer.json"),
@@ -261,51 +258,35 @@ def saved(folder: Path, *special: str, **beside: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama3_file(tmp_path_factory) -> Path:
-    """A file as Llama 3's: every byte, then pairs, then triples, 128,000 in all."""
-    tokens = [bytes(token) for length in (1, 2) for token in itertools.product(range(256), repeat=length)]
-    tokens += [bytes(token) for token in itertools.islice(itertools.product(range(97, 256), repeat=3), 128_000)]
-    lines = (b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens[:128_000]))
-    file = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    file.write_bytes(b"".join(lines))
-    return file
+def byte_level(tmp_path_factory):
+    return load_tokenizer(saved(tmp_path_factory.mktemp("hf"), "<|begin_of_text|>", "<|end_of_text|>"))
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory, llama3_file):
-    folder = saved(tmp_path_factory.mktemp("hf"), "<|begin_of_text|>", "<|end_of_text|>")
-    return {"hugging face": load_tokenizer(folder), "llama 3": load_tokenizer(llama3_file)}
-
-
-@pytest.mark.parametrize("kind", ["hugging face", "llama 3"])
-@pytest.mark.parametrize(
-    "text", [*HOSTILE, "<|begin_of_text|><|end_of_text|><|special_0|>"], ids=lambda text: ascii(text)[:30]
-)
-def test_other_kinds_give_every_text_back_and_spell_no_special_token(others, kind, text):
-    tokenizer = others[kind]
+@pytest.mark.parametrize("text", [*HOSTILE, "<|begin_of_text|><|end_of_text|>"], ids=lambda text: ascii(text)[:30])
+def test_tokenizer_json_gives_every_text_back_and_spells_no_special_token(byte_level, text):
+    tokenizer = byte_level
     ids = tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
-@pytest.mark.parametrize("kind", ["hugging face", "llama 3"])
-def test_other_kinds_give_the_same_ids_on_threads(others, kind):
+def test_tokenizer_json_gives_the_same_ids_on_threads(byte_level):
     texts = [text for text in HOSTILE if len(text) < 6000] * 3
-    one_by_one = [others[kind].encode(text) for text in texts]
+    one_by_one = [byte_level.encode(text) for text in texts]
     for threads in (1, 2):
-        assert [ids.tolist() for ids in others[kind].encode_batch(texts, threads=threads)] == one_by_one
+        assert [ids.tolist() for ids in byte_level.encode_batch(texts, threads=threads)] == one_by_one
     with pytest.raises(UserError, match="lone surrogate"):
-        others[kind].encode_batch(["fine", "\ud800"], threads=2)
+        byte_level.encode_batch(["fine", "\ud800"], threads=2)
 
 
-def test_hugging_face_ids_are_the_packages_own(others):
+def test_hugging_face_ids_are_the_packages_own(byte_level):
     made = hugging_face("<|begin_of_text|>", "<|end_of_text|>")
     for text in TEXT:
-        assert others["hugging face"].encode(text) == made.encode(text, add_special_tokens=False).ids
+        assert byte_level.encode(text) == made.encode(text, add_special_tokens=False).ids
 
 
-def test_template_padding_and_truncation_of_a_tokenizer_json_are_left_out(tmp_path, others):
+def test_template_padding_and_truncation_of_a_tokenizer_json_are_left_out(tmp_path, byte_level):
     made = hugging_face("<|begin_of_text|>", "<|end_of_text|>")
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
@@ -313,7 +294,7 @@ def test_template_padding_and_truncation_of_a_tokenizer_json_are_left_out(tmp_pa
     made.enable_truncation(5)
     made.enable_padding(length=100)
     made.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).encode(TEXT[0]) == others["hugging face"].encode(TEXT[0])
+    assert load_tokenizer(tmp_path).encode(TEXT[0]) == byte_level.encode(TEXT[0])
 
 
 def test_bos_and_eos_are_those_of_the_files_beside_then_the_well_known(tmp_path):
@@ -371,36 +352,3 @@ def test_tokens_that_the_file_does_not_call_special_cannot_be_spelled_either(tmp
 def test_tokenizer_json_goes_before_tokenizer_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(DEBUG_MODEL.read_bytes())
     assert load_tokenizer(saved(tmp_path, "<s>", "</s>")).vocab_size == 300
-
-
-def test_llama3_ids_follow_its_file(others):
-    """BOS and EOS are the first two special tokens; merges go by rank: the pair comes before any triple."""
-    tokenizer = others["llama 3"]
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (128_256, 128_000, 128_001)
-    assert tokenizer.encode("!") == [33]
-    assert tokenizer.encode("ab") == [256 + 97 * 256 + 98]
-    assert tokenizer.encode("aaa") == [256 + 65_536]
-    assert tokenizer.encode("1234567") == tokenizer.encode("123") + tokenizer.encode("456") + tokenizer.encode("7")
-
-
-def test_llama3_text_is_cut_where_metas_code_cuts_it():
-    def cuts(text):
-        return list(tokenizer_formats._cut_as_meta(text))
-
-    run = tokenizer_formats.LLAMA3_LONGEST_RUN
-    assert cuts("") == [""]
-    assert cuts("x" * run) == ["x" * run]
-    assert cuts("a " + "x" * (2 * run + 1) + " b") == ["a " + "x" * run, "x" * run, "x b"]
-    assert cuts(" " * (run + 1)) == [" " * run, " "]
-    words = "word " * 100_000
-    assert cuts(words) == [words[:400_000], words[400_000:]]
-
-
-def test_llama3_file_that_is_damaged_is_refused(tmp_path, llama3_file):
-    lines = llama3_file.read_bytes().splitlines(keepends=True)
-    (tmp_path / "tokenizer.model").write_bytes(b"".join([*lines[:-1], b"AAAAAAAA 5\n"]))
-    with pytest.raises(UserError, match="damaged"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:1000]))
-    with pytest.raises(UserError, match="with 1,000 tokens"):
-        load_tokenizer(tmp_path)

@@ -50,7 +50,7 @@ from torch.optim import Optimizer
 from torchtrain.config_manager import Checkpoint
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import on_rank_zero, patient_group, together
-from torchtrain.utils import SharedUserError, UserError, fsync_folder, write_durably
+from torchtrain.utils import SharedUserError, UserError, expanded, fsync_folder, write_durably
 
 FORMAT = 1
 MARKER, STATE, INDEX = "complete.json", "train_state.json", ".metadata"
@@ -203,7 +203,7 @@ class Checkpointer:
             )
         if not self.config.initial_load_path:
             return None
-        path = Path(self.config.initial_load_path).expanduser()
+        path = expanded(self.config.initial_load_path)
         fault = self._fault(path)
         if fault is not None:
             raise SharedUserError(

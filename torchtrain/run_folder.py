@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from torchtrain.config_manager import JobConfig, to_toml
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, UserError, write_durably
+from torchtrain.utils import METRICS_FILE, UserError, expanded, write_durably
 
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DESCRIPTION_FILES = ("config.toml", "run.json")
@@ -24,7 +24,7 @@ class RunFolder:
 
     def __init__(self, config: JobConfig, owner: bool) -> None:
         self.config, self.owner = config, owner
-        self.path = Path(config.job.dump_folder).expanduser()
+        self.path = expanded(config.job.dump_folder)
         if owner:
             self._lock = self._claim()
 

@@ -23,6 +23,11 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with its `~` resolved; with that of an unknown user it stays as it is (where `Path.expanduser` raises)."""
+    return Path(os.path.expanduser(path))
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the folder's own entries (new names, renames) durable; file contents are synced by their writers."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -23,8 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from torchtrain.datasets.registry import DATASETS, DatasetSpec, HubSource, find_dataset, source_file, user_place
-from torchtrain.utils import UserError, nearest
+from torchtrain.datasets.registry import DATASETS, HubSource, Texts, find_dataset, source_file, user_place
+from torchtrain.utils import UserError, expanded, nearest
 
 # Tests, and what is installed beside the library, are not prose worth learning; encodings and lib2to3 are tables.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"})
@@ -113,34 +113,35 @@ def open_corpus(
     dataset_path: str | None,
     text_key: str,
     on_bad_row: Literal["error", "skip"] = "error",
-    streaming: bool = False,
 ) -> Corpus:
     """The corpus of `training.dataset`, `training.dataset_path`, `data.text_key` and `data.on_bad_row`.
-
-    With `streaming`, a dataset of the Hugging Face Hub is read while it is downloaded, and nothing of it is kept.
 
     Raises:
         UserError: unknown dataset, path missing or of the wrong kind, no file in it; hub that cannot be reached.
     """
     spec = find_dataset(dataset, dataset_path)
-    path = Path(dataset_path).expanduser() if dataset_path else None
+    path = expanded(dataset_path) if dataset_path else None
     if spec.texts is not None:
-        corpus = custom_corpus(dataset, spec, dataset_path)
+        corpus = custom_corpus(dataset, spec.texts, dataset_path)
     elif spec.hub is not None:
-        corpus = hub_corpus(spec.hub, path, text_key, streaming)
+        corpus = hub_corpus(spec.hub, path, text_key)
+    elif path is None:
+        corpus = python_stdlib()
+    elif dataset == "tokens":
+        raise UserError(f"training.dataset_path = {dataset_path!r} is a token file, which has no text")
     else:
-        corpus = READERS[spec.reader](path, text_key)
+        corpus = file_corpus(dataset, path, text_key)
     return replace(corpus, on_bad_row=on_bad_row)
 
 
-def python_stdlib(root: Path | None, text_key: str) -> Corpus:
+def python_stdlib(root: Path | None = None) -> Corpus:
     """The `.py` files of the running interpreter's standard library (or of `root`), exact duplicates once.
 
     Files in another encoding than UTF-8 (PEP 263) are left out. The text differs between Python builds: nothing may
     rely on its tokens.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    files = files_under(root, ".py", leave_out=NOT_LIBRARY) if root.is_dir() else []
+    files = files_under(root, (".py",), leave_out=NOT_LIBRARY) if root.is_dir() else []
     if not files:
         raise UserError(
             f'this Python has no library source in {root}; set training.dataset = "text" and training.dataset_path '
@@ -149,69 +150,39 @@ def python_stdlib(root: Path | None, text_key: str) -> Corpus:
     return Corpus("python_stdlib", files, partial(_distinct_sources, files))
 
 
-def text_files(path: Path | None, text_key: str) -> Corpus:
-    """Every file is one document, kept to the byte (CRLF and a byte order mark survive)."""
-    return _corpus_of_files("text", path, "", "file", _whole_file)
+def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
+    """The file `path`, or the files in it, as `text`, `jsonl`, `parquet` or `mixed`.
 
-
-def jsonl_files(path: Path | None, text_key: str) -> Corpus:
-    """Every line is a JSON object whose `text_key` is one document; blank lines don't count."""
-    return _corpus_of_files("jsonl", path, JSON_LINES, "file named *.jsonl(.gz, .zst)", _json_lines, text_key)
-
-
-def parquet_files(path: Path | None, text_key: str) -> Corpus:
-    """Every row's `text_key` is one document."""
-    return _corpus_of_files("parquet", path, ".parquet", "file named *.parquet", _parquet_rows, text_key)
-
-
-def mixed_files(path: Path | None, text_key: str) -> Corpus:
-    """Each file by its name: *.jsonl(.gz, .zst) and *.parquet as above, any other as a text."""
-
-    def rows(file: Path, text_key: str) -> Rows:
-        if file.name.endswith(JSON_LINES):
-            return _json_lines(file, text_key)
-        return _parquet_rows(file, text_key) if file.name.endswith(".parquet") else _whole_file(file)
-
-    return _corpus_of_files("mixed", path, "", "file", rows, text_key)
-
-
-def token_file(path: Path | None, text_key: str) -> Corpus:
-    """No corpus: `token_file.py` reads it without one."""
-    raise UserError(f"training.dataset_path = {str(path)!r} is a token file, which has no text")
-
-
-READERS: dict[str, Callable[[Path | None, str], Corpus]] = {
-    "python_stdlib": python_stdlib,
-    "text_files": text_files,
-    "jsonl_files": jsonl_files,
-    "parquet_files": parquet_files,
-    "mixed_files": mixed_files,
-    "token_file": token_file,
-}
-
-
-def _corpus_of_files(
-    kind: str, path: Path | None, suffix: str | tuple[str, ...], wanted: str, rows: Callable[..., Rows], *key: str
-) -> Corpus:
-    assert path is not None
-    files = files_under(path, suffix)
+    A text is one document, kept to the byte (CRLF and a byte order mark survive). Of JSON lines each is an object whose
+    `text_key` is a document (blank ones don't count), of parquet each row. Mixed files are told apart by their names.
+    """
+    suffixes = {"jsonl": JSON_LINES, "parquet": (".parquet",)}.get(dataset, ("",))
+    files = files_under(path, suffixes)
     if not files:
-        raise UserError(f"training.dataset_path = {str(path)!r} holds no {wanted} (hidden ones don't count)")
-    name = " ".join([kind, str(path), *(f"[{text_key}]" for text_key in key)])
-    return Corpus(name, files, lambda: (row for file in files for row in rows(file, *key)))
+        names = ", ".join(f"*{suffix}" for suffix in suffixes)
+        raise UserError(f"training.dataset_path = {str(path)!r} holds no file that counts as {dataset} ({names})")
+
+    def rows() -> Rows:
+        for file in files:
+            if dataset == "jsonl" or (dataset == "mixed" and file.name.endswith(JSON_LINES)):
+                yield from _json_lines(file, text_key)
+            elif dataset == "parquet" or (dataset == "mixed" and file.name.endswith(".parquet")):
+                yield from _parquet_rows(file, text_key)
+            else:
+                yield from _whole_file(file)
+
+    return Corpus(f"{dataset} {path}" + ("" if dataset == "text" else f" [{text_key}]"), files, rows)
 
 
-def custom_corpus(name: str, spec: DatasetSpec, dataset_path: str | None) -> Corpus:
+def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
     """What the user's function yields; a fault inside it is the user's, with the number of the document it was at.
 
     The state of its own file and of the files in `dataset_path` tells whether documents may have changed. Without a
     path nothing can: then they are read once at every start.
     """
-    texts = spec.texts
-    assert texts is not None
     files = []
-    if dataset_path and Path(dataset_path).expanduser().exists():
-        files = [source_file(texts), *files_under(Path(dataset_path).expanduser())]
+    if dataset_path and expanded(dataset_path).exists():
+        files = [source_file(texts), *files_under(expanded(dataset_path))]
 
     def rows() -> Rows:
         number = 0
@@ -227,7 +198,7 @@ def custom_corpus(name: str, spec: DatasetSpec, dataset_path: str | None) -> Cor
     return Corpus(" ".join(filter(None, [name, dataset_path])), files, rows)
 
 
-def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: bool) -> Corpus:
+def hub_corpus(source: HubSource, path: Path | None, text_key: str) -> Corpus:
     """A dataset of the Hugging Face Hub at its newest revision, or a local folder that `datasets` can read.
 
     Raises:
@@ -235,7 +206,7 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
     """
     if path and not path.is_dir():
         raise UserError(f"training.dataset_path = {str(path)!r} must be a folder, a copy of {source.repository}")
-    here = Path(source.repository).expanduser()
+    here = expanded(source.repository)
     local = path or (here if here.is_dir() else None)
     where = str(local or source.repository)
     name = f"{where} {source.config or 'default'} {source.split} [{text_key}]"
@@ -244,8 +215,8 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
 
     def rows() -> Rows:
         try:
-            dataset = _load(where, local is not None, source, revision, streaming)
-            if dataset.column_names and text_key not in dataset.column_names:
+            dataset = _load(where, local is not None, source, revision)
+            if text_key not in dataset.column_names:
                 raise UserError(f"{name}: {_no_field(text_key, where, dataset.column_names).problem}")
             # The other fields are not even read.
             for number, row in enumerate(dataset.select_columns([text_key]), start=1):
@@ -283,7 +254,7 @@ def _hub_revision(repository: str) -> str | None:
         ) from error
 
 
-def _load(where: str, is_local: bool, source: HubSource, revision: str | None, streaming: bool) -> Any:
+def _load(where: str, is_local: bool, source: HubSource, revision: str | None) -> Any:
     import datasets
 
     if is_local and (Path(where, "state.json").exists() or Path(where, "dataset_dict.json").exists()):
@@ -292,15 +263,15 @@ def _load(where: str, is_local: bool, source: HubSource, revision: str | None, s
     config = source.config
     if is_local and config not in datasets.get_dataset_config_names(where):
         config = None  # files of one split, copied without the description that names its configs
-    return datasets.load_dataset(where, config, split=source.split, revision=revision, streaming=streaming)
+    return datasets.load_dataset(where, config, split=source.split, revision=revision)
 
 
-def files_under(path: Path, suffix: str | tuple[str, ...] = "", leave_out: frozenset[str] = frozenset()) -> list[Path]:
+def files_under(path: Path, suffixes: tuple[str, ...] = ("",), leave_out: frozenset[str] = frozenset()) -> list[Path]:
     """`path` itself when it is a file, whatever its suffix; else the files below it as the module's docstring says.
 
     Args:
         path: A file or a folder.
-        suffix: Ending, or endings, of the names that count.
+        suffixes: Endings of the names that count.
         leave_out: Names of folders not to enter.
 
     Raises:
@@ -308,8 +279,6 @@ def files_under(path: Path, suffix: str | tuple[str, ...] = "", leave_out: froze
     """
     if path.is_file():
         return [path]
-    if not path.exists():
-        raise UserError(f"training.dataset_path = {str(path)!r} does not exist (from {os.getcwd()!r})")
     if not path.is_dir():
         raise UserError(f"training.dataset_path = {str(path)!r} is neither a file nor a folder")
     found: list[Path] = []
@@ -321,7 +290,7 @@ def files_under(path: Path, suffix: str | tuple[str, ...] = "", leave_out: froze
             continue
         entered.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in leave_out)
-        candidates = [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+        candidates = [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
         # Pipes and sockets would block; a dangling link stays, to be named when it is opened.
         found += [file for file in candidates if file.is_file() or not file.exists()]
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
@@ -340,15 +309,11 @@ def _read(file: Path) -> bytes:
 
 def _distinct_sources(files: Iterable[Path]) -> Rows:
     seen: set[bytes] = set()
-    for file in files:
-        data = _read(file)
-        digest = hashlib.sha256(data).digest()
-        if data and digest not in seen:
+    for row in (row for file in files for row in _whole_file(file)):
+        digest = hashlib.sha256(row.text.encode("utf-8")).digest() if isinstance(row, Document) and row.text else None
+        if digest and digest not in seen:
             seen.add(digest)
-            try:
-                yield Document(data.decode("utf-8"), str(file))
-            except UnicodeDecodeError:
-                continue
+            yield row
 
 
 def _whole_file(file: Path) -> Rows:

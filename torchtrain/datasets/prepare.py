@@ -8,13 +8,18 @@ was when it is given again. Reading and hashing is one process's work: some 100 
 """
 
 import argparse
+import os
 import signal
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
+from itertools import islice
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 
 from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, tokenizer_path
 from torchtrain.datasets.corpora import open_corpus
@@ -55,72 +60,45 @@ def open_tokens(
 
 
 def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iterator[tuple[int, bytes]]:
-    """An `Encode` (token_cache.py) by processes, which hand their results on in the order of the shards.
-
-    A worker has nothing but its end of a pipe, so that it ends by itself when this process is killed.
+    """An `Encode` (token_cache.py) by processes, in the order of the shards.
 
     Raises:
         UserError: a worker was killed, or its own.
     """
     context = get_context("spawn")
-    idle: list[Connection] = []
-    processes = []
-    for _ in range(workers):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, tokenizer_file), daemon=True)
-        process.start()
-        theirs.close()
-        idle.append(ours)
-        processes.append(process)
-    busy: dict[Connection, int] = {}
-    results: dict[int, tuple[int, bytes]] = {}
-    tasks, due = enumerate(shards), 0
+    watched, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_work, initargs=(watched,))
     try:
-        while True:
-            while idle and len(busy) + len(results) < AHEAD * workers and (task := next(tasks, None)):
-                number, texts = task
-                worker = idle.pop()
-                worker.send(texts)
-                busy[worker] = number
-            if not busy:
-                return
-            for ready in wait(list(busy)):
-                assert isinstance(ready, Connection)
-                results[busy.pop(ready)] = _received(ready)
-                idle.append(ready)
-            while due in results:
-                yield results.pop(due)
-                due += 1
-    except (EOFError, ConnectionError) as error:
+        ahead = deque(pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, AHEAD * workers))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, 1))
+    except BrokenProcessPool as error:
         raise UserError(
             f"one of {workers} tokenising processes was killed, as happens when memory runs out. What is finished is "
             "kept: start again, with fewer --workers if need be"
         ) from error
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        held.close()  # ends the workers, whatever they are at, just as the end of this process does
+        pool.shutdown(cancel_futures=True)
 
 
-def _work(connection: Connection, tokenizer_file: str) -> None:
-    """A worker: encodes what comes through its pipe until that is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one
-    tokenizer = load_tokenizer(tokenizer_file)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            texts = connection.recv()
-            try:
-                result: tuple[int, bytes] | UserError = encode_shard(tokenizer, texts, threads=1)
-            except UserError as fault:
-                result = fault
-            connection.send(result)
+def _begin_work(watched: Connection) -> None:
+    """Leave Ctrl-C to the process that has started this one, and end when it lets go of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(watched,), daemon=True).start()
 
 
-def _received(worker: Connection) -> tuple[int, bytes]:
-    result = worker.recv()
-    if isinstance(result, UserError):
-        raise result
-    return result
+def _end_after(watched: Connection) -> None:
+    watched.poll(None)
+    os._exit(1)
+
+
+def _work(tokenizer_file: str, texts: list[str]) -> tuple[int, bytes]:
+    return encode_shard(_tokenizer(tokenizer_file), texts, threads=1)
+
+
+_tokenizer = cache(load_tokenizer)  # once a worker
 
 
 def main(arguments: list[str] | None = None) -> int:

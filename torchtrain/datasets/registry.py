@@ -1,11 +1,10 @@
 """The datasets a run can name, as data. No torch here: the config check reads it before any heavy import.
 
-To add one, add a line to DATASETS and, when its documents come from a new kind of place, a reader to `corpora.py`.
+To add one, add a line to DATASETS and, when its documents come from a new kind of place, a line to `open_corpus`.
 A user's own comes from the file that `experimental.custom_import` names, see `register_corpus`.
 """
 
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtrain.utils import UserError, nearest
+from torchtrain.utils import UserError, expanded, nearest
 
 Texts = Callable[[str | None], Iterable[str]]
 """A user's source: given `training.dataset_path`, the text of each document, the same ones whenever it is called."""
@@ -33,32 +32,31 @@ class HubSource:
 class DatasetSpec:
     """What the config check must know of a dataset before anything is read."""
 
-    reader: str
-    """Key of the function in `corpora.READERS` that opens it."""
-    needs_path: bool
-    """Whether `training.dataset_path` must be given (and otherwise must not be, but for a hub's or a custom one)."""
     description: str
     """One line for --help and for error messages."""
+    needs_path: bool = False
+    """Whether `training.dataset_path` must be given (and otherwise must not be, but for a hub's or a custom one)."""
     hub: HubSource | None = None
     """Where it lies when `training.dataset_path` names no local copy."""
     texts: Texts | None = None
     """The user's function, of a custom dataset."""
 
 
+C4 = HubSource("allenai/c4", "en")
 FINEWEB_EDU = HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 # Filled here and, while the config is read, by the user's own file: constant from then on.
 DATASETS: dict[str, DatasetSpec] = {
-    "python_stdlib": DatasetSpec("python_stdlib", False, "the running interpreter's standard library source"),
-    "text": DatasetSpec("text_files", True, "a text file, or a folder of them: each file is a document"),
-    "jsonl": DatasetSpec("jsonl_files", True, "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document"),
-    "parquet": DatasetSpec("parquet_files", True, "a .parquet file, or a folder: each row's text is a document"),
-    "mixed": DatasetSpec("mixed_files", True, "a folder of jsonl and parquet files; every other file is a text"),
-    "tokens": DatasetSpec("token_file", True, "a file of token ids made elsewhere: .bin (with or without .idx), .npy"),
-    "c4": DatasetSpec("hub", False, "English C4, from the Hugging Face Hub", HubSource("allenai/c4", "en")),
-    "c4_validation": DatasetSpec("hub", False, "its held-out split", HubSource("allenai/c4", "en", "validation")),
-    "allenai/c4": DatasetSpec("hub", False, "the same as c4", HubSource("allenai/c4", "en")),
-    "HuggingFaceFW/fineweb-edu": DatasetSpec("hub", False, "its sample of 10 billion tokens", FINEWEB_EDU),
+    "python_stdlib": DatasetSpec("the running interpreter's standard library source"),
+    "text": DatasetSpec("a text file, or a folder of them: each file is a document", needs_path=True),
+    "jsonl": DatasetSpec("a .jsonl(.gz, .zst) file, or a folder: each line's text is a document", needs_path=True),
+    "parquet": DatasetSpec("a .parquet file, or a folder: each row's text is a document", needs_path=True),
+    "mixed": DatasetSpec("a folder of jsonl and parquet files; every other file is a text", needs_path=True),
+    "tokens": DatasetSpec("a file of token ids made elsewhere: .bin, .npy", needs_path=True),
+    "c4": DatasetSpec("English C4, from the Hugging Face Hub", hub=C4),
+    "c4_validation": DatasetSpec("its held-out split", hub=HubSource("allenai/c4", "en", "validation")),
+    "allenai/c4": DatasetSpec("the same as c4", hub=C4),
+    "HuggingFaceFW/fineweb-edu": DatasetSpec("its sample of 10 billion tokens", hub=FINEWEB_EDU),
 }
 
 
@@ -82,7 +80,7 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
         raise UserError(f"training.dataset_path = {path!r} has no effect: {given} takes no path")
-    if path and not spec.texts and not Path(path).expanduser().exists():
+    if path and not spec.texts and not expanded(path).exists():
         raise UserError(f"training.dataset_path = {path!r} does not exist (seen from {Path.cwd()})")
     return spec
 
@@ -93,14 +91,14 @@ def _by_place(name: str) -> DatasetSpec | None:
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     hub = HubSource(repository, config or None, split or "train")
-    if Path(repository).expanduser().is_dir():
-        return DatasetSpec("hub", False, "a local folder that the package datasets can read", hub)
+    if expanded(repository).is_dir():
+        return DatasetSpec("a local folder that the package datasets can read", hub=hub)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]*){0,2}", name):
         raise UserError(
             f"training.dataset = {name!r} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
             "the Hugging Face Hub, owner/name[:config[:split]]"
         )
-    return DatasetSpec("hub", False, "a dataset of the Hugging Face Hub", hub)
+    return DatasetSpec("a dataset of the Hugging Face Hub", hub=hub)
 
 
 def register_corpus(name: str, description: str = "a dataset of your own") -> Callable[[Texts], Texts]:
@@ -118,7 +116,7 @@ def register_corpus(name: str, description: str = "a dataset of your own") -> Ca
         known = DATASETS.get(name)
         if known and (known.texts is None or source_file(known.texts) != source_file(texts)):
             raise UserError(f"register_corpus({name!r}): there is a dataset of this name; choose another")
-        DATASETS[name] = DatasetSpec("custom", False, description, texts=texts)
+        DATASETS[name] = DatasetSpec(description, texts=texts)
         return texts
 
     return register
@@ -130,15 +128,15 @@ def source_file(texts: Texts) -> Path:
 
 
 def import_custom(given: str) -> None:
-    """Run the user's code that `experimental.custom_import` names: a dotted module, or a path that ends in .py.
+    """Import the user's code that `experimental.custom_import` names: a dotted module, or a path that ends in .py.
 
     The working directory, or the file's folder, goes to the end of Python's search path, so that the code may import
-    what lies beside it and shadows nothing. In one process it runs once.
+    what lies beside it and shadows nothing.
 
     Raises:
         UserError: not found, or whatever fault it has, with file, line and error.
     """
-    path = Path(given).expanduser().absolute() if given.endswith(".py") else None
+    path = expanded(given).absolute() if given.endswith(".py") else None
     folder = str(path.parent if path else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -146,10 +144,9 @@ def import_custom(given: str) -> None:
     if path and not path.is_file():
         raise UserError(f"{option}: there is no such file (seen from {Path.cwd()})")
     try:
-        if path is None:
-            importlib.import_module(given)
-        else:
-            _import_file(path)
+        found = importlib.import_module(path.stem if path else given).__spec__
+        if path and (found is None or Path(str(found.origin)).resolve() != path.resolve()):
+            raise UserError(f"Python knows another module of the name {path.stem!r}; rename the file")
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
     except (Exception, SystemExit) as error:
@@ -159,23 +156,6 @@ def import_custom(given: str) -> None:
                 f"{folder} or PYTHONPATH, or the path of a .py file"
             ) from error
         raise UserError(f"{option}: {user_place(error)}: {type(error).__name__}: {error}") from error
-
-
-def _import_file(path: Path) -> None:
-    name = f"torchtrain_custom_{path.stem}"  # a name of its own: the user's may well be that of a package
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path):
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 def user_place(error: BaseException) -> str:

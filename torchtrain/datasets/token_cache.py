@@ -2,7 +2,7 @@
 
     tokens/<key>/tokens.bin         BOS document EOS BOS document EOS …, as uint16 or uint32
     tokens/<key>/manifest.json      what it is; written last, so a folder without it is not a cache
-    tokens/<corpus>.seen.json       the corpus' state when last read, so that an unchanged one isn't read again
+    tokens/<corpus>.seen.json       the corpus' state and contents when last read: an unchanged one isn't read again
     tokens/<corpus>.lock            held by the process that reads or builds; its text is how far that is
     tokens/<corpus>.building-<key>/ a build in the making: progress.json says how much of cache/tokens.bin counts
 
@@ -29,13 +29,13 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
-from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError, fsync_folder, write_durably
+from torchtrain.datasets.tokenizer import Tokenizer, in_batches
+from torchtrain.utils import UserError, expanded, fsync_folder, write_durably
 
 FORMAT = 1
 """Goes up when the same documents would be laid down differently."""
@@ -96,7 +96,7 @@ Encode = Callable[[Shards], Iterator[tuple[int, bytes]]]
 def cache_root(configured: str | None) -> Path:
     """`data.cache_folder`, else torchtrain's folder in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
     if configured:
-        return Path(configured).expanduser().absolute()
+        return expanded(configured).absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification: a relative one is to be ignored
         return Path(base, "torchtrain")
@@ -124,33 +124,35 @@ def open_token_cache(
     folder = root / "tokens"
     name = short_hash([corpus.name, *(str(file.absolute()) for file in corpus.files[:1])])
     seen = folder / f"{name}.seen.json"
-    cache = _open_if_unchanged(corpus, tokenizer, seen)
+    fingerprint = remembered(seen, corpus_state(corpus)[0]).get("fingerprint")
+    cache = _open(folder / _key(fingerprint, tokenizer)) if fingerprint else None
     if cache:
-        return cache
-    with cache_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{name}.lock", log) as progress:
-            cache = _open_if_unchanged(corpus, tokenizer, seen)  # another process may have built it meanwhile
-            if cache:
-                return cache
-            contents = _read_through(corpus, seen, progress)
-            if corpus.left_out.counts:
-                log(f"{corpus.name}: {corpus.left_out.describe()}")
-            key = _key(contents.fingerprint(), tokenizer)
-            target, building = folder / key, folder / f"{name}.building-{key}"
-            cache = _open(target, log)
-            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
-                if cache or leftover != building:
-                    shutil.rmtree(leftover)
-            if cache:
-                return cache
-            log(f"tokenising {corpus.name} ({contents.bytes / 1e6:,.1f} MB) into {target}")
-            started = time.monotonic()
+        return cache  # and nothing was written, for which this user may have no right
+    with locked(folder, name, log) as progress:
+        contents = found_out(
+            corpus.name, seen, partial(corpus_state, corpus), lambda: _read_through(corpus, progress, log)
+        )
+        key = _key(contents["fingerprint"], tokenizer)
+        target, building = folder / key, folder / f"{name}.building-{key}"
+        cache = _open(target, log)
+        for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
+            if cache or leftover != building:
+                shutil.rmtree(leftover)
+        if cache:
+            return cache
+        log(f"tokenising {corpus.name} ({contents['bytes'] / 1e6:,.1f} MB) into {target}")
+        started = time.monotonic()
+        try:
             _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
+        except BaseException:
+            if not (building / "progress.json").exists():  # nothing to go on from
+                shutil.rmtree(building)
+            raise
+        with locked(folder, "publish", log):  # the same text may be there under another name, and lock
             _publish(building, target)
-            cache = _open(target)
-            _draw("")
-            log(f"tokenised in {time.monotonic() - started:.1f} s")
+        cache = _open(target)
+        _draw("")
+        log(f"tokenised in {time.monotonic() - started:.1f} s")
     assert cache, f"{target} was just built"
     return cache
 
@@ -221,46 +223,62 @@ def _key(corpus_fingerprint: str, tokenizer: Tokenizer) -> str:
 
 
 @contextmanager
-def cache_errors(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str, log: Callable[[str], None]) -> Iterator[Progress]:
+    """Hold the lock `name` in `folder`, which is made; the system's faults in what is done there become the user's."""
+    path = folder / f"{name}.lock"
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8", errors="backslashreplace") as lock:  # names of files may be any bytes
+            waiting = False
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        log(f"another process is preparing the token cache: waiting for {path}")
+                    waiting = True
+                    lock.seek(0)
+                    _draw(lock.read(200))
+                    time.sleep(0.1)
+            yield Progress(lock, log)
     except OSError as error:
         raise UserError(
             f"cannot write the token cache in {str(folder)!r}: {error.strerror or error}. "
             "Make room there, or set data.cache_folder to a folder that can be written"
         ) from error
+    finally:
+        _draw("")
 
 
-@contextmanager
-def locked(path: Path, log: Callable[[str], None]) -> Iterator[Progress]:
-    with open(path, "a+", encoding="utf-8") as lock:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    log(f"another process is preparing the token cache: waiting for {path}")
-                waiting = True
-                lock.seek(0)
-                _draw(lock.read(200))
-                time.sleep(0.1)
-        try:
-            yield Progress(lock, log)
-        finally:
-            _draw("")
-
-
-def _open_if_unchanged(corpus: Corpus, tokenizer: Tokenizer, seen: Path) -> TokenCache | None:
-    """The cache, without reading the corpus, if every file is in the state in which it was last read through."""
+def remembered(seen: Path, state: str) -> dict[str, Any]:
+    """What was found out in this `state` and written into `seen`; nothing where there is nothing legible."""
     try:
-        remembered = json.loads(seen.read_text(encoding="utf-8"))
-        if remembered["state"] != corpus_state(corpus)[0]:
-            return None
-        return _open(seen.parent / _key(remembered["corpus_fingerprint"], tokenizer))
+        facts = json.loads(seen.read_text(encoding="utf-8"))
+        return facts if facts["state"] == state else {}
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # nothing remembered, or nothing legible: the corpus is read
+        return {}
+
+
+def found_out(
+    name: str, seen: Path, state: Callable[[], tuple[str, int]], read: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `read` says of `name`: asked for again when the `state` (see `files_state`) isn't that written into `seen`.
+
+    Raises:
+        UserError: the state changes meanwhile.
+    """
+    before, newest = state()
+    started = time.time_ns()
+    known = remembered(seen, before)
+    if known:
+        return known
+    facts = {"state": before, **read()}
+    if state()[0] != before:
+        raise UserError(f"{name} changed while it was read; start again when nothing writes to it")
+    if newest < started - SETTLED_NS:
+        write_durably(seen, json.dumps(facts))
+    return facts
 
 
 def files_state(files: list[Path]) -> tuple[str, int]:
@@ -277,29 +295,27 @@ def files_state(files: list[Path]) -> tuple[str, int]:
             raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         states.append(f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
-    return short_hash([str(FORMAT), *states]), newest
+    return short_hash(["state", *states]), newest
 
 
 def corpus_state(corpus: Corpus) -> tuple[str, int]:
-    """The same of a whole corpus, with its revision and how it treats bad rows."""
+    """The same of a corpus, with its revision and what it does with bad rows; one that can't tell has just changed."""
     state, newest = files_state(corpus.files)
+    if not corpus.files and corpus.revision is None:
+        newest = time.time_ns()
     return short_hash([state, corpus.revision or "", corpus.on_bad_row]), newest
 
 
-def _read_through(corpus: Corpus, seen: Path, progress: Progress) -> _Contents:
-    """The corpus' contents; its state is remembered if it has one and nobody can have changed it meanwhile."""
-    state, newest = corpus_state(corpus)
-    started = time.time_ns()
+def _read_through(corpus: Corpus, progress: Progress, log: Callable[[str], None]) -> dict[str, Any]:
     contents = _Contents()
     for _ in contents.texts(corpus.documents()):
         progress.show(f"reading {corpus.name}: {contents.bytes / 1e6:,.0f} MB")
+    left_out = corpus.left_out.describe() if corpus.left_out.counts else ""
     if contents.documents == 0:
-        left_out = f" ({corpus.left_out.describe()})" if corpus.left_out.counts else ""
-        raise UserError(f"{corpus.name} holds no text{left_out}")
-    known = bool(corpus.files) or corpus.revision is not None
-    if known and newest < started - SETTLED_NS and state == corpus_state(corpus)[0]:
-        write_durably(seen, json.dumps({"state": state, "corpus_fingerprint": contents.fingerprint()}))
-    return contents
+        raise UserError(f"{corpus.name} holds no text" + (f" ({left_out})" if left_out else ""))
+    if left_out:
+        log(f"{corpus.name}: {left_out}")
+    return {"fingerprint": contents.fingerprint(), "documents": contents.documents, "bytes": contents.bytes}
 
 
 def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache | None:
@@ -337,20 +353,33 @@ def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, byt
 
 
 def _build(
-    corpus: Corpus, contents: _Contents, tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
+    corpus: Corpus, contents: dict[str, Any], tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
 ) -> None:
-    """Tokenise `corpus`, of which `contents` is known, into `building`, going on where an earlier build ended."""
+    """Tokenise `corpus`, of which `contents` is known, into `building`, going on after the shards that are there."""
     dtype = token_dtype(tokenizer)
+    documents, tokens = _already_done(building, dtype.itemsize)
+    started, start = time.monotonic(), documents
     again = _Contents()
+    missing = islice(again.texts(corpus.documents()), documents, None)
     (building / "cache").mkdir(parents=True, exist_ok=True)
-    try:
-        tokens = _write_tokens(corpus, contents, again, building, dtype.itemsize, progress, encode)
-    except BaseException:
-        if not (building / "progress.json").exists():  # nothing to go on from
-            shutil.rmtree(building)
-        raise
-    if again.fingerprint() != contents.fingerprint():
-        shutil.rmtree(building)
+    with open(building / "cache" / "tokens.bin", "ab") as file:
+        file.truncate(tokens * dtype.itemsize)
+        for of_shard, data in encode(in_batches(missing, SHARD_CHARACTERS)):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            documents += of_shard
+            tokens += len(data) // dtype.itemsize
+            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
+            share = documents / contents["documents"]
+            speed = (documents - start) / (time.monotonic() - started)  # documents a second
+            left = timedelta(seconds=round((contents["documents"] - documents) / speed))
+            progress.show(
+                f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
+                f"{speed * contents['bytes'] / contents['documents'] / 1e6:.1f} MB/s, {left} left"
+            )
+    if again.fingerprint() != contents["fingerprint"]:
+        (building / "progress.json").unlink(missing_ok=True)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
         format=FORMAT,
@@ -368,38 +397,6 @@ def _build(
     write_durably(building / "cache" / "manifest.json", json.dumps(asdict(manifest), indent=2))
 
 
-def _write_tokens(
-    corpus: Corpus,
-    contents: _Contents,
-    again: _Contents,
-    building: Path,
-    itemsize: int,
-    progress: Progress,
-    encode: Encode,
-) -> int:
-    """Append the shards that are missing in `building`; the corpus goes by `again`. Returns the tokens in all."""
-    documents, tokens = _already_done(building, itemsize)
-    started, start = time.monotonic(), documents
-    with open(building / "cache" / "tokens.bin", "ab") as file:
-        file.truncate(tokens * itemsize)
-        missing = islice(again.texts(corpus.documents()), documents, None)
-        for of_shard, data in encode(_in_shards(missing)):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            documents += of_shard
-            tokens += len(data) // itemsize
-            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
-            share = documents / contents.documents
-            speed = (documents - start) / (time.monotonic() - started)  # documents a second
-            left = timedelta(seconds=round((contents.documents - documents) / speed))
-            progress.show(
-                f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
-                f"{speed * contents.bytes / contents.documents / 1e6:.1f} MB/s, {left} left"
-            )
-    return tokens
-
-
 def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     """Documents and tokens that an earlier build has finished."""
     try:
@@ -409,19 +406,6 @@ def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none, or not legible
     return 0, 0
-
-
-def _in_shards(texts: Iterator[str]) -> Shards:
-    shard: list[str] = []
-    characters = 0
-    for text in texts:
-        shard.append(text)
-        characters += len(text)
-        if characters >= SHARD_CHARACTERS:
-            yield shard
-            shard, characters = [], 0
-    if shard:
-        yield shard
 
 
 def cores() -> int:

@@ -1,18 +1,15 @@
 """Token files made elsewhere, used where they lie: nothing is copied, and nothing is added between documents.
 
-    .bin            ids one after the other, as nanoGPT writes them
-    .bin with .idx  Megatron's pair: the index beside it says type and documents
-    .npy            NumPy's own format, or, as OLMo's, ids one after the other under that name
+    .bin   ids one after the other, as nanoGPT and Megatron write them (whose .idx beside it is not read)
+    .npy   NumPy's own format, or, as OLMo's, ids one after the other under that name
 
 A file is read through once: its hash is part of the run's identity, and no id may be beyond the vocabulary. What was
 found is remembered in the cache folder for as long as the file's path, size and times stay the same.
 """
 
 import hashlib
-import json
-import struct
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,18 @@ import numpy as np
 
 from torchtrain.datasets.token_cache import (
     FORMAT,
-    SETTLED_NS,
     Manifest,
     Progress,
     TokenCache,
-    cache_errors,
     files_state,
+    found_out,
     locked,
     short_hash,
     token_dtype,
 )
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError, write_durably
+from torchtrain.utils import UserError, expanded
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, type of the ids, number of sequences, of borders between documents; then the sequences' lengths."""
-INDEX_DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
-"""Megatron's codes of the types that hold token ids (megatron/core/datasets/indexed_dataset.py)."""
 CHUNK = 1 << 24
 
 
@@ -57,9 +48,9 @@ def open_token_file(
         UserError: no such file, not what its name says, an id beyond the vocabulary, or it can't be read.
     """
     assert path is not None, "the config check asks for it"
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
-        tokens, documents = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
+        tokens = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
     except OSError as error:
         raise UserError(f"cannot read the token file {path!r}: {error.strerror or error}") from error
     facts = _facts(file, tokens, root, log)
@@ -74,7 +65,7 @@ def open_token_file(
             format=FORMAT,
             source=f"tokens {path}",
             files=1,
-            documents=documents,
+            documents=None,
             bytes=None,
             tokens=len(tokens),
             dtype=tokens.dtype.name,
@@ -85,35 +76,28 @@ def open_token_file(
     )
 
 
-def _map(file: Path, given: np.dtype | None, default: np.dtype) -> tuple[np.ndarray, int | None]:
-    """The ids `[tokens]`, and the number of documents if known; their type is the file's own, `given`, or `default`."""
+def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
+    """The ids `[tokens]`; their type is the file's own, `given`, or `default`."""
     if file.suffix not in (".bin", ".npy") or not file.is_file():
         raise UserError(
             f"a token file must be one .bin or .npy file, but {str(file)!r} is none. Of several make one (`cat` does "
             "for .bin), or list them in data.mixture"
         )
-    size, index, documents = file.stat().st_size, file.with_suffix(".idx"), None
-    own: np.dtype | None = None
     with open(file, "rb") as start:
-        has_header = start.read(6) == b"\x93NUMPY"
-    if has_header:
-        tokens = _map_npy(file)
-        own = tokens.dtype
-    elif file.suffix == ".bin" and index.is_file():
-        own, documents = _read_index(index, size)
-    if given is not None and own is not None and given != own:
+        if start.read(6) == b"\x93NUMPY":
+            return _map_npy(file)
+    if given is None and file.suffix == ".bin" and file.with_suffix(".idx").exists():
         raise UserError(
-            f"the token file {str(file)!r} says it holds {own}, but data.token_dtype = {given.name!r}: leave it out"
+            f"the token file {str(file)!r} has an .idx beside it, as Megatron's have, which alone knows the ids' type "
+            'and is not read. Set data.token_dtype: "uint16" if the vocabulary is below 65,500, else "uint32"'
         )
-    if has_header:
-        return tokens, documents
-    dtype = own or given or default
+    dtype, size = given or default, file.stat().st_size
     if size % dtype.itemsize or size == 0:
         raise UserError(
             f"the token file {str(file)!r} has {size:,} bytes, which is no whole number of {dtype} ids. Set "
             "data.token_dtype to the type it was written in, or get the file again"
         )
-    return np.memmap(file, dtype, mode="r"), documents
+    return np.memmap(file, dtype, mode="r")
 
 
 def _map_npy(file: Path) -> np.ndarray:
@@ -129,59 +113,17 @@ def _map_npy(file: Path) -> np.ndarray:
     return tokens
 
 
-def _read_index(index: Path, size: int) -> tuple[np.dtype, int]:
-    """Type of the ids and number of documents of Megatron's `index`, whose `.bin` has `size` bytes."""
-    content = index.read_bytes()
-    try:
-        magic, version, code, sequences, borders = INDEX_HEADER.unpack_from(content)
-        lengths = np.frombuffer(content, "<i4", sequences, offset=INDEX_HEADER.size)
-    except (struct.error, ValueError):
-        magic = version = None
-    if magic != INDEX_MAGIC or version != 1:
-        raise UserError(
-            f"{str(index)!r} is no whole index of Megatron's (version 1), which a file of that name must be. Move it "
-            "away to read the .bin as plain ids"
-        )
-    dtype = INDEX_DTYPES.get(code)
-    if dtype is None:
-        raise UserError(f"{str(index)!r} says that its .bin holds no token ids (type {code})")
-    tokens = int(lengths.sum(dtype=np.int64))
-    if tokens * dtype.itemsize != size:
-        raise UserError(
-            f"{str(index)!r} counts {tokens:,} ids of {dtype.itemsize} bytes, but its .bin has {size:,} bytes: they do "
-            "not belong together, or one is cut off"
-        )
-    return dtype, borders - 1
-
-
 def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Hash, lowest and highest id: remembered, or found by reading all of it while other processes wait."""
     folder = root / "tokens"
     name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
-    seen = folder / f"{name}.seen.json"
-    with cache_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{name}.lock", log) as progress:
-            remembered = _remembered(seen, file)
-            if remembered:
-                return remembered
-            state, newest = files_state([file])
-            started = time.time_ns()
-            facts = {"state": state, **_read_through(file, tokens, progress)}
-            if files_state([file])[0] != state:
-                raise UserError(f"the token file {str(file)!r} changed while it was read; start again when it is done")
-            if newest < started - SETTLED_NS:
-                write_durably(seen, json.dumps(facts))
-            return facts
-
-
-def _remembered(seen: Path, file: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads(seen.read_text(encoding="utf-8"))
-        whole = facts.keys() == {"state", "fingerprint", "lowest", "highest"}
-        return facts if whole and facts["state"] == files_state([file])[0] else None
-    except (OSError, ValueError, AttributeError):
-        return None  # nothing remembered, or nothing legible
+    with locked(folder, name, log) as progress:
+        return found_out(
+            f"the token file {str(file)!r}",
+            folder / f"{name}.seen.json",
+            partial(files_state, [file]),
+            lambda: _read_through(file, tokens, progress),
+        )
 
 
 def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:

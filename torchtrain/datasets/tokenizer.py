@@ -1,19 +1,14 @@
-"""Tokenizers: loading one of any kind, SentencePiece's own, and training a small lossless one.
+"""Tokenizers: loading one of any kind, and SentencePiece's own.
 
-    python -m torchtrain.datasets.tokenizer train --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
-
-The committed `debug_tokenizer.model` is what this command makes of `python_stdlib`.
+The committed `debug_tokenizer.model` is what `python -m torchtrain.tools.train_tokenizer` makes of `python_stdlib`.
 
 SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) writes a space as U+2581 inside its pieces, so by itself it
 reads a U+2581 of the text as a space. Wherever the model allows it, `encode` spells that character in byte pieces
 instead; with a model that puts a space before every text (Llama 2's) it stays a space, as in Meta's own use.
 """
 
-import argparse
 import hashlib
-import io
 import re
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +17,8 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from torchtrain.datasets.corpora import open_corpus
-from torchtrain.datasets.registry import import_custom
-from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, TiktokenTokenizer, require_unicode
-from torchtrain.utils import UserError
+from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, require_unicode
+from torchtrain.utils import UserError, expanded
 
 SPACE_MARK = "\u2581"
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
@@ -36,8 +29,8 @@ BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
 
 WHAT_WORKS = (
-    "What can be read: SentencePiece models (Llama 2's tokenizer.model), Hugging Face's tokenizer.json, Llama 3's "
-    "original tokenizer.model; `python -m torchtrain.datasets.tokenizer train` makes one of your own text"
+    "What can be read: SentencePiece models (Llama 2's tokenizer.model) and Hugging Face's tokenizer.json; "
+    "`python -m torchtrain.tools.train_tokenizer` makes one of your own text"
 )
 
 
@@ -115,7 +108,7 @@ class SentencePieceTokenizer:
         return self._cut(text)
 
     def _encoded(self, parts: Iterable[str], threads: int) -> Iterator[np.ndarray]:
-        for batch in in_batches(parts):
+        for batch in in_batches(parts, BATCH_CHARACTERS):
             for part, ids in zip(batch, self._model.encode(batch, num_threads=threads), strict=True):
                 kept_mark = part == SPACE_MARK and self._space_mark_ids
                 yield np.array(self._space_mark_ids if kept_mark else ids, dtype=np.int32)
@@ -150,14 +143,14 @@ class SentencePieceTokenizer:
         return ids if kept else []
 
 
-def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """`texts` in lists that are closed at BATCH_CHARACTERS characters."""
+def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """`texts` in lists that are closed at `size` characters."""
     batch: list[str] = []
     characters = 0
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= size:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -173,7 +166,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: nothing there, a format that is not known, damaged, or without BOS or EOS.
     """
     given = f"model.tokenizer_path = {str(path)!r}"
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
         if not found:
@@ -195,89 +188,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {name!r} is a Git LFS pointer, not the file itself: run `git lfs pull` where it lies"
         )
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", content):
-        return TiktokenTokenizer(content, name)
+        raise UserError(
+            f"tokenizer {name!r} is in tiktoken format (as Llama 3's original tokenizer.model), which does not say how "
+            "text is split. Give the tokenizer.json of the same model's Hugging Face repository instead"
+        )
     if content.lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(content, file)
     return SentencePieceTokenizer(content, name)
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """The model file of a lossless byte-fallback BPE of `texts`, which are all held in memory.
-
-    The same texts and size give the same bytes, since the number of threads is fixed and no path goes in.
-
-    Raises:
-        UserError: `vocab_size` is too large or too small for these texts.
-    """
-    if vocab_size < 260:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small: 256 bytes and <unk>, BOS, EOS come before any text"
-        )
-    model = io.BytesIO()
-    # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
-    cuts = (text[start : start + LONG_TEXT] for text in texts for start in range(0, len(text), LONG_TEXT))
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=cuts,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            max_sentence_length=4 * LONG_TEXT,
-            # Lossless: nothing normalised, and what has no piece is spelled in bytes.
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            byte_fallback=True,
-            # Indentation in one piece: source code shrinks by a third.
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
-        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from error
-    return model.getvalue()
-
-
-def _train_command(options: argparse.Namespace) -> None:
-    output = Path(options.output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
-    if options.custom_import:
-        import_custom(options.custom_import)
-    corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
-    model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
-    tokenizer = SentencePieceTokenizer(model, options.output)
-    try:
-        output.write_bytes(model)
-    except OSError as error:
-        raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
-    print(f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status is 2 for a fault of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m torchtrain.datasets.tokenizer", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a lossless byte-fallback BPE model", allow_abbrev=False)
-    train.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
-    train.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
-    train.add_argument("--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)")
-    train.add_argument("--dataset-path", metavar="PATH", help="the documents' file or folder")
-    train.add_argument("--text-key", default="text", help="the documents' key in a row (default: %(default)s)")
-    train.add_argument("--custom-import", metavar="MODULE", help="as experimental.custom_import")
-    try:
-        _train_command(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

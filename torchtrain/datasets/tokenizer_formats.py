@@ -1,32 +1,17 @@
-"""Tokenizers in other formats than SentencePiece's: Hugging Face's tokenizer.json, and Llama 3's original file.
+"""Tokenizers in another format than SentencePiece's: Hugging Face's tokenizer.json.
 
-Each is read by its own package, so that ids are what its authors' code gives. Text can spell no special token: what
+It is read by its own package, so that ids are what its authors' code gives. Text can spell no special token: what
 looks like one is encoded as ordinary characters, and BOS and EOS are for the caller to add.
 """
 
-import base64
-import binascii
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from torchtrain.utils import UserError
-
-# How Meta's release of Llama 3 (https://github.com/meta-llama/llama3) completes its file, which holds ordinary tokens
-# alone: how text is split before merging, 256 special tokens after the others, the first two of them BOS and EOS, and
-# cuts of long texts and runs, beyond which the splitting would exhaust its stack.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_TOKENS = 128_000
-LLAMA3_SPECIAL_TOKENS = 256
-LLAMA3_LONGEST_TEXT = 400_000
-LLAMA3_LONGEST_RUN = 25_000
 
 WELL_KNOWN = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|endoftext|>",) * 2)
 """BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
@@ -114,76 +99,3 @@ def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
             '{"bos_token": "…", "eos_token": "…"}; they may be the same'
         )
     return given["bos_token"], given["eos_token"]
-
-
-class TiktokenTokenizer:
-    """Llama 3's original tokenizer.model: lines of a token's bytes in base64 and its rank; read by `tiktoken`."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        """Load `content`, that of a file that messages call `name`.
-
-        Raises:
-            UserError: damaged, or not Llama 3's.
-        """
-        import tiktoken
-
-        ranks = _read_ranks(content, name)
-        special = {f"<|special_{number}|>": len(ranks) + number for number in range(LLAMA3_SPECIAL_TOKENS)}
-        self._model = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = len(ranks) + LLAMA3_SPECIAL_TOKENS
-        self.bos_id = len(ranks)
-        self.eos_id = len(ranks) + 1
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """As `encode` for each text, int32 `[tokens]`, on several threads."""
-        parts_of = [list(_cut_as_meta(text)) for text in texts]
-        parts = [part for parts in parts_of for part in parts]
-        if threads == 1:
-            encoded = iter([self._model.encode_ordinary(part) for part in parts])
-        else:
-            encoded = iter(self._model.encode_ordinary_batch(parts, num_threads=threads))
-        return [np.array([id for _ in parts for id in next(encoded)], dtype=np.int32) for parts in parts_of]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
-        return self._model.decode([int(id) for id in ids if id < self.bos_id])
-
-
-def _read_ranks(content: bytes, name: str) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise UserError(f"tokenizer {name!r}, line {number}: not a token in base64 and its rank") from error
-    if len(ranks) != LLAMA3_TOKENS:
-        raise UserError(
-            f"tokenizer {name!r} is in tiktoken format, with {len(ranks):,} tokens; of this kind only Llama 3's is "
-            f"known, with {LLAMA3_TOKENS:,}: the file does not say how another splits text. Give its tokenizer.json"
-        )
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(
-            f"tokenizer {name!r} is damaged: its ranks are not 0 to {len(ranks) - 1:,}, or a byte is missing"
-        )
-    return ranks
-
-
-def _cut_as_meta(text: str) -> Iterator[str]:
-    """`text` in the parts that Meta's own code encodes apart, so that the ids are the same."""
-    require_unicode(text)
-    for start in range(0, max(len(text), 1), LLAMA3_LONGEST_TEXT):
-        piece = text[start : start + LLAMA3_LONGEST_TEXT]
-        at = 0
-        if len(piece) > LLAMA3_LONGEST_RUN:
-            longer = LLAMA3_LONGEST_RUN + 1
-            for run in re.finditer(rf"(?<!\S)\S{{{longer},}}|(?<!\s)\s{{{longer},}}", piece):
-                for cut in range(run.start() + LLAMA3_LONGEST_RUN, run.end(), LLAMA3_LONGEST_RUN):
-                    yield piece[at:cut]
-                    at = cut
-        yield piece[at:]

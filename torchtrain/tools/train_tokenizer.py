@@ -1,0 +1,103 @@
+"""Train a small lossless SentencePiece tokenizer on documents of your own:
+
+    python -m torchtrain.tools.train_tokenizer --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
+
+The same documents and size make the same file.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from torchtrain.datasets.corpora import open_corpus
+from torchtrain.datasets.registry import import_custom
+from torchtrain.datasets.tokenizer import LONG_TEXT, SentencePieceTokenizer
+from torchtrain.utils import UserError
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
+    """The model file of a lossless byte-fallback BPE of `texts`, which are all held in memory.
+
+    The same texts and size give the same bytes, since the number of threads is fixed and no path goes in.
+
+    Raises:
+        UserError: `vocab_size` is too large or too small for these texts.
+    """
+    if vocab_size < 260:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and <unk>, BOS, EOS come before any text"
+        )
+    model = io.BytesIO()
+    # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
+    cuts = (text[start : start + LONG_TEXT] for text in texts for start in range(0, len(text), LONG_TEXT))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=cuts,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            max_sentence_length=4 * LONG_TEXT,
+            # Lossless: nothing normalised, and what has no piece is spelled in bytes.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            # Indentation in one piece: source code shrinks by a third.
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
+        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from error
+    return model.getvalue()
+
+
+def _train(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
+    if options.custom_import:
+        import_custom(options.custom_import)
+    corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
+    model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
+    tokenizer = SentencePieceTokenizer(model, options.output)
+    try:
+        output.write_bytes(model)
+    except OSError as error:
+        raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
+    print(f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status is 2 for a fault of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtrain.tools.train_tokenizer",
+        description="Train a lossless byte-fallback BPE model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
+    parser.add_argument("--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)")
+    parser.add_argument("--dataset-path", metavar="PATH", help="the documents' file or folder")
+    parser.add_argument("--text-key", default="text", help="the documents' key in a row (default: %(default)s)")
+    parser.add_argument("--custom-import", metavar="MODULE", help="as experimental.custom_import")
+    try:
+        _train(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
