@@ -102,7 +102,7 @@ BAD_TOML = {
     "output folder that is the run's": ('[checkpoint]\nfolder = "."', ["checkpoint.folder", "inside job.dump_folder"]),
     "output folder outside": ('[metrics]\nsave_tb_folder = "../tb"', ["metrics.save_tb_folder", "inside"]),
     "config file in a file": ('[job]\nconfig_file = "a"', ["job.config_file", "command line alone"]),
-    "unsupported section": ("[validation]\nenable = true", ["[validation]", "v0.2.2", "not support yet"]),
+    "unsupported section": ("[memory_estimation]\nenable = true", ["[memory_estimation]", "v0.2.2", "not support yet"]),
     "unsupported table": ("[training.dataloader]\nnum_workers = 1", ["training.dataloader", "not support yet"]),
     "unsupported value": (
         '[parallelism]\ncontext_parallel_load_balancer = "ptrr"',
@@ -201,7 +201,7 @@ BAD_COMMAND_LINE = {
         ["--parallelism.pipeline_parallel_schedule_csv", "x.csv"],
         ["not support yet"],
     ),
-    "unsupported section": (["--validation.freq=2"], ["--validation.freq", "not support yet"]),
+    "unsupported section": (["--memory_estimation.freq=2"], ["--memory_estimation.freq", "not support yet"]),
     "unsupported table": (["--training.dataloader.num_workers", "2"], ["num_workers", "not support yet"]),
     "missing file": (["--job.config_file", "no.toml"], ["no.toml", "No such file"]),
     "folder": (["--job.config_file", "."], ["cannot be read", "directory"]),
