@@ -16,14 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
-from torchtrain.config_manager import (
-    Data,
-    DataSource,
-    JobConfig,
-    plan_sources,
-    plan_validation,
-    tokenizer_path,
-)
+from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, plan_validation, tokenizer_path
 from torchtrain.datasets.corpora import open_corpus, split_corpus
 from torchtrain.datasets.token_cache import (
     Encode,
