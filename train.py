@@ -33,7 +33,8 @@ from torchtrain import __version__
 from torchtrain.checkpoint import Checkpointer, Progress, Source
 from torchtrain.config_manager import BatchPlan, LRScheduler, model_shape, plan_batch, to_toml, tokenizer_path
 from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
-from torchtrain.datasets.tokenizer import load_tokenizer
+from torchtrain.datasets.samples import Dataset
+from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.lr_scheduling import build_schedule, differences, get_lr_scheduler, set_step
@@ -60,6 +61,7 @@ from torchtrain.ranks import (
 )
 from torchtrain.run_folder import RunFolder
 from torchtrain.utils import SharedUserError, UserError
+from torchtrain.validation import ValidationSet, Validator
 
 
 @dataclass
@@ -84,6 +86,8 @@ class Trainer:
     """Of tokens or labels [B, S], what this rank computes: all, or under context parallelism [B, S / cp]."""
     loss_context: Callable[[], AbstractContextManager[None]]
     """Around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
+    validator: Validator
+    """Has nothing to do where there is no validation."""
     step: int = 0
     """Optimizer steps taken."""
     tokens_seen: int = 0
@@ -116,8 +120,10 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
             check_finite(summary, trainer.loader)
             optimizer_step(trainer)
+            with stopwatch.paused():  # a stop does not wait for a validation: the time to save may be short
+                validated = validate(trainer) if trainer.validator.is_due(step) and not stopped_by else {}
             if metrics is not None:
-                metrics.log(summary, stopwatch)
+                metrics.log(summary, stopwatch, validated)
             if checkpointer.should_save(step, config.training.steps, stopped_by != 0):
                 checkpointer.save(trainer.weights, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
@@ -167,6 +173,19 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     if trainer.dims.cp > 1:
         dist.all_reduce(losses, group=trainer.mesh.get_group("cp"))
     return losses.sum() / valid, (losses / valid_by_sequence.clamp(min=1)).max()
+
+
+def validate(trainer: Trainer) -> dict[str, float | None]:
+    """The validation's results; of each of its batches the forward of `forward_backward`."""
+
+    def losses_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        tokens, labels = trainer.my_part(tokens), trainer.my_part(labels)
+        with trainer.loss_context():
+            if trainer.pipeline is not None:
+                return trainer.pipeline.evaluate(tokens, labels)
+            return trainer.sequence_losses(trainer.parts[0](tokens), labels)
+
+    return trainer.validator.run(losses_of)
 
 
 def optimizer_step(trainer: Trainer) -> None:
@@ -258,11 +277,8 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     configure_numerics(config)
     tokenizer = together(lambda: load_tokenizer(tokenizer_path(config.model)))
     # On a host whose token cache is warm the ranks wait for one that builds it.
-    dataset = together(
-        lambda: build_dataset(config.training, config.data, tokenizer, config.debug.seed, log=logger.info),
-        patient_group(),
-    )
-    require_equal(dataset.fingerprint, "the corpus, as each rank reads it,")
+    dataset, validation_set = together(lambda: open_data(config, tokenizer), patient_group())
+    require_equal(f"{dataset.fingerprint}; {validation_set.fingerprint}", "the corpus, as each rank reads it,")
     shape = together(lambda: shape_for(config, tokenizer.vocab_size))
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     mesh = dims.build_mesh(device.type)
@@ -310,7 +326,15 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         losses,
         my_part,
         context,
+        Validator(config, validation_set, batch, dims, parts.values(), device),
     )
+
+
+def open_data(config: JobConfig, tokenizer: Tokenizer) -> tuple[Dataset, ValidationSet]:
+    """What the run trains on, and what it validates on; either is tokenised if need be."""
+    training, seed = config.training, config.debug.seed
+    dataset = build_dataset(training, config.data, tokenizer, seed, config.validation, log=logger.info)
+    return dataset, ValidationSet(config, tokenizer, logger.info)
 
 
 def shape_for(config: JobConfig, tokenizer_size: int) -> ModelShape:
@@ -439,6 +463,8 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         f"reductions {config.training.mixed_precision_reduce}"
     )
     logger.info(f"data       {trainer.loader.describe(config.training.steps)}")
+    if config.validation.enable:
+        logger.info(f"validation {trainer.validator.describe()}")
     if config.lr_scheduler.log_schedule:
         schedule = build_schedule(config.lr_scheduler, config.training.steps)
         logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")
@@ -456,6 +482,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "shape": asdict(shape),
         "parameters": parameters,
         "data_fingerprint": trainer.loader.dataset.fingerprint,
+        "validation_fingerprint": trainer.validator.samples.fingerprint,
         "first_step": trainer.step + 1,
     }
 

@@ -27,6 +27,7 @@ FLOORS = {
     "torchtrain.run_folder": 1,
     "torchtrain.checkpoint": 2,
     "torchtrain.parallelisms": 2,
+    "torchtrain.validation": 2.1,
     "train": 3,
     "torchtrain.tools": 4,
 }

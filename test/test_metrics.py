@@ -62,7 +62,7 @@ def log(metrics, steps, **changes):
     init_logging()  # here, since pytest gives each phase of a test a stdout of its own
     for step in steps:
         # The first step of a process takes long: it warms up.
-        metrics.log(summary(step, **changes), FixedStopwatch(50.0 if step == metrics.first_step else 2.0))
+        metrics.log(summary(step, **changes), FixedStopwatch(50.0 if step == metrics.first_step else 2.0), {})
     metrics.close()
 
 

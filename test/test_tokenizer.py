@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -352,3 +353,44 @@ def test_tokens_that_the_file_does_not_call_special_cannot_be_spelled_either(tmp
 def test_tokenizer_json_goes_before_tokenizer_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(DEBUG_MODEL.read_bytes())
     assert load_tokenizer(saved(tmp_path, "<s>", "</s>")).vocab_size == 300
+
+
+SPELLED = [text for text in HOSTILE if text and len(text) < 6000]
+
+
+def test_bytes_of_the_ids_are_those_of_the_text(tokenizer, others):
+    for kind in (tokenizer, *others.values()):
+        sizes = kind.token_bytes()
+        assert sizes.shape == (kind.vocab_size,)
+        assert sizes[kind.bos_id] == sizes[kind.eos_id] == 0
+        for text in SPELLED:
+            assert sizes[kind.encode(text)].sum() == len(text.encode("utf-8")), ascii(text)
+
+
+def test_bytes_with_a_space_put_before_the_text_and_without_bytes_to_fall_back_on():
+    llama2 = foreign_model()
+    for text in ("The quick brown fox", "\u00e9\u6f22", "a\n  b"):
+        assert llama2.token_bytes()[llama2.encode(text)].sum() == 1 + len(text.encode("utf-8"))
+    lossy = foreign_model(byte_fallback=False, vocab_size=60)
+    assert lossy.token_bytes()[lossy.encode("fox")].sum() == 4
+    assert np.isnan(lossy.token_bytes()[lossy.encode("\u6f22")].sum())
+
+
+@pytest.mark.parametrize("decoder", ["fallback", "metaspace", "wordpiece", None])
+def test_bytes_of_a_tokenizer_json_follow_its_decoder(tmp_path, decoder):
+    vocabulary = {"<unk>": 0, "\u2581the": 1, "\u6f22": 2, "\u2581": 3, "<0xE9>": 4, "<s>": 5, "</s>": 6}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.add_tokens(["\u00e9tat"])
+    made.decoder = {
+        "fallback": tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback()]
+        ),
+        "metaspace": tokenizers.decoders.Metaspace(),
+        "wordpiece": tokenizers.decoders.WordPiece(),
+        None: None,
+    }[decoder]
+    made.save(str(tmp_path / "tokenizer.json"))
+    sizes = load_tokenizer(tmp_path).token_bytes()
+    known = [4, 3, 1, 1] if decoder in ("fallback", "metaspace") else [np.nan] * 4
+    np.testing.assert_array_equal(sizes, [np.nan, *known, 0, 0, 5])

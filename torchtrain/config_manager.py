@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -61,6 +61,7 @@ CountOrAuto = Annotated[int, Field(ge=-1, le=10**9, json_schema_extra={"not": {"
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, AfterValidator(_utf8)]
 Name = Annotated[Text, Field(min_length=1)]
@@ -345,6 +346,27 @@ class Comm(Section):
     """The same from the second step on, in seconds."""
 
 
+class Validation(Section):
+    """The loss on documents that are not trained on, while training."""
+
+    enable: bool = False
+    """Validate after every freq steps and after the last."""
+    dataset: Name | None = None
+    """Documents to validate on, as training.dataset names them; unset: a part of the training corpus is held out."""
+    dataset_path: Name | None = None
+    """File or folder with the documents, for the datasets that read your own."""
+    held_out_share: Part = 0.01
+    """Share of the training corpus' documents that is held out, and never trained on, where dataset is unset."""
+    local_batch_size: Count | None = None
+    """Sequences that a rank evaluates together; unset: the microbatch of training. Changes no result."""
+    seq_len: Count | None = None
+    """Sequence length, in tokens; unset: training.seq_len."""
+    freq: Count = 10
+    """Steps from one validation to the next."""
+    steps: CountOrAuto = -1
+    """Batches of training.global_batch_size sequences in one validation; -1: all there are."""
+
+
 class Debug(Section):
     """Reproducing and finding faults."""
 
@@ -366,7 +388,7 @@ class Experimental(Section):
 
 
 # What names datasets, which the user's own code may add to.
-DATASET_KEYS = ("training.dataset", "data.mixture")
+DATASET_KEYS = ("training.dataset", "data.mixture", "validation.dataset")
 
 # The factors of the world size beside data_parallel_shard_degree.
 DEGREES = (
@@ -387,7 +409,7 @@ PIPELINE_KEYS = (
 )
 
 # What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
-UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance", "validation")
+UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance")
 UNSUPPORTED_KEYS = {
     "job": "save_config_file custom_config_module",
     "metrics": "save_for_all_ranks",
@@ -445,6 +467,7 @@ class JobConfig(BaseModel):
     activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
     compile: Compile = Field(default_factory=Compile)
     comm: Comm = Field(default_factory=Comm)
+    validation: Validation = Field(default_factory=Validation)
     debug: Debug = Field(default_factory=Debug)
     experimental: Experimental = Field(default_factory=Experimental)
 
@@ -793,7 +816,8 @@ def check(config: JobConfig, world_size: int | None) -> list[Fault]:
     """Every combination that cannot work; with a world size of None, those that need none."""
     return [
         *_check_model(config.model),
-        *_check_data(config.training, config.data),
+        *_check_data(config.training, config.data, config.validation),
+        *_check_validation(config),
         *_check_layout(config, world_size),
         *_check_sharing(config),
         *_check_pipeline(config, world_size),
@@ -841,7 +865,7 @@ def _check_model(model: Model) -> Iterator[Fault]:
         )
 
 
-def _check_data(training: Training, data: Data) -> Iterator[Fault]:
+def _check_data(training: Training, data: Data, validation: Validation) -> Iterator[Fault]:
     keys: tuple[str, ...] = ("training.dataset", "training.dataset_path")
     if data.mixture is not None:
         for name in keys:
@@ -861,10 +885,46 @@ def _check_data(training: Training, data: Data) -> Iterator[Fault]:
             find_dataset(source.dataset, source.path)
         except UserError as fault:
             yield Fault(keys, f"data.mixture: {shown(source.name)}: {fault}" if data.mixture else str(fault))
-    if data.token_dtype is not None and all(source.dataset != "tokens" for source in sources):
+    token_files = [source.name for source in sources if source.dataset == "tokens"]
+    if validation.enable and validation.dataset is None and token_files:
+        yield Fault(
+            ("validation.dataset", *keys),
+            f"validation.enable = true: of {shown(token_files[0])}, a token file, no documents can be held out; name "
+            "others in validation.dataset",
+        )
+    if data.token_dtype is not None and not token_files and validation.dataset != "tokens":
         yield Fault(
             ("data.token_dtype", *keys),
             f'data.token_dtype = {shown(data.token_dtype)} has no effect: no source is a token file (dataset "tokens")',
+        )
+
+
+def _check_validation(config: JobConfig) -> Iterator[Fault]:
+    validation = config.validation
+    if not validation.enable:
+        return
+    if validation.dataset is None and validation.dataset_path is not None:
+        yield Fault(
+            ("validation.dataset_path", "validation.dataset"),
+            f"validation.dataset_path = {shown(validation.dataset_path)} has no effect without validation.dataset",
+        )
+    if validation.dataset is not None:
+        if validation.held_out_share != options()["validation.held_out_share"].default:
+            yield Fault(
+                ("validation.held_out_share", "validation.dataset"),
+                f"validation.held_out_share = {validation.held_out_share} has no effect: validation.dataset = "
+                f"{shown(validation.dataset)} is validated on",
+            )
+        try:
+            find_dataset(validation.dataset, validation.dataset_path)
+        except UserError as fault:
+            yield Fault(("validation.dataset", "validation.dataset_path"), of_validation(fault))
+    microbatch = config.parallelism.pipeline_parallel_microbatch_size
+    if validation.local_batch_size is not None and validation.local_batch_size % microbatch:
+        yield Fault(
+            ("validation.local_batch_size", "parallelism.pipeline_parallel_microbatch_size"),
+            f"parallelism.pipeline_parallel_microbatch_size = {microbatch} must divide validation.local_batch_size = "
+            f"{validation.local_batch_size}",
         )
 
 
@@ -885,7 +945,7 @@ def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
 
 def _check_sharing(config: JobConfig) -> Iterator[Fault]:
     """What tensor and context parallelism need of the model and the sequence, and options without effect."""
-    parallelism, seq_len = config.parallelism, config.training.seq_len
+    parallelism = config.parallelism
     tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
     heads: dict[str, int] = {}
     with suppress(UserError):  # an unknown flavor is reported elsewhere
@@ -910,13 +970,17 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
     head_and_tail = cp > 1 and parallelism.context_parallel_load_balancer == "headtail"
     pieces = cp * (2 if head_and_tail else 1)
     pieces *= tp if not parallelism.disable_sequence_parallel else 1
-    if seq_len % pieces:
-        yield Fault(
-            ("training.seq_len", "parallelism.tensor_parallel_degree", "parallelism.context_parallel_degree"),
-            f"training.seq_len = {seq_len} must be divisible by {pieces}: context-parallel degree {cp}"
-            + (" twice (headtail)" if head_and_tail else "")
-            + (f" x tensor-parallel degree {tp}" if tp > 1 and not parallelism.disable_sequence_parallel else ""),
-        )
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable and config.validation.seq_len is not None:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for key, length in lengths.items():
+        if length % pieces:
+            yield Fault(
+                (key, "parallelism.tensor_parallel_degree", "parallelism.context_parallel_degree"),
+                f"{key} = {length} must be divisible by {pieces}: context-parallel degree {cp}"
+                + (" twice (headtail)" if head_and_tail else "")
+                + (f" x tensor-parallel degree {tp}" if tp > 1 and not parallelism.disable_sequence_parallel else ""),
+            )
     if parallelism.context_parallel_method == "ulysses" and parallelism.context_parallel_rotate_method != "allgather":
         yield Fault(
             ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
@@ -1075,6 +1139,10 @@ class DataSource:
     path: str | None
     share: Fraction
     """All shares add up to 1."""
+    held_out_share: float = 0.0
+    """Of its documents, for validation."""
+    side: Literal["training", "validation"] = "training"
+    """Which documents are meant: those that are left, or those held out."""
 
     @property
     def name(self) -> str:
@@ -1086,14 +1154,19 @@ MIXTURE_PERIOD = 100_000
 """Most samples after which a mixture's pattern of sources may repeat: it is kept as a table."""
 
 
-def plan_sources(training: Training, data: Data) -> list[DataSource]:
+def plan_sources(training: Training, data: Data, validation: Validation | None = None) -> list[DataSource]:
     """The sources that the samples come from; weights are exact fractions, so that shares are.
+
+    Where `validation` names no documents of its own, it holds out a part of each source.
 
     Raises:
         UserError: an entry of data.mixture that is none, a source named twice, weights too fine for a table.
     """
+    held_out = 0.0
+    if validation is not None and validation.enable and validation.dataset is None:
+        held_out = validation.held_out_share
     if data.mixture is None:
-        return [DataSource(training.dataset, training.dataset_path, Fraction(1))]
+        return [DataSource(training.dataset, training.dataset_path, Fraction(1), held_out)]
     weights: dict[tuple[str, str | None], Fraction] = {}
     for entry in data.mixture:
         name, _, number = (part.strip() for part in entry.rpartition("="))
@@ -1116,7 +1189,27 @@ def plan_sources(training: Training, data: Data) -> list[DataSource]:
             f"data.mixture: these weights need more than {MIXTURE_PERIOD:,} samples to come out exactly. Weights that "
             f"are near, and do: {', '.join(map(str, near))}"
         )
-    return [DataSource(dataset, path, share) for (dataset, path), share in shares.items()]
+    return [DataSource(dataset, path, share, held_out) for (dataset, path), share in shares.items()]
+
+
+def plan_validation(config: JobConfig) -> list[DataSource]:
+    """The sources of the documents to validate on; none without validation.
+
+    Raises:
+        UserError: as `plan_sources`.
+    """
+    validation = config.validation
+    if not validation.enable:
+        return []
+    if validation.dataset is not None:
+        return [DataSource(validation.dataset, validation.dataset_path, Fraction(1))]
+    sources = plan_sources(config.training, config.data, validation)
+    return [replace(source, side="validation") for source in sources]
+
+
+def of_validation(fault: UserError) -> str:
+    """What is said of training's dataset, said of validation's."""
+    return str(fault).replace("training.dataset", "validation.dataset")
 
 
 @dataclass(frozen=True)

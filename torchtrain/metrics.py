@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,6 +83,13 @@ class Stopwatch:
         yield
         self.data_time_s += time.perf_counter() - started
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the step."""
+        started = time.perf_counter()
+        yield
+        self.step_started += time.perf_counter() - started
+
     def elapsed(self) -> float:
         """Seconds since the step began."""
         return time.perf_counter() - self.step_started
@@ -127,16 +134,19 @@ class MetricsLogger:
         self.tensorboard = self._open_tensorboard(resumed_step) if config.enable_tensorboard else None
         self.wandb = self._open_wandb(wandb_config) if config.enable_wandb else None
 
-    def log(self, summary: StepSummary, stopwatch: Stopwatch) -> None:
-        """Report one step: in full at every `log_freq` steps and at the last, else step and rate alone."""
+    def log(self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]) -> None:
+        """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
+
+        Else step and rate alone.
+        """
         step_time = stopwatch.elapsed()
         if summary.step != self.first_step:
             self.window.append((step_time, summary.data_time_s))
-        if summary.step % self.config.log_freq and summary.step != self.total_steps:
+        if summary.step % self.config.log_freq and summary.step != self.total_steps and not validated:
             if self.log_lr:
                 logger.info(self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")]))
             return
-        record = self._record(summary, step_time)
+        record = {**self._record(summary, step_time), **validated}
         self.jsonl.write(json.dumps(record) + "\n")
         self.jsonl.flush()
         scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
@@ -196,6 +206,10 @@ class MetricsLogger:
             parts.append(("mfu", f"{100 * record['mfu']:.1f}%", ""))
         parts.append(("mem", f"{record['memory_gib']:.2f} GiB", ""))
         parts.append(("data", f"{record['data_time_pct']:.1f}%", ""))
+        if record.get("val_loss") is not None:
+            parts.append(("val_loss", f"{record['val_loss']:.4f}", GREEN))
+        if record.get("val_bits_per_byte") is not None:
+            parts.append(("bits/byte", f"{record['val_bits_per_byte']:.4f}", GREEN))
         if record["tokens_per_second"] is not None:
             left = (self.total_steps - record["step"]) * record["step_time_s"]
             parts.append(("eta", str(timedelta(seconds=round(left))), ""))

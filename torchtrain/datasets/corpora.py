@@ -134,6 +134,50 @@ def open_corpus(
     return replace(corpus, on_bad_row=on_bad_row)
 
 
+def split_corpus(corpus: Corpus, share: float, side: Literal["training", "validation"]) -> Corpus:
+    """The part of `corpus` that is held out for validation, about `share` of its documents, or the part that is left.
+
+    A document's hash decides, so that it stays on its side whatever else comes or goes, and identical ones are on the
+    same. The lowest hash is always held out, and the highest never. Rows that are no documents go with training's.
+
+    Raises:
+        UserError: (when read) there are fewer than two distinct documents.
+    """
+    border: list[int] = []  # found when it is first needed: an unchanged corpus isn't read
+
+    def find_border() -> int:
+        wanted = int(share * 2**64)
+        lowest, highest = 2**64, -1
+        for row in corpus.rows():
+            if isinstance(row, Document) and row.text:
+                lowest, highest = min(lowest, _hash(row)), max(highest, _hash(row))
+                if lowest < wanted <= highest:
+                    return wanted
+        if lowest >= highest:
+            raise UserError(
+                f"{corpus.name} has fewer than two distinct documents, so none can be held out for validation: add "
+                "some, or name others in validation.dataset"
+            )
+        return lowest + 1 if wanted <= lowest else highest
+
+    def rows() -> Rows:
+        if not border:
+            border.append(find_border())
+        for row in corpus.rows():
+            held_out = isinstance(row, Document) and row.text != "" and _hash(row) < border[0]
+            if held_out == (side == "validation"):
+                yield row
+
+    what = "the" if side == "validation" else "without"
+    name = f"{corpus.name}, {what} {share} held out"
+    return replace(corpus, name=name, rows=rows, left_out=LeftOut())
+
+
+def _hash(document: Document) -> int:
+    """In 0 .. 2^64 - 1, evenly."""
+    return int.from_bytes(hashlib.sha256(document.text.encode("utf-8")).digest()[:8], "big")
+
+
 def python_stdlib(root: Path | None = None) -> Corpus:
     """The `.py` files of the running interpreter's standard library (or of `root`), exact duplicates once.
 

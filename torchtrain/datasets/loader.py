@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import Data, Training, plan_sources
+from torchtrain.config_manager import Data, Training, Validation, plan_sources
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import Dataset, PackedDataset
@@ -23,16 +23,22 @@ from torchtrain.utils import UserError
 
 
 def build_dataset(
-    training: Training, data: Data, tokenizer: Tokenizer, seed: int, *, log: Callable[[str], None] = print
+    training: Training,
+    data: Data,
+    tokenizer: Tokenizer,
+    seed: int,
+    validation: Validation | None = None,
+    *,
+    log: Callable[[str], None] = print,
 ) -> Dataset:
-    """The dataset of a run, as `training` and `data` name it: one source, or a mixture.
+    """The dataset of a run, as `training` and `data` name it: one source, or a mixture; less what is held out.
 
     Every rank calls it; on each host the first builds the token cache while the others wait. No collective is used.
 
     Raises:
         UserError: whatever is wrong with a source or the cache folder.
     """
-    sources = plan_sources(training, data)
+    sources = plan_sources(training, data, validation)
     datasets: list[Dataset] = [
         PackedDataset(open_tokens(source, data, tokenizer, log), training.seq_len, seed) for source in sources
     ]
@@ -157,7 +163,7 @@ class DataLoader:
 
     def _differences(self, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         names = {
-            "corpus": "the corpus' contents (training.dataset, training.dataset_path, data.text_key)",
+            "corpus": "the corpus' contents (training.dataset, training.dataset_path, data.text_key, [validation])",
             "tokenizer": "the tokenizer (model.tokenizer_path)",
             "seq_len": "training.seq_len",
             "seed": "debug.seed",

@@ -21,8 +21,8 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, tokenizer_path
-from torchtrain.datasets.corpora import open_corpus
+from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, plan_validation, tokenizer_path
+from torchtrain.datasets.corpora import open_corpus, split_corpus
 from torchtrain.datasets.token_cache import (
     Encode,
     Shards,
@@ -56,6 +56,8 @@ def open_tokens(
     if source.dataset == "tokens":
         return open_token_file(source.path, data.token_dtype, tokenizer, root, log)
     corpus = open_corpus(source.dataset, source.path, data.text_key, data.on_bad_row)
+    if source.held_out_share > 0:
+        corpus = split_corpus(corpus, source.held_out_share, source.side)
     return open_token_cache(corpus, tokenizer, root, log, encode)
 
 
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = tokenizer_path(config.model)
         tokenizer = load_tokenizer(path)
         encode = partial(encode_in_workers, own.workers, path)
-        for source in plan_sources(config.training, config.data):
+        for source in [*plan_sources(config.training, config.data, config.validation), *plan_validation(config)]:
             tokens = open_tokens(source, config.data, tokenizer, encode=encode)
             print(f"ready: {tokens.manifest.describe()}", flush=True)
     except UserError as fault:

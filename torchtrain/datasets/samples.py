@@ -39,11 +39,11 @@ class Dataset(Protocol):
 class PackedDataset(Dataset):
     """Tokens cut into sequences: sequence j holds tokens [j·S, j·S+S] and overlaps the next by one.
 
-    The last tokens, too few for a sequence, are dropped. Documents follow each other without a border, so EOS predicts
-    the BOS of the next; no label is -100.
+    The last tokens, too few for a sequence, are dropped, or with `keep_rest` filled up with labels of -100. Documents
+    follow each other without a border, so EOS predicts the BOS of the next.
     """
 
-    def __init__(self, cache: TokenCache, seq_len: int, seed: int) -> None:
+    def __init__(self, cache: TokenCache, seq_len: int, seed: int, keep_rest: bool = False) -> None:
         """Cut `cache` into sequences of `seq_len` tokens, in the order of `seed`.
 
         Raises:
@@ -54,7 +54,7 @@ class PackedDataset(Dataset):
         self.seq_len = seq_len
         self.seed = seed
         self._tokens = cache.tokens
-        self.n_samples = (len(self._tokens) - 1) // seq_len
+        self.n_samples = (len(self._tokens) - 1 + (seq_len - 1 if keep_rest else 0)) // seq_len
         if self.n_samples <= 0:
             raise UserError(
                 f"{self.name} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "
@@ -72,10 +72,11 @@ class PackedDataset(Dataset):
 
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = locate(sample_ids, self.n_samples, self.seed) * self.seq_len
-        sequences = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        sequences = np.full((len(starts), self.seq_len + 1), -100, dtype=np.int64)
         for row, start in zip(sequences, starts, strict=True):
-            row[:] = self._tokens[start : start + self.seq_len + 1]
-        return np.ascontiguousarray(sequences[:, :-1]), np.ascontiguousarray(sequences[:, 1:])
+            there = self._tokens[start : start + self.seq_len + 1]
+            row[: len(there)] = there
+        return np.maximum(sequences[:, :-1], 0), np.ascontiguousarray(sequences[:, 1:])
 
     def epochs(self, samples: int) -> dict[str, float]:
         return {self.name: samples / self.n_samples}

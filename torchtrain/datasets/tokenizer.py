@@ -17,10 +17,9 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from torchtrain.datasets.tokenizer_formats import HuggingFaceTokenizer, require_unicode
+from torchtrain.datasets.tokenizer_formats import SPACE_MARK, HuggingFaceTokenizer, piece_bytes, require_unicode
 from torchtrain.utils import UserError, expanded
 
-SPACE_MARK = "\u2581"
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
 """Characters after which a text is cut for encoding. SentencePiece's time grows faster than a text's length (uncut
@@ -54,6 +53,10 @@ class Tokenizer(Protocol):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 text that each id stands for, fp64 `[V]`: 0 for special tokens, NaN where nobody can know."""
 
 
 class SentencePieceTokenizer:
@@ -99,6 +102,15 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; BOS and EOS have none, and bytes that are not UTF-8 become U+FFFD."""
         return self._model.decode([int(id) for id in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, fp64 `[V]`; NaN for what has no piece."""
+        model, ids = self._model, range(self.vocab_size)
+        sizes = np.array([piece_bytes(piece) for piece in model.id_to_piece(list(ids))])
+        sizes[[id for id in ids if model.is_byte(id)]] = 1
+        sizes[[id for id in ids if model.is_control(id) or model.is_unused(id)]] = 0
+        sizes[model.unk_id()] = np.nan
+        return sizes
 
     def _parts(self, text: str) -> list[str]:
         """`text` cut so that the parts' ids in a row are the text's, with every U+2581 on its own where it is kept."""

@@ -6,12 +6,16 @@ looks like one is encoded as ordinary characters, and BOS and EOS are for the ca
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from torchtrain.utils import UserError
+
+SPACE_MARK = "\u2581"
+"""How SentencePiece, and what is made of its models, writes a space inside pieces."""
 
 WELL_KNOWN = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|endoftext|>",) * 2)
 """BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
@@ -30,6 +34,11 @@ def require_unicode(text: str) -> None:
             f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
             "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
         ) from error
+
+
+def piece_bytes(piece: str) -> float:
+    """Bytes of UTF-8 text that a piece of SentencePiece's stands for."""
+    return float(len(piece.replace(SPACE_MARK, " ").encode("utf-8")))
 
 
 class HuggingFaceTokenizer:
@@ -75,6 +84,24 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; BOS and EOS have none."""
         return self._model.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, fp64 `[V]`; the decoder says how the vocabulary spells them, NaN if not."""
+        settings = json.loads(self._model.to_str())
+        decoder = settings["decoder"] or {}
+        steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+        sizes = np.full(self.vocab_size, np.nan)
+        for piece, id in self._model.get_vocab(with_added_tokens=False).items():
+            if "ByteLevel" in steps:
+                sizes[id] = len(piece)  # a character for each byte
+            elif steps & {"Metaspace", "ByteFallback"}:
+                sizes[id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece_bytes(piece)
+        unknown = settings["model"].get("unk_token")
+        if isinstance(unknown, str) and unknown in self._model.get_vocab():
+            sizes[self._model.token_to_id(unknown)] = np.nan
+        for token in settings["added_tokens"]:
+            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode("utf-8"))
+        return sizes
 
 
 def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config:
         part.to(DTYPES[config.training.dtype])
         parallelize(part, mesh, dims, config)
         if stage > 0:
-            part.rope = StagePositions(part.rope, config.training.seq_len // dims.cp)
+            part.rope = StagePositions(part.rope, 1 if config.parallelism.disable_sequence_parallel else dims.tp)
         parts[stage] = part
     return parts
 
@@ -62,25 +62,34 @@ def build_pipeline(
     device: torch.device,
     sequence_losses: Callable[[Tensor, Tensor], Tensor],
 ) -> Pipeline:
-    """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences."""
+    """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences.
+
+    Those of a validation are of its own size.
+    """
     parallelism, shape = config.parallelism, next(iter(parts.values())).shape
     schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
     stages = len(plan_stages(parallelism, shape.pieces))
-    seq_len = config.training.seq_len // dims.cp
     compiled = config.compile.enable and "model" in config.compile.components
-    plan = PipelinePlan(
-        schedule,
-        stages,
-        last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
-        microbatches=microbatch_size // size,
-        microbatch_size=size,
-        seq_len=seq_len,
-        activation_shape=(seq_len if parallelism.disable_sequence_parallel else seq_len // dims.tp, shape.dim),
-        dtype=DTYPES[config.training.mixed_precision_param],
-        whole_backward=SCHEDULES[schedule].splits_backward
-        and (compiled or config.activation_checkpoint.mode != "none"),
-    )
-    return Pipeline(parts, plan, mesh.get_group("pp"), device, sequence_losses)
+
+    def plan(sequences: int, seq_len: int) -> PipelinePlan:
+        mine = seq_len // dims.cp
+        return PipelinePlan(
+            schedule,
+            stages,
+            last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
+            microbatches=sequences // size,
+            microbatch_size=size,
+            seq_len=mine,
+            activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
+            dtype=DTYPES[config.training.mixed_precision_param],
+            whole_backward=SCHEDULES[schedule].splits_backward
+            and (compiled or config.activation_checkpoint.mode != "none"),
+        )
+
+    training, validation = config.training, config.validation
+    sizes = (validation.local_batch_size or microbatch_size, validation.seq_len or training.seq_len)
+    plans = plan(microbatch_size, training.seq_len), plan(*sizes)
+    return Pipeline(parts, *plans, mesh.get_group("pp"), device, sequence_losses)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:

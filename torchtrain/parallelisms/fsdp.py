@@ -4,6 +4,7 @@ A block's parameters are gathered just before its forward and backward, in the c
 summed and scattered in the reduction precision. Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -55,3 +56,11 @@ def apply_fsdp(
             # averaged; a plain SUM on every backend, since gloo knows no pre-multiplied sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(parts: Iterable[Transformer]) -> None:
+    """Free what a forward without a backward has left gathered, so that the weights are the shards again."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

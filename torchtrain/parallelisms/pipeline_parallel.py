@@ -36,6 +36,8 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchtrain.models.llama import RotaryPositions, Transformer
+from torchtrain.parallelisms.fsdp import reshard
+from torchtrain.pipeline_stages import stages_of
 
 Order = dict[int, list[_Action | None]]
 """By rank of the pipeline, what it does in turn."""
@@ -44,14 +46,15 @@ Order = dict[int, list[_Action | None]]
 class StagePositions(RotaryPositions):
     """Rotations for a stage that is given [B, L, D] instead of tokens; L is but a part of what its attention sees."""
 
-    def __init__(self, rope: RotaryPositions, seq_len: int) -> None:
+    def __init__(self, rope: RotaryPositions, sharing: int) -> None:
+        """L is the `sharing`-th part of the tokens that a rank of the first stage is given."""
         super().__init__(rope.shape)
         self.rope = rope
-        self.seq_len = seq_len
+        self.sharing = sharing
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, L, D] to the rotations of as many positions as this rank would be given tokens."""
-        return self.rope(tokens.new_empty(1, self.seq_len))
+        return self.rope(tokens.new_empty(1, tokens.shape[1] * self.sharing))
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Pipeline:
 
     Args:
         parts: this rank's stages by their number, as `models.llama.Transformer`s that keep their pieces, parallelized.
-        plan: the same on all ranks.
+        plan: of training, the same on all ranks.
+        evaluation: its sizes are those of the batches to evaluate.
         group: the ranks of the pipeline.
         device: of the computation.
         sequence_losses: logits [B, S, V] and labels [B, S] to the loss of each sequence, [B].
@@ -100,6 +104,7 @@ class Pipeline:
         self,
         parts: dict[int, Transformer],
         plan: PipelinePlan,
+        evaluation: PipelinePlan,
         group: dist.ProcessGroup,
         device: torch.device,
         sequence_losses: Callable[[Tensor, Tensor], Tensor],
@@ -109,9 +114,9 @@ class Pipeline:
         self.has_first, self.has_last = 0 in parts, plan.stages - 1 in parts
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
-        self.schedule, orders = self._build_schedule()
+        self.schedule = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
-        self.forward_only = self._runtime(orders)
+        self.forward_only = self._runtime(evaluation, in_turn(evaluation, group.size()))
         self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
         self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
 
@@ -134,13 +139,10 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The losses alone, as `forward_backward` returns them, under any schedule."""
+        """The losses alone, as `forward_backward` returns them, of a batch of the evaluation plan's sizes."""
         self.tied.take_weight(self.device)
         losses = self._pass(self.forward_only.eval, tokens, labels)
-        for part in self.parts.values():
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        reshard(self.parts.values())
         return losses
 
     def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor) -> Tensor:
@@ -156,9 +158,8 @@ class Pipeline:
         self.losses.append(losses.detach())
         return losses.sum() / self.divisor
 
-    def _stages(self) -> list[PipelineStage]:
+    def _stages(self, plan: PipelinePlan) -> list[PipelineStage]:
         """With the shapes of what they exchange, so that nothing has to run to find them out."""
-        plan = self.plan
         with torch.device("meta"):
             tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
             h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
@@ -176,26 +177,17 @@ class Pipeline:
             for stage, part in self.parts.items()
         ]
 
-    def _build_schedule(self) -> tuple[PipelineScheduleSingle | PipelineScheduleMulti, Order]:
-        """The schedule, and what each rank does in it; GPipe's order stands for all that have one stage a rank."""
-        schedule_class, microbatches = get_schedule_class(self.plan.schedule), self.plan.microbatches
+    def _build_schedule(self) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        plan = self.plan
+        schedule_class, stages = get_schedule_class(plan.schedule), self._stages(plan)
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
         if issubclass(schedule_class, PipelineScheduleSingle):
-            schedule = schedule_class(self._stages()[0], microbatches, loss_fn=self._loss, scale_grads=False)
-            ways, everything = (FORWARD, FULL_BACKWARD), range(microbatches)
-            return schedule, {
-                r: [_Action(r, way, m) for way in ways for m in everything] for r in range(self.plan.stages)
-            }
-        schedule = schedule_class(self._stages(), microbatches, loss_fn=self._loss, scale_grads=False)
-        if not self.plan.whole_backward:
-            return schedule, schedule.pipeline_order
-        orders = whole_backwards(schedule.pipeline_order)
-        return self._runtime(orders), orders
+            return schedule_class(stages[0], plan.microbatches, loss_fn=self._loss, scale_grads=False)
+        schedule = schedule_class(stages, plan.microbatches, loss_fn=self._loss, scale_grads=False)
+        return self._runtime(plan, whole_backwards(schedule.pipeline_order)) if plan.whole_backward else schedule
 
-    def _runtime(self, orders: Order) -> _PipelineScheduleRuntime:
-        runtime = _PipelineScheduleRuntime(
-            self._stages(), self.plan.microbatches, loss_fn=self._loss, scale_grads=False
-        )
+    def _runtime(self, plan: PipelinePlan, orders: Order) -> _PipelineScheduleRuntime:
+        runtime = _PipelineScheduleRuntime(self._stages(plan), plan.microbatches, loss_fn=self._loss, scale_grads=False)
         runtime._prepare_schedule_with_comms(orders)
         return runtime
 
@@ -205,9 +197,22 @@ def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:
     return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
 
 
+def in_turn(plan: PipelinePlan, ranks: int) -> Order:
+    """All microbatches forward through each stage of a rank in turn, then back: suits every cut and any batch."""
+    return {
+        rank: [
+            _Action(stage, way, microbatch)
+            for way, order in ((FORWARD, 1), (FULL_BACKWARD, -1))
+            for stage in stages_of(rank, plan.schedule, plan.stages, ranks)[::order]
+            for microbatch in range(plan.microbatches)
+        ]
+        for rank in range(ranks)
+    }
+
+
 def forwards(orders: dict[int, list[_Action]]) -> dict[int, list[_Action]]:
     """What is left without the backwards. (PyTorch's own evaluation cannot run the V-shaped schedules.)"""
-    backward = (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, SEND_B, RECV_B, REDUCE_GRAD)
+    backward = (FULL_BACKWARD, SEND_B, RECV_B, REDUCE_GRAD)
     return {
         rank: [action for action in steps_of(actions) if action.computation_type not in backward]
         for rank, actions in orders.items()
