@@ -217,6 +217,8 @@ class Training(Section):
     """Norm to which a larger gradient is clipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
+    document_masking: bool = False
+    """Keep documents in a sequence apart: no attention, no position and no label goes beyond a document's border."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in the host's memory, the accelerator's for compute alone."""
     dtype: Dtype = "float32"
@@ -921,6 +923,16 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
         yield Fault(
             ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
             'parallelism.context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"',
+        )
+    if config.training.document_masking and cp > 1 and parallelism.context_parallel_method == "ring":
+        yield Fault(
+            (
+                "training.document_masking",
+                "parallelism.context_parallel_degree",
+                "parallelism.context_parallel_method",
+            ),
+            f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: the ring knows nothing "
+            'of documents; set parallelism.context_parallel_method = "ulysses"',
         )
     if parallelism.enable_async_tensor_parallel and parallelism.disable_sequence_parallel:
         yield Fault(

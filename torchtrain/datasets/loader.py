@@ -8,12 +8,14 @@ There is no reader process and no prefetching: a step's batch comes from the pag
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from torchtrain.config_manager import Data, Training, plan_sources
+from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import Dataset, PackedDataset
@@ -33,9 +35,11 @@ def build_dataset(
         UserError: whatever is wrong with a source or the cache folder.
     """
     sources = plan_sources(training, data)
-    datasets: list[Dataset] = [
-        PackedDataset(open_tokens(source, data, tokenizer, log), training.seq_len, seed) for source in sources
-    ]
+    caches = [open_tokens(source, data, tokenizer, log) for source in sources]
+    if training.document_masking:
+        for cache in caches:
+            require_documents(cache, tokenizer)
+    datasets: list[Dataset] = [PackedDataset(cache, training.seq_len, seed) for cache in caches]
     if len(datasets) == 1:
         return datasets[0]
     return Mixture(datasets, [source.share for source in sources], training.seq_len)
@@ -51,6 +55,17 @@ class Microbatch:
     """int64 `[B, S]`; -100 marks a label that does not count."""
     sample_ids: list[int]
     """The global sample index of each row."""
+    documents: torch.Tensor | None = None
+    """Under document masking, where in its row each token's document begins (models/document_masking.py)."""
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same with its tensors on this device."""
+        return Microbatch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.sample_ids,
+            None if self.documents is None else self.documents.to(device, non_blocking=True),
+        )
 
 
 class DataLoader:
@@ -68,8 +83,12 @@ class DataLoader:
         data_parallel_rank: int,
         data_parallel_degree: int,
         microbatch_size: int,
+        separators: tuple[int, int] | None = None,
     ) -> None:
-        """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree."""
+        """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree.
+
+        `separators`, BOS and EOS, are given under document masking alone.
+        """
         assert 0 <= data_parallel_rank < data_parallel_degree
         assert global_batch_size % (data_parallel_degree * microbatch_size) == 0
         self.dataset = dataset
@@ -77,6 +96,7 @@ class DataLoader:
         self._per_rank = global_batch_size // data_parallel_degree
         self._rank = data_parallel_rank
         self._microbatch_size = microbatch_size
+        self._separators = separators
         self._origin_step, self._origin_sample = 0, 0
 
     def samples_before(self, step: int) -> int:
@@ -89,11 +109,13 @@ class DataLoader:
         self._log_epochs(step)
         first = self.samples_before(step) + self._rank * self._per_rank
         sample_ids = np.arange(first, first + self._per_rank)
-        tokens, labels = (torch.from_numpy(array) for array in self.dataset.read(sample_ids))
-        size = self._microbatch_size
+        tokens, labels = self.dataset.read(sample_ids)
+        arrays = [tokens, labels] + ([split_documents(tokens, labels, *self._separators)] if self._separators else [])
+        of_batches = zip(*(torch.from_numpy(array).split(self._microbatch_size) for array in arrays), strict=True)
+        ids = iter(sample_ids.tolist())
         return [
-            Microbatch(tokens[at : at + size], labels[at : at + size], sample_ids[at : at + size].tolist())
-            for at in range(0, self._per_rank, size)
+            Microbatch(tokens, labels, list(islice(ids, self._microbatch_size)), *documents)
+            for tokens, labels, *documents in of_batches
         ]
 
     def _log_epochs(self, step: int) -> None:
