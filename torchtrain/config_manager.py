@@ -244,6 +244,8 @@ class Data(Section):
     """What becomes of a row that is no document: the run stops, naming it, or it is left out and counted."""
     mixture: Pieces | None = None
     """Several sources instead of training.dataset, each "dataset = weight" or "dataset path = weight"."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """How documents fill sequences: one after the other, cut where a sequence ends; or whole, by best fit, padded."""
     token_dtype: Literal["uint16", "uint32"] | None = None
     """Type of the ids in token files that don't say; unset: the smallest that holds the vocabulary."""
 

@@ -1,4 +1,4 @@
-"""Where documents begin in rows of tokens, for document masking.
+"""Where documents begin in rows of tokens, for document masking and packing.
 
 A document begins at each BOS; what stands before a row's first BOS is the rest of one. Where BOS and EOS are one token
 a pair of it is an end and a beginning, and one alone, as in nanoGPT's files, is both.
@@ -45,5 +45,6 @@ def require_documents(cache: TokenCache, tokenizer: Tokenizer) -> None:
     if not any((tokens[at : at + CHUNK] == bos).any() for at in range(0, len(tokens), CHUNK)):
         raise UserError(
             f"{cache.manifest.source} does not say where documents begin: it holds no BOS (token {bos} of the run's "
-            "tokenizer). Write the file with BOS before each document, or leave training.document_masking off"
+            "tokenizer). Write the file with BOS before each document, or do without training.document_masking and "
+            'data.packing = "best_fit"'
         )

@@ -17,8 +17,10 @@ import torch
 from torchtrain.config_manager import Data, Training, plan_sources
 from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
+from torchtrain.datasets.packing import BestFitDataset
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import Dataset, PackedDataset
+from torchtrain.datasets.token_cache import cache_root
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.logging_utils import logger
 from torchtrain.utils import UserError
@@ -36,10 +38,16 @@ def build_dataset(
     """
     sources = plan_sources(training, data)
     caches = [open_tokens(source, data, tokenizer, log) for source in sources]
-    if training.document_masking:
+    best_fit = data.packing == "best_fit"
+    if training.document_masking or best_fit:
         for cache in caches:
             require_documents(cache, tokenizer)
-    datasets: list[Dataset] = [PackedDataset(cache, training.seq_len, seed) for cache in caches]
+    datasets: list[Dataset] = [
+        BestFitDataset(cache, training.seq_len, seed, tokenizer, cache_root(data.cache_folder), log)
+        if best_fit
+        else PackedDataset(cache, training.seq_len, seed)
+        for cache in caches
+    ]
     if len(datasets) == 1:
         return datasets[0]
     return Mixture(datasets, [source.share for source in sources], training.seq_len)
@@ -184,6 +192,7 @@ class DataLoader:
             "seq_len": "training.seq_len",
             "seed": "debug.seed",
             "n_samples": "the number of samples in an epoch",
+            "packing": "data.packing",
             "global_batch_size": "training.global_batch_size",
         }
         return [

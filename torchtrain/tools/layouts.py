@@ -36,6 +36,7 @@ TASKS = {
     "labels": Task(hide_labels=True),
     "labels-tied": Task({"model.tied_embeddings": True}, hide_labels=True),
     "documents": Task(DOCUMENTS),
+    "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
     "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
 }
 
@@ -102,6 +103,7 @@ LAYOUTS = {
     "fsdp2-labels": Layout(2, MICROBATCH_1, "labels"),
     "fsdp2-bf16": Layout(2, BF16),
     "fsdp2-documents": Layout(2, MICROBATCH_1, "documents"),
+    "fsdp2-documents-packed": Layout(2, MICROBATCH_1, "documents-packed"),
     "fsdp2-compile-documents": Layout(2, COMPILE | SELECTIVE_OP, "documents"),
     "replicate2": Layout(2, REPLICATE_2),
     "tp2": Layout(2, TP_2),
