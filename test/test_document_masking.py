@@ -281,7 +281,7 @@ def test_best_fit_is_another_order_and_is_remembered(corpus, tokenizer):
     assert best.identity() != dataset_of(corpus, tokenizer).identity()
     assert best.identity() == again.identity()
     assert all(map(np.array_equal, best.read(np.arange(99)), again.read(np.arange(99))))
-    assert "packed by best fit" in best.describe(10)
+    assert "documents whole by best fit" in best.describe(10)
     changed = best.identity() | {"seq_len": 64}
     assert (
         changed

@@ -928,11 +928,7 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
         )
     if config.training.document_masking and cp > 1 and parallelism.context_parallel_method == "ring":
         yield Fault(
-            (
-                "training.document_masking",
-                "parallelism.context_parallel_degree",
-                "parallelism.context_parallel_method",
-            ),
+            ("training.document_masking", *(f"parallelism.context_parallel_{key}" for key in ("degree", "method"))),
             f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: the ring knows nothing "
             'of documents; set parallelism.context_parallel_method = "ulysses"',
         )

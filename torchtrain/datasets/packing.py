@@ -45,6 +45,8 @@ class BestFitDataset(PackedDataset):
         self._rows = np.memmap(folder / "rows.bin", np.int64, mode="r")
         self._padding = tokenizer.eos_id
         self.n_samples = len(self._rows) - 1
+        padding = 1 - int(self._pieces[:, 1].sum()) / (self.n_samples * (seq_len + 1))
+        self._remark = f"documents whole by best fit, {padding:.1%} padding"
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"packing": f"best_fit {FORMAT}"}
@@ -60,14 +62,6 @@ class BestFitDataset(PackedDataset):
                 labels[sample, at : at + length - 1] = piece[1:]
                 at += length
         return np.ascontiguousarray(tokens[:, :-1]), labels
-
-    def describe(self, samples: int | None = None) -> str:
-        room = self.n_samples * (self.seq_len + 1)
-        taken = "" if samples is None else f"; the run takes {samples / self.n_samples:,.2f} epochs"
-        return (
-            f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens, packed by "
-            f"best fit, {1 - int(self._pieces[:, 1].sum()) / room:.1%} of it padding{taken}"
-        )
 
 
 def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Path, log: Callable[[str], None]) -> Path:
@@ -97,8 +91,7 @@ def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Pa
                     firsts = np.flatnonzero(np.diff(rows[order], prepend=-1))
                     (pieces_before + firsts).tofile(rows_file)
                     pieces_before += len(pieces)
-                    if len(pieces):
-                        progress.show(f"packing {manifest.source}: {pieces[-1, 0] / len(cache.tokens):4.0%}")
+                    progress.show(f"packing {manifest.source}: {pieces_before:,} documents and parts of long ones")
                 np.array([pieces_before]).tofile(rows_file)
                 for file in (pieces_file, rows_file):
                     file.flush()

@@ -91,7 +91,6 @@ LAYOUTS = {
     "accumulate-documents": Layout(1, MICROBATCH_1, "documents"),
     "full-ac-documents": Layout(1, FULL, "documents"),
     "selective-op-ac-documents": Layout(1, SELECTIVE_OP, "documents"),
-    "budget-ac-documents": Layout(1, BUDGET, "documents"),
     "fsdp2": Layout(2),
     "fsdp2-always": Layout(2, ALWAYS),
     "fsdp2-never": Layout(2, {"parallelism.fsdp_reshard_after_forward": "never"} | MICROBATCH_1),
