@@ -145,11 +145,8 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     Raises:
         UserError: the global batch has no valid label.
     """
-    batches = [
-        (batch.tokens.to(trainer.device, non_blocking=True), batch.labels.to(trainer.device, non_blocking=True))
-        for batch in microbatches
-    ]
-    valid_by_sequence = torch.cat([count_valid(labels) for _, labels in batches])
+    batches = [batch.to(trainer.device) for batch in microbatches]
+    valid_by_sequence = torch.cat([count_valid(batch.labels) for batch in batches])
     valid = valid_by_sequence.sum()
     dist.all_reduce(valid)
     valid //= trainer.dims.ranks_a_sample  # each of which has counted
@@ -158,15 +155,15 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
         raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.loader, step)}")
 
     losses_by_sequence = []
-    for tokens, labels in batches:
-        tokens, labels = trainer.my_part(tokens), trainer.my_part(labels)
+    for batch in batches:
+        tokens, labels = trainer.my_part(batch.tokens), trainer.my_part(batch.labels)
         with trainer.loss_context():
             if trainer.pipeline is not None:
-                losses = trainer.pipeline.forward_backward(tokens, labels, valid)
+                losses = trainer.pipeline.forward_backward(tokens, labels, valid, batch.documents)
             else:
                 # Each microbatch's gradient is reduced and added to the shards at once: no rank ever holds a whole
                 # gradient, and it accumulates in the same precision on one rank as on many.
-                losses = trainer.sequence_losses(trainer.parts[0](tokens), labels)
+                losses = trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)
                 (losses.sum() / valid).backward()
         losses_by_sequence.append(losses.detach().double())
     losses = torch.cat(losses_by_sequence)
@@ -178,12 +175,12 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
 def validate(trainer: Trainer) -> dict[str, float | None]:
     """The validation's results; of each of its batches the forward of `forward_backward`."""
 
-    def losses_of(tokens: Tensor, labels: Tensor) -> Tensor:
-        tokens, labels = trainer.my_part(tokens), trainer.my_part(labels)
+    def losses_of(batch: Microbatch) -> Tensor:
+        tokens, labels = trainer.my_part(batch.tokens), trainer.my_part(batch.labels)
         with trainer.loss_context():
             if trainer.pipeline is not None:
-                return trainer.pipeline.evaluate(tokens, labels)
-            return trainer.sequence_losses(trainer.parts[0](tokens), labels)
+                return trainer.pipeline.evaluate(tokens, labels, batch.documents)
+            return trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)
 
     return trainer.validator.run(losses_of)
 
@@ -287,7 +284,10 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         training = training.model_copy(update={"global_batch_size": saved.data["global_batch_size"]})
     batch = together(lambda: plan_batch(training, dims.data_parallel))
     data_rank = dims.data_rank(dist.get_rank())
-    loader = DataLoader(dataset, batch.global_batch_size, data_rank, dims.data_parallel, batch.microbatch_size)
+    separators = (tokenizer.bos_id, tokenizer.eos_id) if training.document_masking else None
+    loader = DataLoader(
+        dataset, batch.global_batch_size, data_rank, dims.data_parallel, batch.microbatch_size, separators
+    )
 
     parts = build_parts(shape, mesh, dims, config)
     for part in parts.values():
@@ -326,7 +326,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         losses,
         my_part,
         context,
-        Validator(config, validation_set, batch, dims, parts.values(), device),
+        Validator(config, validation_set, separators, batch, dims, parts.values(), device),
     )
 
 

@@ -20,6 +20,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.config_manager import options as all_options
 from torchtrain.logging_utils import init_logging
 from torchtrain.parallelisms import apply
+from torchtrain.tools.layouts import DOCUMENTS
 from torchtrain.utils import UserError
 
 MODEL_KEYS = (
@@ -103,6 +104,8 @@ SHOWN_BY = {
     "activation_checkpoint.mode": "test_recomputation_modes_recompute_what_they_say",
     "activation_checkpoint.selective_ac_option": "test_recomputation_modes_recompute_what_they_say",
     "activation_checkpoint.memory_budget": "test_memory_budget_reaches_the_compiler",
+    "training.document_masking": "test_document_options_change_the_loss",
+    "data.packing": "test_document_options_change_the_loss",
     "training.enable_cpu_offload": "test_cpu_offload_reaches_every_group",
     **dict.fromkeys((f"parallelism.{key}" for key in SHARING_KEYS.split()), "test_sharing_options_reach_the_model"),
     "parallelism.pipeline_parallel_degree": "test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process",
@@ -549,6 +552,17 @@ def test_cpu_offload_reaches_every_group(data, device):
     assert policies(**{"training.enable_cpu_offload": True}) == {CPUOffloadPolicy}
     kept = weights_after(setting_up(data, device))
     assert torch.equal(kept, weights_after(setting_up(data, device, **{"training.enable_cpu_offload": True})))
+
+
+def test_document_options_change_the_loss(data, device):
+    def loss(**overrides):
+        return first_loss(setting_up(data, device, **DOCUMENTS | {"training.document_masking": False}, **overrides))
+
+    packing = {"data.packing": "best_fit"}
+    losses = [first_loss(setting_up(data, device, **DOCUMENTS, **packed)) for packed in ({}, packing)]
+    losses += [loss(), loss(**packing)]
+    assert len(set(losses)) == 4
+    assert loss() == losses[2]
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_steps_are_batches_of_the_global_batch_size(data, device, steps, sequenc
     validator = train.set_up(config, device).validator
     counts = []
     validator.run(
-        lambda tokens, labels: counts.append((labels != -100).any(dim=1).sum().item()) or torch.zeros(len(tokens))
+        lambda batch: counts.append((batch.labels != -100).any(dim=1).sum().item()) or torch.zeros(len(batch.tokens))
     )
     assert sum(counts) == validator.sequences == sequences
 

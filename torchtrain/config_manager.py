@@ -218,6 +218,8 @@ class Training(Section):
     """Norm to which a larger gradient is clipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
+    document_masking: bool = False
+    """Keep documents in a sequence apart: no attention, no position and no label goes beyond a document's border."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in the host's memory, the accelerator's for compute alone."""
     dtype: Dtype = "float32"
@@ -243,6 +245,8 @@ class Data(Section):
     """What becomes of a row that is no document: the run stops, naming it, or it is left out and counted."""
     mixture: Pieces | None = None
     """Several sources instead of training.dataset, each "dataset = weight" or "dataset path = weight"."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """How documents fill sequences: one after the other, cut where a sequence ends; or whole, by best fit, padded."""
     token_dtype: Literal["uint16", "uint32"] | None = None
     """Type of the ids in token files that don't say; unset: the smallest that holds the vocabulary."""
 
@@ -985,6 +989,12 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
         yield Fault(
             ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
             'parallelism.context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"',
+        )
+    if config.training.document_masking and cp > 1 and parallelism.context_parallel_method == "ring":
+        yield Fault(
+            ("training.document_masking", *(f"parallelism.context_parallel_{key}" for key in ("degree", "method"))),
+            f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: the ring knows nothing "
+            'of documents; set parallelism.context_parallel_method = "ulysses"',
         )
     if parallelism.enable_async_tensor_parallel and parallelism.disable_sequence_parallel:
         yield Fault(

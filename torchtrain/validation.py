@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchtrain.config_manager import BatchPlan, JobConfig, of_validation, plan_validation
 from torchtrain.datasets.data_order import permuted
+from torchtrain.datasets.loader import Microbatch, microbatches
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
@@ -83,14 +84,16 @@ class Validator:
         self,
         config: JobConfig,
         samples: ValidationSet,
+        separators: tuple[int, int] | None,
         batch: BatchPlan,
         dims: ParallelDims,
         parts: Collection[Transformer],
         device: torch.device,
     ) -> None:
-        """`batch` is that of training, `parts` what this rank has of the model."""
+        """`separators` (of documents) and `batch` are those of training, `parts` what this rank has of the model."""
         section = config.validation
         self.samples, self.dims, self.parts, self.device = samples, dims, parts, device
+        self.separators = separators
         self.freq, self.last_step = section.freq, config.training.steps
         self.batch_size = section.local_batch_size or batch.microbatch_size
         self.sequences = samples.n_samples
@@ -102,10 +105,10 @@ class Validator:
         return self.sequences > 0 and (step % self.freq == 0 or step == self.last_step)
 
     @torch.no_grad()
-    def run(self, losses_of: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float | None]:
+    def run(self, losses_of: Callable[[Microbatch], Tensor]) -> dict[str, float | None]:
         """`val_loss`, nats a token, and `val_bits_per_byte`, None where bytes are not known; the same on every rank.
 
-        `losses_of` tokens and labels [B, S] are this rank's part of the sequences' losses [B], as it is in training.
+        `losses_of` B sequences are this rank's part of their losses [B], as it is in training.
         Weights, gradients, random state and the training data are left as they are.
         """
         dims, device = self.dims, self.device
@@ -115,10 +118,11 @@ class Validator:
         mine = np.arange(self.batch_size) + dims.data_rank(dist.get_rank()) * self.batch_size
         for first in range(0, self.sequences, together):
             numbers = np.where(first + mine < self.sequences, first + mine, -1)
-            tokens, labels = (torch.from_numpy(array).to(device) for array in self.samples.read(numbers))
-            known = token_bytes[labels.clamp(min=0)].where(labels != IGNORE_INDEX, 0.0)
-            losses = losses_of(tokens, labels).double()
-            totals += torch.stack([losses.sum(), count_valid(labels).sum(), known.sum()])
+            (batch,) = microbatches(*self.samples.read(numbers), numbers, self.batch_size, self.separators)
+            batch = batch.to(device)
+            known = token_bytes[batch.labels.clamp(min=0)].where(batch.labels != IGNORE_INDEX, 0.0)
+            losses = losses_of(batch).double()
+            totals += torch.stack([losses.sum(), count_valid(batch.labels).sum(), known.sum()])
         reshard(self.parts)
         # Ranks that share a sample all read it. Its loss only those of the last stage have, each of the tensor ranks.
         dist.all_reduce(totals)

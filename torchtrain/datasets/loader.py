@@ -8,15 +8,19 @@ There is no reader process and no prefetching: a step's batch comes from the pag
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from torchtrain.config_manager import Data, Training, Validation, plan_sources
+from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
+from torchtrain.datasets.packing import BestFitDataset
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import Dataset, PackedDataset
+from torchtrain.datasets.token_cache import cache_root
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.logging_utils import logger
 from torchtrain.utils import UserError
@@ -39,8 +43,16 @@ def build_dataset(
         UserError: whatever is wrong with a source or the cache folder.
     """
     sources = plan_sources(training, data, validation)
+    caches = [open_tokens(source, data, tokenizer, log) for source in sources]
+    best_fit = data.packing == "best_fit"
+    if training.document_masking or best_fit:
+        for cache in caches:
+            require_documents(cache, tokenizer)
     datasets: list[Dataset] = [
-        PackedDataset(open_tokens(source, data, tokenizer, log), training.seq_len, seed) for source in sources
+        BestFitDataset(cache, training.seq_len, seed, tokenizer, cache_root(data.cache_folder), log)
+        if best_fit
+        else PackedDataset(cache, training.seq_len, seed)
+        for cache in caches
     ]
     if len(datasets) == 1:
         return datasets[0]
@@ -57,6 +69,27 @@ class Microbatch:
     """int64 `[B, S]`; -100 marks a label that does not count."""
     sample_ids: list[int]
     """The global sample index of each row."""
+    documents: torch.Tensor | None = None
+    """Under document masking, where in its row each token's document begins (models/document_masking.py)."""
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same with its tensors on this device."""
+        return Microbatch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.sample_ids,
+            None if self.documents is None else self.documents.to(device, non_blocking=True),
+        )
+
+
+def microbatches(
+    tokens: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray, size: int, separators: tuple[int, int] | None
+) -> list[Microbatch]:
+    """Cut tokens and labels `[B, S]` into microbatches of `size`, with the documents where `separators` are given."""
+    arrays = [tokens, labels] + ([split_documents(tokens, labels, *separators)] if separators else [])
+    of_batches = zip(*(torch.from_numpy(array).split(size) for array in arrays), strict=True)
+    ids = iter(sample_ids.tolist())
+    return [Microbatch(tokens, labels, list(islice(ids, size)), *rest) for tokens, labels, *rest in of_batches]
 
 
 class DataLoader:
@@ -74,8 +107,12 @@ class DataLoader:
         data_parallel_rank: int,
         data_parallel_degree: int,
         microbatch_size: int,
+        separators: tuple[int, int] | None = None,
     ) -> None:
-        """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree."""
+        """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree.
+
+        `separators`, BOS and EOS, are given under document masking alone.
+        """
         assert 0 <= data_parallel_rank < data_parallel_degree
         assert global_batch_size % (data_parallel_degree * microbatch_size) == 0
         self.dataset = dataset
@@ -83,6 +120,7 @@ class DataLoader:
         self._per_rank = global_batch_size // data_parallel_degree
         self._rank = data_parallel_rank
         self._microbatch_size = microbatch_size
+        self._separators = separators
         self._origin_step, self._origin_sample = 0, 0
 
     def samples_before(self, step: int) -> int:
@@ -95,12 +133,7 @@ class DataLoader:
         self._log_epochs(step)
         first = self.samples_before(step) + self._rank * self._per_rank
         sample_ids = np.arange(first, first + self._per_rank)
-        tokens, labels = (torch.from_numpy(array) for array in self.dataset.read(sample_ids))
-        size = self._microbatch_size
-        return [
-            Microbatch(tokens[at : at + size], labels[at : at + size], sample_ids[at : at + size].tolist())
-            for at in range(0, self._per_rank, size)
-        ]
+        return microbatches(*self.dataset.read(sample_ids), sample_ids, self._microbatch_size, self._separators)
 
     def _log_epochs(self, step: int) -> None:
         """Say which sources begin an epoch in this step, the first aside."""
@@ -168,6 +201,7 @@ class DataLoader:
             "seq_len": "training.seq_len",
             "seed": "debug.seed",
             "n_samples": "the number of samples in an epoch",
+            "packing": "data.packing",
             "global_batch_size": "training.global_batch_size",
         }
         return [

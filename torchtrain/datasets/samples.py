@@ -55,6 +55,7 @@ class PackedDataset(Dataset):
         self.seed = seed
         self._tokens = cache.tokens
         self.n_samples = (len(self._tokens) - 1 + (seq_len - 1 if keep_rest else 0)) // seq_len
+        self._remark = f"the last {max(0, len(self._tokens) - 1 - self.n_samples * seq_len):,} tokens dropped"
         if self.n_samples <= 0:
             raise UserError(
                 f"{self.name} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "
@@ -82,9 +83,8 @@ class PackedDataset(Dataset):
         return {self.name: samples / self.n_samples}
 
     def describe(self, samples: int | None = None) -> str:
-        dropped = len(self._tokens) - 1 - self.n_samples * self.seq_len
         taken = "" if samples is None else f"; the run takes {samples / self.n_samples:,.2f} epochs"
         return (
-            f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens (the last "
-            f"{dropped:,} tokens dropped){taken}"
+            f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens "
+            f"({self._remark}){taken}"
         )

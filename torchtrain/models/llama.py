@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtrain.models.document_masking import BlockMask, document_mask, masked_attention
 from torchtrain.models.flavors import ModelShape
 
 
@@ -67,12 +68,13 @@ class Transformer(nn.Module):
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
         self.tie()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, S] to [B, S, V]."""
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """[B, S] to [B, S, V]; under document masking with the `documents` [B, S] of document_masking.py."""
         h = self.tok_embeddings(tokens)
-        rotations = self.rope(tokens)
+        rotations = self.rope(tokens, documents)
+        mask = None if documents is None else document_mask(documents)
         for block in self.layers.values():
-            h = block(h, rotations)
+            h = block(h, rotations, mask)
         return self.output(self.norm(h))
 
     def initial_values(self, name: str) -> InitialValues:
@@ -132,9 +134,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
-    def forward(self, h: Tensor, rotations: Tensor) -> Tensor:
-        """h [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]."""
-        h = h + self.attention(self.attention_norm(h), rotations)
+    def forward(self, h: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """h [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]; `mask` is None or a `document_mask`."""
+        h = h + self.attention(self.attention_norm(h), rotations, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -151,20 +153,22 @@ class Attention(nn.Module):
         self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
         self.inner_attention: nn.Module = CausalAttention()
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """x [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]."""
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """x [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]; `mask` is None or a `document_mask`."""
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, H, C]
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, K, C]
         v = self.wv(x).unflatten(-1, (-1, self.head_width))  # [B, S, K, C]
-        mixed = self.inner_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, C]
+        mixed = self.inner_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, C]
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
 class CausalAttention(nn.Module):
     """The kernel alone: softmax(q kᵀ / √C), masked to the past, times v."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]; a `document_mask` narrows the past."""
+        if mask is not None:
+            return masked_attention(q, k, v, mask)
         # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -195,18 +199,22 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.shape = shape
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] at positions 0 .. S-1, to rotations [S, 1, C/2], complex64."""
-        return self.at(torch.arange(tokens.shape[1], device=tokens.device))
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """tokens [B, S] at positions 0 .. S-1, to rotations [S, 1, C/2], complex64.
+
+        With `documents` [B, S] (document_masking.py) positions restart in each: to [B, S, 1, C/2].
+        """
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.at(places if documents is None else places - documents)
 
     def at(self, positions: Tensor) -> Tensor:
-        """positions [S], integers, to rotations [S, 1, C/2]: exp(i · position · frequency).
+        """positions [..., S], integers, to rotations [..., S, 1, C/2]: exp(i · position · frequency).
 
         Complex because FSDP casts every real floating-point tensor that enters a block to the compute precision, and
         bf16 cannot tell neighbouring positions apart; also the fastest form there is on a CPU, see `rotate`.
         """
-        angles = torch.outer(positions.float(), rotary_frequencies(self.shape, positions.device))
-        return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        angles = positions.float().unsqueeze(-1) * rotary_frequencies(self.shape, positions.device)
+        return torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
 
 
 def rotary_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
@@ -232,7 +240,7 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
     Args:
         x: [B, S, heads, C].
-        rotations: [S, 1, C/2], complex64.
+        rotations: [S, 1, C/2] or [B, S, 1, C/2], complex64.
 
     Returns:
         [B, S, heads, C] in x's type.

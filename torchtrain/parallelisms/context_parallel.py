@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrain.models.llama import CausalAttention, RotaryPositions, Transformer
+from torchtrain.models.llama import BlockMask, CausalAttention, RotaryPositions, Transformer
 
 aten = torch.ops.aten
 # These ops, unlike torch.distributed's functions, can be traced by torch.compile and have the same names in all
@@ -86,10 +86,12 @@ class ShardPositions(RotaryPositions):
         self.cp_mesh = cp_mesh
         self.load_balancer = load_balancer
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, L] of the shard, to rotations [L, 1, C/2], complex64."""
-        positions = torch.arange(tokens.shape[1] * self.cp_mesh.size(), device=tokens.device)
-        return self.at(shard_sequence(positions.unsqueeze(0), self.cp_mesh, self.load_balancer)[0])
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """tokens [B, L] of the shard, to rotations [L, 1, C/2], complex64; with `documents` [B, S] [B, L, 1, C/2]."""
+        positions = torch.arange(tokens.shape[1] * self.cp_mesh.size(), device=tokens.device).unsqueeze(0)
+        if documents is not None:
+            positions = positions - documents
+        return self.at(shard_sequence(positions, self.cp_mesh, self.load_balancer).squeeze(0))
 
 
 class UlyssesAttention(nn.Module):
@@ -100,9 +102,9 @@ class UlyssesAttention(nn.Module):
         self.kernel = kernel
         self.ring = ring
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, L, C]; k, v [B, K, L, C]; to [B, H, L, C]."""
-        mixed = self.kernel(self._whole_sequence(q), self._whole_sequence(k), self._whole_sequence(v))  # [B, H/R, S, C]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """q [B, H, L, C]; k, v [B, K, L, C]; to [B, H, L, C]; a `document_mask` is of whole sequences."""
+        mixed = self.kernel(*(self._whole_sequence(x) for x in (q, k, v)), mask)  # [B, H/R, S, C]
         if self.ring.headtail:
             mixed = reorder(mixed, self._chunk_order())
         parts = mixed.unflatten(2, (self.ring.size, -1)).movedim(2, 0)  # [R, B, H/R, L, C], one for each rank
@@ -149,8 +151,8 @@ class RingAttention(nn.Module):
         super().__init__()
         self.ring = ring
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, L, C]; k, v [B, K, L, C]; to [B, H, L, C]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+        """q [B, H, L, C]; k, v [B, K, L, C]; to [B, H, L, C]. The config check refuses document masking here."""
         return AttendAroundRing.apply(q, torch.stack((k, v)), self.ring)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtrain.models.llama import Attention, Transformer
+from torchtrain.models.llama import Attention, BlockMask, Transformer
 
 
 def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
@@ -46,6 +46,6 @@ class WidenedAttention(nn.Module):
         super().__init__()
         self.kernel = kernel
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]."""
-        return self.kernel(q.float(), k.float(), v.float()).to(q.dtype)
+        return self.kernel(q.float(), k.float(), v.float(), mask).to(q.dtype)

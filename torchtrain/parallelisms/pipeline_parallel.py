@@ -52,9 +52,9 @@ class StagePositions(RotaryPositions):
         self.rope = rope
         self.sharing = sharing
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """[B, L, D] to the rotations of as many positions as this rank would be given tokens."""
-        return self.rope(tokens.new_empty(1, tokens.shape[1] * self.sharing))
+        return self.rope(tokens.new_empty(1, tokens.shape[1] * self.sharing), documents)
 
 
 @dataclass(frozen=True)
@@ -120,34 +120,38 @@ class Pipeline:
         self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
         self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def forward_backward(
+        self, tokens: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None = None
+    ) -> Tensor:
         """Add to the gradients those of the loss of these sequences, divided by `valid`.
 
         Args:
             tokens: [B, S], B as many as the plan's microbatches together.
             labels: the same.
             valid: 0-dim, what the sum of the token losses is divided by.
+            documents: under document masking, those of the model's forward, [B, S].
 
         Returns:
             [B], each sequence's loss (a sum over its labels) on ranks that have the last stage; zeros on the others.
         """
         self.tied.take_weight(self.device)
         self.divisor = valid
-        losses = self._pass(self.schedule.step, tokens, labels)
+        losses = self._pass(self.schedule.step, tokens, labels, documents)
         self.tied.hand_in_gradient(self.device)
         return losses
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """The losses alone, as `forward_backward` returns them, of a batch of the evaluation plan's sizes."""
         self.tied.take_weight(self.device)
-        losses = self._pass(self.forward_only.eval, tokens, labels)
+        losses = self._pass(self.forward_only.eval, tokens, labels, documents)
         reshard(self.parts.values())
         return losses
 
-    def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor) -> Tensor:
+    def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
         self.losses = []
-        run(*((tokens,) if self.has_first else ()), target=labels, return_outputs=False)
+        for_all_stages = {} if documents is None else {"documents": documents}  # PyTorch cuts it like the tokens
+        run(*((tokens,) if self.has_first else ()), target=labels, return_outputs=False, **for_all_stages)
         if self.has_last:
             return torch.cat(self.losses)
         return torch.zeros(len(tokens), device=self.device)

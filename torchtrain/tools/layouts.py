@@ -24,11 +24,20 @@ class Task:
     """Make the number of valid labels very unequal over samples, and so over ranks, microbatches and shards."""
 
 
+DOCUMENTS = {
+    "training.document_masking": True,
+    "experimental.custom_import": "torchtrain.tools.short_documents",
+    "training.dataset": "short-documents",
+    "training.dataset_path": None,
+}
 TASKS = {
     "plain": Task(),
     "tied": Task({"model.tied_embeddings": True}),
     "labels": Task(hide_labels=True),
     "labels-tied": Task({"model.tied_embeddings": True}, hide_labels=True),
+    "documents": Task(DOCUMENTS),
+    "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
+    "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
 }
 
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
@@ -79,6 +88,9 @@ LAYOUTS = {
     "offload": Layout(1, OFFLOAD),
     "bf16": Layout(1, BF16),
     "accumulate-labels": Layout(1, MICROBATCH_1, "labels"),
+    "accumulate-documents": Layout(1, MICROBATCH_1, "documents"),
+    "full-ac-documents": Layout(1, FULL, "documents"),
+    "selective-op-ac-documents": Layout(1, SELECTIVE_OP, "documents"),
     "fsdp2": Layout(2),
     "fsdp2-always": Layout(2, ALWAYS),
     "fsdp2-never": Layout(2, {"parallelism.fsdp_reshard_after_forward": "never"} | MICROBATCH_1),
@@ -89,6 +101,9 @@ LAYOUTS = {
     "fsdp2-tied": Layout(2, MICROBATCH_1, "tied"),
     "fsdp2-labels": Layout(2, MICROBATCH_1, "labels"),
     "fsdp2-bf16": Layout(2, BF16),
+    "fsdp2-documents": Layout(2, MICROBATCH_1, "documents"),
+    "fsdp2-documents-packed": Layout(2, MICROBATCH_1, "documents-packed"),
+    "fsdp2-compile-documents": Layout(2, COMPILE | SELECTIVE_OP, "documents"),
     "replicate2": Layout(2, REPLICATE_2),
     "tp2": Layout(2, TP_2),
     "tp2-no-sequence": Layout(2, TP_2 | NO_SEQUENCE),
@@ -100,6 +115,7 @@ LAYOUTS = {
     "tp2-tied": Layout(2, TP_2 | MICROBATCH_1, "tied"),
     "tp2-labels": Layout(2, TP_2 | MICROBATCH_1, "labels"),
     "tp2-bf16": Layout(2, TP_2 | BF16),
+    "tp2-documents": Layout(2, TP_2, "documents"),
     "cp2": Layout(2, CP_2),
     "cp2-in-order": Layout(2, CP_2 | IN_ORDER),
     "cp2-alltoall": Layout(2, CP_2 | ALL_TO_ALL),
@@ -111,6 +127,7 @@ LAYOUTS = {
     "cp2-tied": Layout(2, CP_2 | MICROBATCH_1, "tied"),
     "cp2-labels": Layout(2, CP_2 | MICROBATCH_1, "labels"),
     "cp2-bf16": Layout(2, CP_2 | BF16),
+    "cp2-ulysses-documents": Layout(2, CP_2 | ULYSSES, "documents"),
     "pp2-gpipe": Layout(2, pipeline("GPipe")),
     "pp2-1f1b": Layout(2, PP_2),
     "pp2-1f1b-accumulate": Layout(2, PP_2 | BATCHES_OF_4 | PAIRS),
@@ -135,7 +152,12 @@ LAYOUTS = {
     "pp2-dualpipev-labels": Layout(2, DUAL_PIPE, "labels"),
     "pp2-1f1b-bf16": Layout(2, PP_2 | BF16),
     "pp2-zbv-bf16": Layout(2, ZBV | BF16),
+    "pp2-1f1b-documents": Layout(2, PP_2 | BATCHES_OF_4 | PAIRS, "documents"),
+    "pp2-interleaved-zb-documents": Layout(2, ZERO_BUBBLE, "documents"),
+    "pp2-zbv-documents": Layout(2, ZBV, "documents-tied"),
+    "pp2-dualpipev-compile-documents": Layout(2, DUAL_PIPE | COMPILE, "documents"),
     "fsdp4": Layout(4),
+    "hsdp2x2-documents": Layout(4, REPLICATE_2, "documents"),
     "hsdp2x2": Layout(4, REPLICATE_2),
     "hsdp2x2-accumulate-labels": Layout(4, REPLICATE_2 | MICROBATCH_1, "labels"),
     "replicate4": Layout(4, {"parallelism.data_parallel_replicate_degree": 4}),
@@ -176,6 +198,8 @@ LAYOUTS = {
     "fsdp2-pp2-1f1b-full-ac-compile": Layout(4, PP_2 | FULL | COMPILE),
     "tp2-pp2-1f1b-full-ac-compile": Layout(4, PP_2 | TP_2 | FULL | COMPILE),
     "fsdp2-tp2-pp2-1f1b-full-ac-compile": Layout(8, PP_2 | TP_2 | FULL | COMPILE),
+    "tp2-pp2-zbv-documents": Layout(4, ZBV | TP_2, "documents"),
+    "cp2-pp2-1f1b-documents": Layout(4, PP_2 | CP_2 | ULYSSES | IN_ORDER, "documents"),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }
