@@ -41,7 +41,7 @@ CASES = {2: GRID + EXTRAS + WRONG, 4: GRID}
 class ContiguousPositions(RotaryPositions):
     """The mistake: positions as if the shards were contiguous."""
 
-    def forward(self, tokens):
+    def forward(self, tokens, documents=None):
         length = tokens.shape[1]
         return self.at(torch.arange(length) + dist.get_rank() * length)
 
