@@ -251,7 +251,7 @@ def test_the_reference_is_plain_whatever_the_options_say(tmp_path):
     [
         (["--layouts", "fsdp2,tpp2"], "'tpp2' is unknown; did you mean tp2?"),
         (["--layouts", ""], "'' is unknown"),
-        (["--trainning.steps", "3"], "did you mean --training.steps?"),
+        (["--trainning.steps", "3"], "did you mean --training.steps or --validation.steps?"),
         (["--model.n_heads", "7"], "must divide model.dim"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--json", "nowhere/table.json"], "its folder does not exist"),

@@ -358,8 +358,8 @@ def test_tokenizer_json_goes_before_tokenizer_model(tmp_path):
 SPELLED = [text for text in HOSTILE if text and len(text) < 6000]
 
 
-def test_bytes_of_the_ids_are_those_of_the_text(tokenizer, others):
-    for kind in (tokenizer, *others.values()):
+def test_bytes_of_the_ids_are_those_of_the_text(tokenizer, tmp_path):
+    for kind in (tokenizer, load_tokenizer(saved(tmp_path, "<|begin_of_text|>", "<|end_of_text|>"))):
         sizes = kind.token_bytes()
         assert sizes.shape == (kind.vocab_size,)
         assert sizes[kind.bos_id] == sizes[kind.eos_id] == 0
