@@ -70,7 +70,7 @@ def whole(tmp_path_factory, data):
     return folders
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2])
 def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
     folder = tmp_path / "run"
     train(ranks, saving(data, folder, **{"training.steps": STEPS // 2}))
@@ -98,10 +98,8 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, 
 
 TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
 LAYOUTS = {
-    "FSDP 2 to 1": ((2, {}), (1, {})),
     "FSDP 2 to 4": ((2, {}), (4, {})),
     "TP 2 x FSDP 2 to CP 2": ((4, TP), (2, CP)),
-    "CP 2 to TP 2": ((2, CP), (2, TP)),
 }
 
 
