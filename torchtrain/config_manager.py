@@ -1237,24 +1237,21 @@ def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
         UserError: the degrees do not multiply to the world size.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    factors = {name: parallelism.__dict__[name.partition(".")[2]] for name in DEGREES if "shard" not in name}
-    others = math.prod(factors.values())
-    product = " x ".join(f"{name} = {degree}" for name, degree in factors.items() if degree > 1)
-    if shard == -1:
-        if world_size % others:
-            product = product if product.count(" x ") == 0 else f"{product} gives {others} ranks, which"
-            raise UserError(
-                f"{product} does not divide the world size {world_size};"
-                f" allowed: {', '.join(map(str, _divisors(world_size)))}"
-            )
-        return world_size // others * replicate
-    if others * shard != world_size:
-        shown_factors = " x ".join(filter(None, [product, f"parallelism.data_parallel_shard_degree = {shard}"]))
+    degrees = {name: parallelism.__dict__[name.partition(".")[2]] for name in DEGREES}
+    factors = {name: degree for name, degree in degrees.items() if degree > 1}
+    product = math.prod(factors.values())
+    given = " x ".join(f"{name} = {degree}" for name, degree in factors.items())
+    if shard == -1 and world_size % product:
         raise UserError(
-            f"{shown_factors} gives {others * shard} ranks, but the world size is {world_size}; "
-            "a shard degree of -1 takes what is left"
+            f"{given}{f' gives {product} ranks, which' if len(factors) > 1 else ''} does not divide the world size "
+            f"{world_size}; allowed: {', '.join(map(str, _divisors(world_size)))}"
         )
-    return replicate * shard
+    if shard != -1 and product != world_size:
+        raise UserError(
+            f"{given or 'parallelism.data_parallel_shard_degree = 1'} gives {product} ranks, but the world size is "
+            f"{world_size}; a shard degree of -1 takes what is left"
+        )
+    return replicate * (world_size // product if shard == -1 else shard)
 
 
 def model_shape(model: Model) -> ModelShape:

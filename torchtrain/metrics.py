@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,20 @@ PEAK_BF16_FLOPS = (
     ("A100", 312e12),
     ("L40S", 362e12),
     ("MI300X", 1307e12),
+)
+
+
+# The full line on the screen, between step and remaining time: name, key in metrics.jsonl, format and colour.
+COLUMNS = (
+    ("loss", "loss", "{:.4f}", GREEN),
+    ("grad_norm", "grad_norm", "{:.3f}", YELLOW),
+    ("lr", "lr", "{:.2e}", ""),
+    ("tok/s", "tokens_per_second", "{:,.0f}", BLUE),
+    ("mfu", "mfu", "{:.1%}", ""),
+    ("mem", "memory_gib", "{:.2f} GiB", ""),
+    ("data", "data_time_pct", "{:.1f}%", ""),
+    ("val_loss", "val_loss", "{:.4f}", GREEN),
+    ("bits/byte", "val_bits_per_byte", "{:.4f}", GREEN),
 )
 
 
@@ -174,42 +188,23 @@ class MetricsLogger:
         mfu = None
         if tokens_per_second is not None and self.peak_flops is not None:
             mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        data_time, total_time = (
-            (sum(data for _, data in self.window), window_time) if self.window else (summary.data_time_s, step_time)
-        )
-        return {
-            "step": summary.step,
-            "loss": summary.loss,
-            "max_loss": summary.max_loss,
-            "grad_norm": summary.grad_norm,
-            "lr": summary.lr,
-            "tokens_seen": summary.tokens_seen,
+        record = asdict(summary)
+        data_time, total_time = record.pop("data_time_s"), step_time
+        if self.window:
+            data_time, total_time = sum(data for _, data in self.window), window_time
+        return record | {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
-            "memory_gib": summary.memory_gib,
             "data_time_pct": 100 * data_time / total_time,
-            "step_time_s": window_time / len(self.window) if self.window else step_time,
+            "step_time_s": total_time / max(1, len(self.window)),
         }
 
     def _describe(self, record: dict[str, Any]) -> str:
         """The line on the screen."""
-        parts = [
-            self._progress(record["step"]),
-            ("loss", f"{record['loss']:.4f}", GREEN),
-            ("grad_norm", f"{record['grad_norm']:.3f}", YELLOW),
-        ]
-        if self.log_lr:
-            parts.append(("lr", f"{record['lr']:.2e}", ""))
-        if record["tokens_per_second"] is not None:
-            parts.append(("tok/s", f"{record['tokens_per_second']:,.0f}", BLUE))
-        if record["mfu"] is not None:
-            parts.append(("mfu", f"{100 * record['mfu']:.1f}%", ""))
-        parts.append(("mem", f"{record['memory_gib']:.2f} GiB", ""))
-        parts.append(("data", f"{record['data_time_pct']:.1f}%", ""))
-        if record.get("val_loss") is not None:
-            parts.append(("val_loss", f"{record['val_loss']:.4f}", GREEN))
-        if record.get("val_bits_per_byte") is not None:
-            parts.append(("bits/byte", f"{record['val_bits_per_byte']:.4f}", GREEN))
+        parts = [self._progress(record["step"])]
+        for name, key, form, colour in COLUMNS:
+            if record.get(key) is not None and (key != "lr" or self.log_lr):
+                parts.append((name, form.format(record[key]), colour))
         if record["tokens_per_second"] is not None:
             left = (self.total_steps - record["step"]) * record["step_time_s"]
             parts.append(("eta", str(timedelta(seconds=round(left))), ""))

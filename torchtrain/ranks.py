@@ -111,17 +111,12 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
 
     On a shared file system ranks can disagree about what exists, so one of them decides.
     """
-    if dist.get_rank() == 0:
-        result, fault = _attempt(action)
-        dist.broadcast_object_list([result, Fault.of(fault)], group=group)
-        if fault is not None:
-            raise fault
-        return result  # type: ignore[return-value]
-    received: list = [None, None]
-    dist.broadcast_object_list(received, group=group)
-    if received[1] is not None:
-        raise PeerFault(0, received[1])
-    return received[0]
+    result, fault = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list = [result, Fault.of(fault)]
+    dist.broadcast_object_list(shared, group=group)  # which leaves the sender's list as it is
+    if shared[1] is not None:
+        raise fault or PeerFault(0, shared[1])
+    return shared[0]
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
