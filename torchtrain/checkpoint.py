@@ -453,17 +453,13 @@ def _tensors_to_load(
     saved = {key for key in entries if key.split("/")[0] in kinds}
     parameter = re.compile(r"model/(.*)|optimizer/(.*)/[^/]*")
     unknown = {key for key in saved if (at := parameter.fullmatch(key)) is None or (at[1] or at[2]) not in everyones}
-    common = sorted(saved & tensors.keys())
-    reshaped = [
-        f"{key} {list(entries[key].size)} instead of {list(tensors[key].shape)}"
-        for key in common
-        if entries[key].size != tensors[key].shape
-    ]
-    retyped = [
-        f"{key} {entries[key].properties.dtype} instead of {tensors[key].dtype}"
-        for key in common
-        if entries[key].properties.dtype != tensors[key].dtype
-    ]
+    common = {key: (entries[key], tensors[key]) for key in sorted(saved & tensors.keys())}
+    shapes = {key: (list(entry.size), list(tensor.shape)) for key, (entry, tensor) in common.items()}
+    dtypes = {key: (entry.properties.dtype, tensor.dtype) for key, (entry, tensor) in common.items()}
+    reshaped, retyped = (
+        [f"{key} {there} instead of {here}" for key, (there, here) in both.items() if there != here]
+        for both in (shapes, dtypes)
+    )
     faults = {
         "lacks": sorted(tensors.keys() - saved),
         "has, unknown to this model,": sorted(unknown),

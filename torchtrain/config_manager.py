@@ -1218,10 +1218,8 @@ def plan_stages(parallelism: Parallelism, pieces: list[str]) -> list[list[str]]:
         pipeline_stages.check_cut(parts, pieces)
         pipeline_stages.check_stages(schedule, len(parts), ranks)
         return parts
-    first, last = (
-        parallelism.pipeline_parallel_first_stage_less_layers,
-        parallelism.pipeline_parallel_last_stage_less_layers,
-    )
+    first = parallelism.pipeline_parallel_first_stage_less_layers
+    last = parallelism.pipeline_parallel_last_stage_less_layers
     layers = parallelism.pipeline_parallel_layers_per_stage
     stages = pipeline_stages.default_stages(schedule, ranks)
     if layers is not None:

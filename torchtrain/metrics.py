@@ -109,44 +109,36 @@ class Stopwatch:
         return time.perf_counter() - self.step_started
 
 
+@dataclass
 class MetricsLogger:
     """Rank 0's voice. A window is the steps since the last full line; a process's first step is never in one,
     since it warms up (allocation, autotuning, compilation)."""
 
-    def __init__(
-        self,
-        config: Metrics,
-        run_folder: Path,
-        *,
-        total_steps: int,
-        resumed_step: int,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
-        log_lr: bool,
-        wandb_config: dict[str, Any],
-    ) -> None:
-        """
-        Args:
-            config: the section [metrics].
-            run_folder: where metrics.jsonl, `tb/` and `wandb/` go.
-            total_steps: the step that ends the run.
-            resumed_step: the last step already taken; TensorBoard drops what it holds past it.
-            tokens_per_step: of the global batch.
-            flops_per_token: of the model, forward and backward.
-            peak_flops: of all devices of the job, FLOP/s; None leaves MFU out.
-            log_lr: whether lines carry the learning rate.
-            wandb_config: handed to Weights & Biases.
-        """
-        self.config, self.run_folder = config, run_folder
-        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
-        self.flops_per_token, self.peak_flops, self.log_lr = flops_per_token, peak_flops, log_lr
-        self.colour = use_colour(config.disable_color_printing)
-        self.first_step = resumed_step + 1
+    config: Metrics
+    run_folder: Path
+    """Where metrics.jsonl, `tb/` and `wandb/` go."""
+    total_steps: int
+    """The step that ends the run."""
+    resumed_step: int
+    """The last step already taken; TensorBoard drops what it holds past it."""
+    tokens_per_step: int
+    """Of the global batch."""
+    flops_per_token: float
+    """Of the model, forward and backward."""
+    peak_flops: float | None
+    """Of all devices of the job, FLOP/s; None leaves MFU out."""
+    log_lr: bool
+    """Whether lines carry the learning rate."""
+    wandb_config: dict[str, Any]
+    """Handed to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        self.colour = use_colour(self.config.disable_color_printing)
+        self.first_step = self.resumed_step + 1
         self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
-        self.jsonl = open(run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self.tensorboard = self._open_tensorboard(resumed_step) if config.enable_tensorboard else None
-        self.wandb = self._open_wandb(wandb_config) if config.enable_wandb else None
+        self.jsonl = open(self.run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.tensorboard = self._open_tensorboard() if self.config.enable_tensorboard else None
+        self.wandb = self._open_wandb() if self.config.enable_wandb else None
 
     def log(self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]) -> None:
         """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
@@ -218,13 +210,13 @@ class MetricsLogger:
             return "  ".join(f"{name} {value}" for name, value, _ in parts)
         return "  ".join(f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts)
 
-    def _open_tensorboard(self, resumed_step: int) -> Any:
+    def _open_tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
-        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=resumed_step + 1)
+        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=self.first_step)
 
-    def _open_wandb(self, config: dict[str, Any]) -> Any:
+    def _open_wandb(self) -> Any:
         try:
             import wandb
         except ImportError:
@@ -235,4 +227,4 @@ class MetricsLogger:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
         # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
-        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config)
+        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=self.wandb_config)

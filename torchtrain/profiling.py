@@ -2,9 +2,9 @@
 
 import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,14 +73,9 @@ class Profiler:
         trace.export_chrome_trace(str(folder / f"rank{self.rank}.json.gz"))
         logger.info(f"profiler trace: {folder} ({time.perf_counter() - started:.1f} s to write)")
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> AbstractContextManager[Any]:
         """Record while the loop runs."""
-        if self.trace is None:
-            yield
-            return
-        with self.trace:
-            yield
+        return nullcontext() if self.trace is None else self.trace
 
 
 class GarbageCollection:
