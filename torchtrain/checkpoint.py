@@ -318,8 +318,7 @@ class Checkpointer:
 
     def _write(self, temporary: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Write this rank's share of the tensors; returns size and digest of each file it wrote."""
-        files = _HashingFileSystem()
-        writer = _Writer(temporary, files)
+        writer = _Writer(temporary)
         with _plain_faults(f"writing {temporary}"):
             dcp.save(
                 tensors,
@@ -327,7 +326,7 @@ class Checkpointer:
                 planner=DefaultSavePlanner(flatten_state_dict=False),
                 process_group=self.group,
             )
-        return files.written
+        return writer.files.written
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
         """Add what rank 0 alone writes, the marker last, and rename. The tensors' files are synced already."""
@@ -594,9 +593,9 @@ class _HashingFileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     """One thread and one file a rank, through the hashing file system, which also does the syncing."""
 
-    def __init__(self, path: Path, files: _HashingFileSystem) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False)
-        self.fs = files
+        self.fs = self.files = _HashingFileSystem()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index. DCP has been seen to swallow a writer's error, so what was written is counted first."""

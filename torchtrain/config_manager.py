@@ -826,7 +826,7 @@ def check(config: JobConfig, world_size: int | None) -> list[Fault]:
         *_check_layout(config, world_size),
         *_check_sharing(config),
         *_check_pipeline(config, world_size),
-        *_check_checkpoint(config),
+        *_check_folders(config),
         *_check_switches(config),
     ]
 
@@ -1039,10 +1039,10 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
             )
 
 
-def _check_checkpoint(config: JobConfig) -> Iterator[Fault]:
-    if config.checkpoint.load_only:
-        how = ": checkpoint.load_only = true saves nothing"
-        yield from _no_effect(config, "checkpoint", "enable_first_step_checkpoint", how, "checkpoint.load_only")
+def _check_folders(config: JobConfig) -> Iterator[Fault]:
+    for key, folder in output_folders(config).items():
+        if not folder.is_absolute() and (not folder.parts or ".." in folder.parts):
+            yield Fault((key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder")
     path = config.checkpoint.initial_load_path
     if path is not None and not Path(path).is_dir():
         yield Fault(
@@ -1052,9 +1052,9 @@ def _check_checkpoint(config: JobConfig) -> Iterator[Fault]:
 
 
 def _check_switches(config: JobConfig) -> Iterator[Fault]:
-    for key, folder in output_folders(config).items():
-        if not folder.is_absolute() and (not folder.parts or ".." in folder.parts):
-            yield Fault((key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder")
+    if config.checkpoint.load_only:
+        how = ": checkpoint.load_only = true saves nothing"
+        yield from _no_effect(config, "checkpoint", "enable_first_step_checkpoint", how, "checkpoint.load_only")
     profiling = config.profiling
     window = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and window > profiling.profile_freq:

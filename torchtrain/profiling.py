@@ -36,12 +36,8 @@ class Profiler:
                 )
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
         if config.enable_profiling:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
             idle = config.profile_freq - config.profiler_warmup - config.profiler_active
-            self.trace = torch.profiler.profile(
-                activities=activities,
+            self.trace = torch.profiler.profile(  # of the processor, and of the accelerator where there is one
                 schedule=torch.profiler.schedule(
                     wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
                 ),
