@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -241,9 +241,9 @@ class Checkpointer:
                 process_group=self.group,
             )
         random = {key.split("/")[2]: tensor for key, tensor in tensors.items() if key.startswith("rng/")}
-        if random:
-            _restore_rng(random)
-        elif optimizer is not None:
+        for kind, state in random.items():
+            _random(kind).set_rng_state(state)
+        if not random and optimizer is not None:
             logger.info(f"random states are not restored: {source.marker.world_size} ranks or other devices saved them")
         what = "model alone" if optimizer is None else "model and optimizer"
         seconds = time.monotonic() - started
@@ -318,8 +318,7 @@ class Checkpointer:
 
     def _write(self, temporary: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Write this rank's share of the tensors; returns size and digest of each file it wrote."""
-        files = _HashingFileSystem()
-        writer = _Writer(temporary, files)
+        writer = _Writer(temporary)
         with _plain_faults(f"writing {temporary}"):
             dcp.save(
                 tensors,
@@ -327,7 +326,7 @@ class Checkpointer:
                 planner=DefaultSavePlanner(flatten_state_dict=False),
                 process_group=self.group,
             )
-        return files.written
+        return writer.files.written
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
         """Add what rank 0 alone writes, the marker last, and rename. The tensors' files are synced already."""
@@ -427,28 +426,19 @@ def _optimizer_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tens
     return tensors
 
 
-def _rng_tensors(device: torch.device) -> dict[str, Tensor]:
+def _rng_tensors(weights: Weights) -> dict[str, Tensor]:
     """This rank's random states, as bytes. (Training draws nothing after initialisation; a later feature may.)"""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return {f"rng/{dist.get_rank()}/{kind}": state for kind, state in states.items()}
+    kinds = dict.fromkeys(["cpu", next(iter(weights.values())).device.type])
+    return {f"rng/{dist.get_rank()}/{kind}": _random(kind).get_rng_state() for kind in kinds}
 
 
-def _restore_rng(states: dict[str, Tensor]) -> None:
-    for kind, state in states.items():
-        if kind == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(kind).set_rng_state(state)
-
-
-def _device(weights: Weights) -> torch.device:
-    return next(iter(weights.values())).device
+def _random(kind: str) -> Any:
+    """The module that has the random state of this type of device."""
+    return torch if kind == "cpu" else torch.get_device_module(kind)
 
 
 def _all_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer), **_rng_tensors(_device(weights))}
+    return {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer), **_rng_tensors(weights)}
 
 
 def _tensors_to_load(
@@ -462,17 +452,13 @@ def _tensors_to_load(
     saved = {key for key in entries if key.split("/")[0] in kinds}
     parameter = re.compile(r"model/(.*)|optimizer/(.*)/[^/]*")
     unknown = {key for key in saved if (at := parameter.fullmatch(key)) is None or (at[1] or at[2]) not in everyones}
-    common = sorted(saved & tensors.keys())
-    reshaped = [
-        f"{key} {list(entries[key].size)} instead of {list(tensors[key].shape)}"
-        for key in common
-        if entries[key].size != tensors[key].shape
-    ]
-    retyped = [
-        f"{key} {entries[key].properties.dtype} instead of {tensors[key].dtype}"
-        for key in common
-        if entries[key].properties.dtype != tensors[key].dtype
-    ]
+    common = {key: (entries[key], tensors[key]) for key in sorted(saved & tensors.keys())}
+    shapes = {key: (list(entry.size), list(tensor.shape)) for key, (entry, tensor) in common.items()}
+    dtypes = {key: (entry.properties.dtype, tensor.dtype) for key, (entry, tensor) in common.items()}
+    reshaped, retyped = (
+        [f"{key} {there} instead of {here}" for key, (there, here) in both.items() if there != here]
+        for both in (shapes, dtypes)
+    )
     faults = {
         "lacks": sorted(tensors.keys() - saved),
         "has, unknown to this model,": sorted(unknown),
@@ -484,7 +470,7 @@ def _tensors_to_load(
         raise UserError(f"{source.path} is not a checkpoint of this model: {text}. Compare [model] and training.dtype.")
     if retyped:
         logger.info(f"{source.path}: weights are converted: {_first_few(retyped)}")
-    random = _rng_tensors(_device(weights))
+    random = _rng_tensors(weights)
     if (
         optimizer is not None
         and source.marker.world_size == dist.get_world_size()
@@ -607,9 +593,9 @@ class _HashingFileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     """One thread and one file a rank, through the hashing file system, which also does the syncing."""
 
-    def __init__(self, path: Path, files: _HashingFileSystem) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False)
-        self.fs = files
+        self.fs = self.files = _HashingFileSystem()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index. DCP has been seen to swallow a writer's error, so what was written is counted first."""
@@ -651,28 +637,18 @@ def _plain_faults(doing: str) -> Iterator[None]:
 class _IndexUnpickler(pickle.Unpickler):
     """Knows the classes of which DCP's index of tensors is made, and no function that does anything."""
 
-    ALLOWED = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),  # looks a name up in a table
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "ChunkStorageMetadata",
-                    "Metadata",
-                    "MetadataIndex",
-                    "StorageMeta",
-                    "TensorProperties",
-                    "TensorStorageMetadata",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
-        }
-    )
+    ALLOWED: ClassVar = {
+        "torch": "Size",
+        "torch.serialization": "_get_layout",  # looks a name up in a table
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta ChunkStorageMetadata "
+        "TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
+        if name in self.ALLOWED.get(module, "").split() or (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index of tensors needs")
 

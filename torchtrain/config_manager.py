@@ -16,7 +16,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,16 +24,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from torchtrain import pipeline_stages
 from torchtrain.datasets.registry import DATASETS, find_dataset, import_custom
 from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
-from torchtrain.pipeline_stages import (
-    SCHEDULES,
-    check_cut,
-    check_microbatches,
-    check_stages,
-    cut_evenly,
-    default_stages,
-)
 from torchtrain.utils import UserError, nearest
 
 HELP_SHOWN = 3  # exit status of `python -m torchtrain.config_manager` after --help: all is well, but start nothing
@@ -394,23 +386,31 @@ class Experimental(Section):
 # What names datasets, which the user's own code may add to.
 DATASET_KEYS = ("training.dataset", "data.mixture", "validation.dataset")
 
-# The factors of the world size beside data_parallel_shard_degree.
-DEGREES = (
-    "pipeline_parallel_degree",
-    "data_parallel_replicate_degree",
-    "context_parallel_degree",
-    "tensor_parallel_degree",
+# What gives a model its shape where no other key of [model] does.
+FLAVOR = ("model.name", "model.flavor")
+
+# The factors of the world size.
+DEGREES = tuple(f"parallelism.{key}" for key in Parallelism.model_fields if key.endswith("_degree"))
+
+# What says how many layers a pipeline's stages get, and all that says how it is cut and run.
+CUTTING_KEYS = (
+    "pipeline_parallel_layers_per_stage "
+    "pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers"
+)
+PIPELINE_KEYS = (
+    f"pipeline_parallel_schedule pipeline_parallel_microbatch_size module_fqns_per_model_part {CUTTING_KEYS}"
 )
 
-# What says how a pipeline is cut and run.
-PIPELINE_KEYS = (
-    "pipeline_parallel_schedule",
-    "pipeline_parallel_microbatch_size",
-    "pipeline_parallel_layers_per_stage",
-    "pipeline_parallel_first_stage_less_layers",
-    "pipeline_parallel_last_stage_less_layers",
-    "module_fqns_per_model_part",
-)
+# Keys that say how something is done, by the option of their section that has it done once it leaves its default.
+DETAILS = {
+    "parallelism.tensor_parallel_degree": "disable_sequence_parallel disable_loss_parallel "
+    "enable_async_tensor_parallel",
+    "parallelism.context_parallel_degree": "context_parallel_method context_parallel_rotate_method",
+    "parallelism.pipeline_parallel_degree": PIPELINE_KEYS,
+    "checkpoint.enable": "load_step initial_load_path load_only enable_first_step_checkpoint accept_changed_data",
+    "checkpoint.initial_load_path": "initial_load_model_only",
+    "debug.deterministic": "deterministic_warn_only",
+}
 
 # What torchtitan v0.2.2 has beyond our fields. Listed, so that its users read "not yet" and not "misspelt".
 UNSUPPORTED_SECTIONS = ("quantize", "memory_estimation", "fault_tolerance")
@@ -819,68 +819,94 @@ def _shortened(text: str) -> str:
 def check(config: JobConfig, world_size: int | None) -> list[Fault]:
     """Every combination that cannot work; with a world size of None, those that need none."""
     return [
-        *_check_model(config.model),
-        *_check_data(config.training, config.data, config.validation),
+        *_check_details(config),
+        *_check_model(config),
+        *_check_data(config),
         *_check_validation(config),
         *_check_layout(config, world_size),
         *_check_sharing(config),
         *_check_pipeline(config, world_size),
         *_check_folders(config),
-        *_check_checkpoint(config.checkpoint),
         *_check_switches(config),
     ]
 
 
-def _check_model(model: Model) -> Iterator[Fault]:
+def _value(config: JobConfig, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return config.__dict__[section].__dict__[key]
+
+
+def _no_effect(config: JobConfig, section: str, keys: str, how: str, *causes: str) -> Iterator[Fault]:
+    """Those of the section's keys that were given, though other options, the `causes`, leave them nothing to do."""
+    for key in keys.split():
+        name, value = f"{section}.{key}", _value(config, f"{section}.{key}")
+        if value != options()[name].default:
+            yield Fault((name, *causes), f"{name} = {shown(value)} has no effect{how}")
+
+
+def _must_divide(divisor: str, by: int, number: str, of: int, *keys: str, note: str = "") -> Iterator[Fault]:
+    """`keys` are what else the two numbers depend on."""
+    if of % by:
+        yield Fault((divisor, number, *keys), f"{divisor} = {by}{note} must divide {number} = {of}")
+
+
+def _check_details(config: JobConfig) -> Iterator[Fault]:
+    for cause, keys in DETAILS.items():
+        section, value = cause.partition(".")[0], _value(config, cause)
+        if value == options()[cause].default:
+            how = f" without {cause}" if value is None else f" while {cause} = {shown(value)}"
+            yield from _no_effect(config, section, keys, how, cause)
+
+
+def _check_model(config: JobConfig) -> Iterator[Fault]:
+    """The shape, alone and shared out by heads and features."""
+    model, parallelism = config.model, config.parallelism
     if model.tokenizer_path is not None and model.hf_assets_path is not None:
         yield Fault(
             ("model.tokenizer_path", "model.hf_assets_path"),
             f"model.tokenizer_path = {shown(model.tokenizer_path)}, model.hf_assets_path = "
             f"{shown(model.hf_assets_path)}: the two mean the same; give one of them",
         )
-    flavor = ("model.name", "model.flavor")
     try:
         shape = model_shape(model)
     except UserError as fault:
-        yield Fault(flavor, str(fault))
+        yield Fault(FLAVOR, str(fault))
         return
-    if shape.dim % shape.n_heads:
+    yield from _must_divide("model.n_heads", shape.n_heads, "model.dim", shape.dim, *FLAVOR)
+    if shape.dim % shape.n_heads == 0 and shape.dim // shape.n_heads % 2:
         yield Fault(
-            (*flavor, "model.dim", "model.n_heads"),
-            f"model.n_heads = {shape.n_heads} must divide model.dim = {shape.dim}",
-        )
-    elif shape.dim // shape.n_heads % 2:
-        yield Fault(
-            (*flavor, "model.dim", "model.n_heads"),
+            (*FLAVOR, "model.dim", "model.n_heads"),
             f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = {shape.dim // shape.n_heads}: the head width "
             "must be even, since RoPE turns pairs of features",
         )
-    if shape.n_heads % shape.n_kv_heads:
-        yield Fault(
-            (*flavor, "model.n_heads", "model.n_kv_heads"),
-            f"model.n_kv_heads = {shape.n_kv_heads} must divide model.n_heads = {shape.n_heads}"
-            + (" (it is the flavor's own; give it too)" if model.n_kv_heads is None else ""),
-        )
+    own = "" if model.n_kv_heads else " (it is the flavor's own; give it too)"
+    yield from _must_divide("model.n_kv_heads", shape.n_kv_heads, "model.n_heads", shape.n_heads, *FLAVOR, note=own)
     if shape.rope_scaling_factor > 1 and shape.rope_high_freq_factor <= shape.rope_low_freq_factor:
         yield Fault(
-            (*flavor, "model.rope_scaling_factor", "model.rope_high_freq_factor", "model.rope_low_freq_factor"),
+            (*FLAVOR, "model.rope_scaling_factor", "model.rope_high_freq_factor", "model.rope_low_freq_factor"),
             f"model.rope_high_freq_factor = {shape.rope_high_freq_factor} must be above "
             f"model.rope_low_freq_factor = {shape.rope_low_freq_factor}",
         )
+    degree, method = "parallelism.context_parallel_degree", "parallelism.context_parallel_method"
+    tp, ulysses = parallelism.tensor_parallel_degree, parallelism.context_parallel_method == "ulysses"
+    shared = {f"model.{key}": shape.__dict__[key] for key in ("n_heads", "n_kv_heads", "ffn_hidden_dim")}
+    for name, count in shared.items():
+        yield from _must_divide("parallelism.tensor_parallel_degree", tp, name, count, *FLAVOR)
+        if ulysses and name != "model.ffn_hidden_dim":
+            product, note = tp * parallelism.context_parallel_degree, " (ulysses: times the tensor-parallel degree)"
+            yield from _must_divide(degree, product, name, count, *FLAVOR, method, note=note)
 
 
-def _check_data(training: Training, data: Data, validation: Validation) -> Iterator[Fault]:
+def _check_data(config: JobConfig) -> Iterator[Fault]:
+    data, validation = config.data, config.validation
     keys: tuple[str, ...] = ("training.dataset", "training.dataset_path")
     if data.mixture is not None:
-        for name in keys:
-            value = training.__dict__[name.partition(".")[2]]
-            if value != options()[name].default:
-                yield Fault(
-                    (name, "data.mixture"), f"{name} = {shown(value)} has no effect: data.mixture names the sources"
-                )
+        yield from _no_effect(
+            config, "training", "dataset dataset_path", ": data.mixture names the sources", "data.mixture"
+        )
         keys = ("data.mixture",)
     try:
-        sources = plan_sources(training, data)
+        sources = plan_sources(config.training, data)
     except UserError as fault:
         yield Fault(keys, str(fault))
         return
@@ -896,84 +922,49 @@ def _check_data(training: Training, data: Data, validation: Validation) -> Itera
             f"validation.enable = true: of {shown(token_files[0])}, a token file, no documents can be held out; name "
             "others in validation.dataset",
         )
-    if data.token_dtype is not None and not token_files and validation.dataset != "tokens":
-        yield Fault(
-            ("data.token_dtype", *keys),
-            f'data.token_dtype = {shown(data.token_dtype)} has no effect: no source is a token file (dataset "tokens")',
-        )
+    if not token_files and validation.dataset != "tokens":
+        yield from _no_effect(config, "data", "token_dtype", ': no source is a token file (dataset "tokens")', *keys)
 
 
 def _check_validation(config: JobConfig) -> Iterator[Fault]:
-    validation = config.validation
+    validation, dataset = config.validation, "validation.dataset"
     if not validation.enable:
         return
-    if validation.dataset is None and validation.dataset_path is not None:
-        yield Fault(
-            ("validation.dataset_path", "validation.dataset"),
-            f"validation.dataset_path = {shown(validation.dataset_path)} has no effect without validation.dataset",
-        )
-    if validation.dataset is not None:
-        if validation.held_out_share != options()["validation.held_out_share"].default:
-            yield Fault(
-                ("validation.held_out_share", "validation.dataset"),
-                f"validation.held_out_share = {validation.held_out_share} has no effect: validation.dataset = "
-                f"{shown(validation.dataset)} is validated on",
-            )
+    if validation.dataset is None:
+        yield from _no_effect(config, "validation", "dataset_path", f" without {dataset}", dataset)
+    else:
+        how = f": {dataset} = {shown(validation.dataset)} is validated on"
+        yield from _no_effect(config, "validation", "held_out_share", how, dataset)
         try:
             find_dataset(validation.dataset, validation.dataset_path)
         except UserError as fault:
-            yield Fault(("validation.dataset", "validation.dataset_path"), of_validation(fault))
-    microbatch = config.parallelism.pipeline_parallel_microbatch_size
-    if validation.local_batch_size is not None and validation.local_batch_size % microbatch:
-        yield Fault(
-            ("validation.local_batch_size", "parallelism.pipeline_parallel_microbatch_size"),
-            f"parallelism.pipeline_parallel_microbatch_size = {microbatch} must divide validation.local_batch_size = "
-            f"{validation.local_batch_size}",
-        )
+            yield Fault((dataset, "validation.dataset_path"), of_validation(fault))
+    if validation.local_batch_size is not None:
+        size, microbatch = "validation.local_batch_size", "parallelism.pipeline_parallel_microbatch_size"
+        yield from _must_divide(microbatch, _value(config, microbatch), size, validation.local_batch_size)
 
 
 def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
     if world_size is None:
         return
-    degrees = ("parallelism.data_parallel_shard_degree", *(f"parallelism.{key}" for key in DEGREES))
     try:
         ranks = data_parallel_degree(config.parallelism, world_size)
     except UserError as fault:
-        yield Fault(degrees, str(fault))
+        yield Fault(DEGREES, str(fault))
         return
     try:
         plan_batch(config.training, ranks)
     except UserError as fault:
-        yield Fault(("training.global_batch_size", *degrees), str(fault))
+        yield Fault(("training.global_batch_size", *DEGREES), str(fault))
 
 
 def _check_sharing(config: JobConfig) -> Iterator[Fault]:
-    """What tensor and context parallelism need of the model and the sequence, and options without effect."""
+    """What tensor and context parallelism need of the sequence and of each other."""
     parallelism = config.parallelism
-    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-    heads: dict[str, int] = {}
-    with suppress(UserError):  # an unknown flavor is reported elsewhere
-        shape = model_shape(config.model)
-        heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
-        if shape.ffn_hidden_dim % tp:
-            yield Fault(
-                ("parallelism.tensor_parallel_degree", "model.ffn_hidden_dim", "model.name", "model.flavor"),
-                f"parallelism.tensor_parallel_degree = {tp} must divide model.ffn_hidden_dim = {shape.ffn_hidden_dim}",
-            )
-    sharing = {"parallelism.tensor_parallel_degree": tp}
-    if parallelism.context_parallel_method == "ulysses":
-        sharing["parallelism.context_parallel_degree"] = cp * tp
-    for key, degree in sharing.items():
-        for name, count in heads.items():
-            if count % degree:
-                ulysses = " (ulysses: times the tensor-parallel degree)" if "context" in key else ""
-                yield Fault(
-                    (key, name, "model.name", "model.flavor", "parallelism.context_parallel_method"),
-                    f"{key} = {degree}{ulysses} must divide {name} = {count}",
-                )
+    cp, ulysses = parallelism.context_parallel_degree, parallelism.context_parallel_method == "ulysses"
+    tp = 1 if parallelism.disable_sequence_parallel else parallelism.tensor_parallel_degree
     head_and_tail = cp > 1 and parallelism.context_parallel_load_balancer == "headtail"
-    pieces = cp * (2 if head_and_tail else 1)
-    pieces *= tp if not parallelism.disable_sequence_parallel else 1
+    pieces = cp * tp * (2 if head_and_tail else 1)
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable and config.validation.seq_len is not None:
         lengths["validation.seq_len"] = config.validation.seq_len
@@ -983,41 +974,23 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
                 (key, "parallelism.tensor_parallel_degree", "parallelism.context_parallel_degree"),
                 f"{key} = {length} must be divisible by {pieces}: context-parallel degree {cp}"
                 + (" twice (headtail)" if head_and_tail else "")
-                + (f" x tensor-parallel degree {tp}" if tp > 1 and not parallelism.disable_sequence_parallel else ""),
+                + (f" x tensor-parallel degree {tp}" if tp > 1 else ""),
             )
-    if parallelism.context_parallel_method == "ulysses" and parallelism.context_parallel_rotate_method != "allgather":
+    if ulysses and parallelism.context_parallel_rotate_method != "allgather":
         yield Fault(
             ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
             'parallelism.context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"',
         )
-    if config.training.document_masking and cp > 1 and parallelism.context_parallel_method == "ring":
+    if config.training.document_masking and cp > 1 and not ulysses:
         yield Fault(
             ("training.document_masking", *(f"parallelism.context_parallel_{key}" for key in ("degree", "method"))),
             f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: the ring knows nothing "
             'of documents; set parallelism.context_parallel_method = "ulysses"',
         )
-    if parallelism.enable_async_tensor_parallel and parallelism.disable_sequence_parallel:
-        yield Fault(
-            ("parallelism.enable_async_tensor_parallel", "parallelism.disable_sequence_parallel"),
-            "parallelism.enable_async_tensor_parallel = true has no effect with disable_sequence_parallel = true: it "
-            "overlaps the exchanges of sequence parallelism",
-        )
-    without_effect = {
-        "tensor_parallel_degree": (
-            tp,
-            ("disable_sequence_parallel", "disable_loss_parallel", "enable_async_tensor_parallel"),
-        ),
-        "context_parallel_degree": (cp, ("context_parallel_method", "context_parallel_rotate_method")),
-        "pipeline_parallel_degree": (parallelism.pipeline_parallel_degree, PIPELINE_KEYS),
-    }
-    for degree_key, (degree, keys) in without_effect.items():
-        for key in keys:
-            name, value = f"parallelism.{key}", parallelism.__dict__[key]
-            if degree == 1 and value != options()[name].default:
-                yield Fault(
-                    (name, f"parallelism.{degree_key}"),
-                    f"{name} = {shown(value)} has no effect while parallelism.{degree_key} = 1",
-                )
+    if parallelism.disable_sequence_parallel:
+        switch = "parallelism.disable_sequence_parallel"
+        how = " with disable_sequence_parallel = true: it overlaps the exchanges of sequence parallelism"
+        yield from _no_effect(config, "parallelism", "enable_async_tensor_parallel", how, switch)
 
 
 def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
@@ -1026,34 +999,28 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
     ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if ranks == 1:
         return
-    given = f"parallelism.pipeline_parallel_degree = {ranks}"
-    degrees = tuple(f"parallelism.{key}" for key in ("data_parallel_shard_degree", *DEGREES))
-    cutting = tuple(f"parallelism.{key}" for key in PIPELINE_KEYS)
     if parallelism.module_fqns_per_model_part is not None:
-        for key in PIPELINE_KEYS[2:5]:
-            if parallelism.__dict__[key] != options()[f"parallelism.{key}"].default:
-                yield Fault(
-                    (f"parallelism.{key}", "parallelism.module_fqns_per_model_part"),
-                    f"parallelism.{key} = {parallelism.__dict__[key]} has no effect with module_fqns_per_model_part, "
-                    "which says what each stage gets",
-                )
-    if SCHEDULES[schedule].splits_backward and parallelism.fsdp_reshard_after_forward == "always":
+        how = " with module_fqns_per_model_part, which says what each stage gets"
+        yield from _no_effect(config, "parallelism", CUTTING_KEYS, how, "parallelism.module_fqns_per_model_part")
+    if pipeline_stages.SCHEDULES[schedule].splits_backward and parallelism.fsdp_reshard_after_forward == "always":
         yield Fault(
             ("parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule"),
             f'parallelism.fsdp_reshard_after_forward = "always": {schedule} splits the backward, where FSDP computes '
             'wrong gradients; leave it at "default"',
         )
+    keys = (*DEGREES, *(f"parallelism.{key}" for key in PIPELINE_KEYS.split()))
     try:
         stages = plan_stages(parallelism, model_shape(config.model).pieces)
     except UserError as fault:
-        yield Fault((*degrees, *cutting, "model.name", "model.flavor", "model.n_layers"), f"{given}: {fault}")
+        text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
+        yield Fault((*keys, *FLAVOR, "model.n_layers"), text)
         return
     try:
         batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size
     except UserError:  # reported elsewhere
         return
     size = parallelism.pipeline_parallel_microbatch_size
-    keys = (*degrees, *cutting, "training.local_batch_size", "training.global_batch_size")
+    keys = (*keys, "training.local_batch_size", "training.global_batch_size")
     if batch % size:
         yield Fault(
             keys,
@@ -1063,7 +1030,7 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
         )
     elif world_size is not None:
         try:
-            check_microbatches(schedule, batch // size, len(stages), ranks)
+            pipeline_stages.check_microbatches(schedule, batch // size, len(stages), ranks)
         except UserError as fault:
             yield Fault(
                 keys,
@@ -1073,38 +1040,10 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
-    for key, folder in {
-        "profiling.save_traces_folder": config.profiling.save_traces_folder,
-        "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
-        "metrics.save_tb_folder": config.metrics.save_tb_folder,
-        "checkpoint.folder": config.checkpoint.folder,
-    }.items():
-        path = Path(folder)
-        if not path.is_absolute() and (not path.parts or ".." in path.parts):
-            yield Fault((key,), f"{key} = {shown(folder)}: must name a folder inside job.dump_folder")
-
-
-def _check_checkpoint(checkpoint: Checkpoint) -> Iterator[Fault]:
-    if not checkpoint.enable:
-        unused = ("load_step", "initial_load_path", "load_only", "enable_first_step_checkpoint", "accept_changed_data")
-        for key in unused:
-            name, value = f"checkpoint.{key}", checkpoint.__dict__[key]
-            if value != options()[name].default:
-                yield Fault(
-                    (name, "checkpoint.enable"),
-                    f"{name} = {shown(value)} has no effect while checkpoint.enable = false",
-                )
-    if checkpoint.load_only and checkpoint.enable_first_step_checkpoint:
-        yield Fault(
-            ("checkpoint.enable_first_step_checkpoint", "checkpoint.load_only"),
-            "checkpoint.enable_first_step_checkpoint = true has no effect: checkpoint.load_only = true saves nothing",
-        )
-    path = checkpoint.initial_load_path
-    if path is None and not checkpoint.initial_load_model_only:
-        yield Fault(
-            ("checkpoint.initial_load_model_only", "checkpoint.initial_load_path"),
-            "checkpoint.initial_load_model_only = false has no effect without checkpoint.initial_load_path",
-        )
+    for key, folder in output_folders(config).items():
+        if not folder.is_absolute() and (not folder.parts or ".." in folder.parts):
+            yield Fault((key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder")
+    path = config.checkpoint.initial_load_path
     if path is not None and not Path(path).is_dir():
         yield Fault(
             ("checkpoint.initial_load_path",),
@@ -1113,18 +1052,17 @@ def _check_checkpoint(checkpoint: Checkpoint) -> Iterator[Fault]:
 
 
 def _check_switches(config: JobConfig) -> Iterator[Fault]:
+    if config.checkpoint.load_only:
+        how = ": checkpoint.load_only = true saves nothing"
+        yield from _no_effect(config, "checkpoint", "enable_first_step_checkpoint", how, "checkpoint.load_only")
     profiling = config.profiling
-    if profiling.enable_profiling and profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
+    window = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and window > profiling.profile_freq:
         yield Fault(
             ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"),
             f"profiling.profile_freq = {profiling.profile_freq} is too short for profiling.profiler_warmup = "
             f"{profiling.profiler_warmup} and profiling.profiler_active = {profiling.profiler_active} steps: it must "
-            f"be at least {profiling.profiler_warmup + profiling.profiler_active}",
-        )
-    if config.debug.deterministic_warn_only and not config.debug.deterministic:
-        yield Fault(
-            ("debug.deterministic_warn_only", "debug.deterministic"),
-            "debug.deterministic_warn_only = true has no effect while debug.deterministic = false",
+            f"be at least {window}",
         )
     compiled = config.compile.enable and "model" in config.compile.components
     for key, value, wanted in (
@@ -1277,19 +1215,17 @@ def plan_stages(parallelism: Parallelism, pieces: list[str]) -> list[list[str]]:
         return [pieces]
     parts = parallelism.module_fqns_per_model_part
     if parts is not None:
-        check_cut(parts, pieces)
-        check_stages(schedule, len(parts), ranks)
+        pipeline_stages.check_cut(parts, pieces)
+        pipeline_stages.check_stages(schedule, len(parts), ranks)
         return parts
-    first, last = (
-        parallelism.pipeline_parallel_first_stage_less_layers,
-        parallelism.pipeline_parallel_last_stage_less_layers,
-    )
+    first = parallelism.pipeline_parallel_first_stage_less_layers
+    last = parallelism.pipeline_parallel_last_stage_less_layers
     layers = parallelism.pipeline_parallel_layers_per_stage
-    stages = default_stages(schedule, ranks)
+    stages = pipeline_stages.default_stages(schedule, ranks)
     if layers is not None:
         stages = -(-(len(pieces) - 3 + first + last) // layers)
-    check_stages(schedule, stages, ranks)
-    return cut_evenly(pieces, stages, first, last)
+    pipeline_stages.check_stages(schedule, stages, ranks)
+    return pipeline_stages.cut_evenly(pieces, stages, first, last)
 
 
 def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
@@ -1299,24 +1235,21 @@ def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
         UserError: the degrees do not multiply to the world size.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    factors = {f"parallelism.{key}": parallelism.__dict__[key] for key in DEGREES}
-    others = math.prod(factors.values())  # all but the shard degree
-    product = " x ".join(f"{name} = {degree}" for name, degree in factors.items() if degree > 1)
-    if shard == -1:
-        if world_size % others:
-            product = product if product.count(" x ") == 0 else f"{product} gives {others} ranks, which"
-            raise UserError(
-                f"{product} does not divide the world size {world_size};"
-                f" allowed: {', '.join(map(str, _divisors(world_size)))}"
-            )
-        return world_size // others * replicate
-    if others * shard != world_size:
-        shown_factors = " x ".join(filter(None, [product, f"parallelism.data_parallel_shard_degree = {shard}"]))
+    degrees = {name: parallelism.__dict__[name.partition(".")[2]] for name in DEGREES}
+    factors = {name: degree for name, degree in degrees.items() if degree > 1}
+    product = math.prod(factors.values())
+    given = " x ".join(f"{name} = {degree}" for name, degree in factors.items())
+    if shard == -1 and world_size % product:
         raise UserError(
-            f"{shown_factors} gives {others * shard} ranks, but the world size is {world_size}; "
-            "a shard degree of -1 takes what is left"
+            f"{given}{f' gives {product} ranks, which' if len(factors) > 1 else ''} does not divide the world size "
+            f"{world_size}; allowed: {', '.join(map(str, _divisors(world_size)))}"
         )
-    return replicate * shard
+    if shard != -1 and product != world_size:
+        raise UserError(
+            f"{given or 'parallelism.data_parallel_shard_degree = 1'} gives {product} ranks, but the world size is "
+            f"{world_size}; a shard degree of -1 takes what is left"
+        )
+    return replicate * (world_size // product if shard == -1 else shard)
 
 
 def model_shape(model: Model) -> ModelShape:
@@ -1326,6 +1259,16 @@ def model_shape(model: Model) -> ModelShape:
         UserError: unknown family or flavor.
     """
     return resolve_shape(model.name, model.flavor, model.model_dump(include=set(ModelShape.__dataclass_fields__)))
+
+
+def output_folders(config: JobConfig) -> dict[str, Path]:
+    """The folders that the run writes, as given: relative to `job.dump_folder`, by the keys that name them."""
+    return {
+        "profiling.save_traces_folder": Path(config.profiling.save_traces_folder),
+        "profiling.save_memory_snapshot_folder": Path(config.profiling.save_memory_snapshot_folder),
+        "metrics.save_tb_folder": Path(config.metrics.save_tb_folder),
+        "checkpoint.folder": Path(config.checkpoint.folder),
+    }
 
 
 def tokenizer_path(model: Model) -> str:

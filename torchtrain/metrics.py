@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,20 @@ PEAK_BF16_FLOPS = (
     ("A100", 312e12),
     ("L40S", 362e12),
     ("MI300X", 1307e12),
+)
+
+
+# The full line on the screen, between step and remaining time: name, key in metrics.jsonl, format and colour.
+COLUMNS = (
+    ("loss", "loss", "{:.4f}", GREEN),
+    ("grad_norm", "grad_norm", "{:.3f}", YELLOW),
+    ("lr", "lr", "{:.2e}", ""),
+    ("tok/s", "tokens_per_second", "{:,.0f}", BLUE),
+    ("mfu", "mfu", "{:.1%}", ""),
+    ("mem", "memory_gib", "{:.2f} GiB", ""),
+    ("data", "data_time_pct", "{:.1f}%", ""),
+    ("val_loss", "val_loss", "{:.4f}", GREEN),
+    ("bits/byte", "val_bits_per_byte", "{:.4f}", GREEN),
 )
 
 
@@ -95,44 +109,36 @@ class Stopwatch:
         return time.perf_counter() - self.step_started
 
 
+@dataclass
 class MetricsLogger:
     """Rank 0's voice. A window is the steps since the last full line; a process's first step is never in one,
     since it warms up (allocation, autotuning, compilation)."""
 
-    def __init__(
-        self,
-        config: Metrics,
-        run_folder: Path,
-        *,
-        total_steps: int,
-        resumed_step: int,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
-        log_lr: bool,
-        wandb_config: dict[str, Any],
-    ) -> None:
-        """
-        Args:
-            config: the section [metrics].
-            run_folder: where metrics.jsonl, `tb/` and `wandb/` go.
-            total_steps: the step that ends the run.
-            resumed_step: the last step already taken; TensorBoard drops what it holds past it.
-            tokens_per_step: of the global batch.
-            flops_per_token: of the model, forward and backward.
-            peak_flops: of all devices of the job, FLOP/s; None leaves MFU out.
-            log_lr: whether lines carry the learning rate.
-            wandb_config: handed to Weights & Biases.
-        """
-        self.config, self.run_folder = config, run_folder
-        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
-        self.flops_per_token, self.peak_flops, self.log_lr = flops_per_token, peak_flops, log_lr
-        self.colour = use_colour(config.disable_color_printing)
-        self.first_step = resumed_step + 1
+    config: Metrics
+    run_folder: Path
+    """Where metrics.jsonl, `tb/` and `wandb/` go."""
+    total_steps: int
+    """The step that ends the run."""
+    resumed_step: int
+    """The last step already taken; TensorBoard drops what it holds past it."""
+    tokens_per_step: int
+    """Of the global batch."""
+    flops_per_token: float
+    """Of the model, forward and backward."""
+    peak_flops: float | None
+    """Of all devices of the job, FLOP/s; None leaves MFU out."""
+    log_lr: bool
+    """Whether lines carry the learning rate."""
+    wandb_config: dict[str, Any]
+    """Handed to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        self.colour = use_colour(self.config.disable_color_printing)
+        self.first_step = self.resumed_step + 1
         self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
-        self.jsonl = open(run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self.tensorboard = self._open_tensorboard(resumed_step) if config.enable_tensorboard else None
-        self.wandb = self._open_wandb(wandb_config) if config.enable_wandb else None
+        self.jsonl = open(self.run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.tensorboard = self._open_tensorboard() if self.config.enable_tensorboard else None
+        self.wandb = self._open_wandb() if self.config.enable_wandb else None
 
     def log(self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]) -> None:
         """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
@@ -174,42 +180,23 @@ class MetricsLogger:
         mfu = None
         if tokens_per_second is not None and self.peak_flops is not None:
             mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        data_time, total_time = (
-            (sum(data for _, data in self.window), window_time) if self.window else (summary.data_time_s, step_time)
-        )
-        return {
-            "step": summary.step,
-            "loss": summary.loss,
-            "max_loss": summary.max_loss,
-            "grad_norm": summary.grad_norm,
-            "lr": summary.lr,
-            "tokens_seen": summary.tokens_seen,
+        record = asdict(summary)
+        data_time, total_time = record.pop("data_time_s"), step_time
+        if self.window:
+            data_time, total_time = sum(data for _, data in self.window), window_time
+        return record | {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
-            "memory_gib": summary.memory_gib,
             "data_time_pct": 100 * data_time / total_time,
-            "step_time_s": window_time / len(self.window) if self.window else step_time,
+            "step_time_s": total_time / max(1, len(self.window)),
         }
 
     def _describe(self, record: dict[str, Any]) -> str:
         """The line on the screen."""
-        parts = [
-            self._progress(record["step"]),
-            ("loss", f"{record['loss']:.4f}", GREEN),
-            ("grad_norm", f"{record['grad_norm']:.3f}", YELLOW),
-        ]
-        if self.log_lr:
-            parts.append(("lr", f"{record['lr']:.2e}", ""))
-        if record["tokens_per_second"] is not None:
-            parts.append(("tok/s", f"{record['tokens_per_second']:,.0f}", BLUE))
-        if record["mfu"] is not None:
-            parts.append(("mfu", f"{100 * record['mfu']:.1f}%", ""))
-        parts.append(("mem", f"{record['memory_gib']:.2f} GiB", ""))
-        parts.append(("data", f"{record['data_time_pct']:.1f}%", ""))
-        if record.get("val_loss") is not None:
-            parts.append(("val_loss", f"{record['val_loss']:.4f}", GREEN))
-        if record.get("val_bits_per_byte") is not None:
-            parts.append(("bits/byte", f"{record['val_bits_per_byte']:.4f}", GREEN))
+        parts = [self._progress(record["step"])]
+        for name, key, form, colour in COLUMNS:
+            if record.get(key) is not None and (key != "lr" or self.log_lr):
+                parts.append((name, form.format(record[key]), colour))
         if record["tokens_per_second"] is not None:
             left = (self.total_steps - record["step"]) * record["step_time_s"]
             parts.append(("eta", str(timedelta(seconds=round(left))), ""))
@@ -223,13 +210,13 @@ class MetricsLogger:
             return "  ".join(f"{name} {value}" for name, value, _ in parts)
         return "  ".join(f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts)
 
-    def _open_tensorboard(self, resumed_step: int) -> Any:
+    def _open_tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
-        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=resumed_step + 1)
+        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=self.first_step)
 
-    def _open_wandb(self, config: dict[str, Any]) -> Any:
+    def _open_wandb(self) -> Any:
         try:
             import wandb
         except ImportError:
@@ -240,4 +227,4 @@ class MetricsLogger:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
         # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
-        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config)
+        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=self.wandb_config)

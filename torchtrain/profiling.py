@@ -2,9 +2,9 @@
 
 import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,12 +36,8 @@ class Profiler:
                 )
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
         if config.enable_profiling:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
             idle = config.profile_freq - config.profiler_warmup - config.profiler_active
-            self.trace = torch.profiler.profile(
-                activities=activities,
+            self.trace = torch.profiler.profile(  # of the processor, and of the accelerator where there is one
                 schedule=torch.profiler.schedule(
                     wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
                 ),
@@ -73,14 +69,9 @@ class Profiler:
         trace.export_chrome_trace(str(folder / f"rank{self.rank}.json.gz"))
         logger.info(f"profiler trace: {folder} ({time.perf_counter() - started:.1f} s to write)")
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> AbstractContextManager[Any]:
         """Record while the loop runs."""
-        if self.trace is None:
-            yield
-            return
-        with self.trace:
-            yield
+        return nullcontext() if self.trace is None else self.trace
 
 
 class GarbageCollection:

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,22 +19,16 @@ T = TypeVar("T")
 class PeerFault(RuntimeError):
     """Another rank has failed and says why; this one only stops, with the same exit status."""
 
-    def __init__(self, rank: int, fault: "Fault") -> None:
-        super().__init__(f"rank {rank} failed: {fault.text}")
-        self.is_user_error = fault.is_user_error
+    is_user_error = False
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What of an exception travels between ranks."""
-
-    text: str
-    is_user_error: bool
-
-    @classmethod
-    def of(cls, exception: BaseException | None) -> "Fault | None":
-        """None where nothing was raised."""
-        return None if exception is None else cls(f"{exception}", isinstance(exception, UserError))
+def _told(fault: BaseException | None) -> PeerFault | None:
+    """What of this rank's fault travels to the others, where one was raised."""
+    if fault is None:
+        return None
+    told = PeerFault(f"rank {dist.get_rank()} failed: {fault}")
+    told.is_user_error = isinstance(fault, UserError)
+    return told
 
 
 def usable_accelerator() -> str | None:
@@ -98,11 +91,11 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     its timeout bounds how long the quickest rank waits for the slowest.
     """
     result, fault = _attempt(action)
-    faults: list[Fault | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, Fault.of(fault), group=group)
+    faults: list[PeerFault | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, _told(fault), group=group)
     for rank, theirs in enumerate(faults):
         if theirs is not None:
-            raise fault if fault is not None and rank == dist.get_rank() else PeerFault(rank, theirs)
+            raise fault if fault is not None and rank == dist.get_rank() else theirs
     return result  # type: ignore[return-value]
 
 
@@ -111,17 +104,12 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
 
     On a shared file system ranks can disagree about what exists, so one of them decides.
     """
-    if dist.get_rank() == 0:
-        result, fault = _attempt(action)
-        dist.broadcast_object_list([result, Fault.of(fault)], group=group)
-        if fault is not None:
-            raise fault
-        return result  # type: ignore[return-value]
-    received: list = [None, None]
-    dist.broadcast_object_list(received, group=group)
-    if received[1] is not None:
-        raise PeerFault(0, received[1])
-    return received[0]
+    result, fault = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list = [result, _told(fault)]
+    dist.broadcast_object_list(shared, group=group)  # which leaves the sender's list as it is
+    if shared[1] is not None:
+        raise fault if fault is not None else shared[1]
+    return shared[0]
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -4,10 +4,9 @@ import fcntl
 import json
 import os
 import socket
-from pathlib import Path
 from typing import Any, TextIO
 
-from torchtrain.config_manager import JobConfig, to_toml
+from torchtrain.config_manager import JobConfig, output_folders, to_toml
 from torchtrain.logging_utils import logger
 from torchtrain.utils import METRICS_FILE, UserError, expanded, write_durably
 
@@ -57,16 +56,8 @@ class RunFolder:
         """Move what an earlier run left to `previous-<n>/`: nothing is overwritten, no curve doubles back."""
         if not self.owner:
             return
-        config = self.config
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
-        for folder in (
-            config.metrics.save_tb_folder,
-            config.profiling.save_traces_folder,
-            config.profiling.save_memory_snapshot_folder,
-            config.checkpoint.folder,
-        ):
-            if not os.path.isabs(folder):
-                names.add(Path(folder).parts[0])
+        names |= {folder.parts[0] for folder in output_folders(self.config).values() if not folder.is_absolute()}
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
             return

@@ -3,7 +3,8 @@
 import difflib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object a logged step
@@ -26,6 +27,15 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 def expanded(path: str | Path) -> Path:
     """`path` with its `~` resolved; with that of an unknown user it stays as it is (where `Path.expanduser` raises)."""
     return Path(os.path.expanduser(path))
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """The system's faults in reading `what` become the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {what}: {error.strerror or error}") from error
 
 
 def fsync_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from torchtrain.datasets.registry import DATASETS, HubSource, Texts, find_dataset, source_file, user_place
-from torchtrain.utils import UserError, expanded, nearest
+from torchtrain.utils import UserError, expanded, nearest, reading
 
 # Tests, and what is installed beside the library, are not prose worth learning; encodings and lib2to3 are tables.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"})
@@ -344,13 +344,6 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"cannot read {error.filename!r}: {error.strerror}")
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
-
-
 def _distinct_sources(files: Iterable[Path]) -> Rows:
     seen: set[bytes] = set()
     for row in (row for file in files for row in _whole_file(file)):
@@ -361,8 +354,10 @@ def _distinct_sources(files: Iterable[Path]) -> Rows:
 
 
 def _whole_file(file: Path) -> Rows:
+    with reading(repr(str(file))):
+        content = file.read_bytes()
     try:
-        yield Document(_read(file).decode("utf-8"), str(file))
+        yield Document(content.decode("utf-8"), str(file))
     except UnicodeDecodeError as error:
         yield _not_utf8(error, str(file))
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, in_batches
-from torchtrain.utils import UserError, expanded, fsync_folder, write_durably
+from torchtrain.utils import UserError, expanded, fsync_folder, reading, write_durably
 
 FORMAT = 1
 """Goes up when the same documents would be laid down differently."""
@@ -165,20 +165,17 @@ class _Contents:
         self.bytes = 0
         self._digest = hashlib.sha256()
 
-    def add(self, text: str) -> None:
-        data = text.encode("utf-8")
-        self.documents += 1
-        self.bytes += len(data)
-        self._digest.update(len(data).to_bytes(8, "little"))
-        self._digest.update(data)
-
     def texts(self, documents: Iterable[Document]) -> Iterator[str]:
         for document in documents:
-            self.add(document.text)
+            data = document.text.encode("utf-8")
+            self.documents += 1
+            self.bytes += len(data)
+            self._digest.update(len(data).to_bytes(8, "little"))
+            self._digest.update(data)
             yield document.text
 
-    def fingerprint(self) -> str:
-        return self._digest.hexdigest()
+    def facts(self) -> dict[str, Any]:
+        return {"fingerprint": self._digest.hexdigest(), "documents": self.documents, "bytes": self.bytes}
 
 
 class Progress:
@@ -251,13 +248,19 @@ def locked(folder: Path, name: str, log: Callable[[str], None]) -> Iterator[Prog
         _draw("")
 
 
-def remembered(seen: Path, state: str) -> dict[str, Any]:
-    """What was found out in this `state` and written into `seen`; nothing where there is nothing legible."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """The table in this file; an empty one where there is nothing legible."""
     try:
-        facts = json.loads(seen.read_text(encoding="utf-8"))
-        return facts if facts["state"] == state else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def remembered(seen: Path, state: str) -> dict[str, Any]:
+    """What was found out in this `state` and written into `seen`, if anything."""
+    facts = _read_json(seen)
+    return facts if facts.get("state") == state else {}
 
 
 def found_out(
@@ -289,10 +292,8 @@ def files_state(files: list[Path]) -> tuple[str, int]:
     newest = 0
     states = []
     for file in files:
-        try:
+        with reading(repr(str(file))):
             stat = os.stat(file)
-        except OSError as error:
-            raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         states.append(f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
     return short_hash(["state", *states]), newest
@@ -315,7 +316,7 @@ def _read_through(corpus: Corpus, progress: Progress, log: Callable[[str], None]
         raise UserError(f"{corpus.name} holds no text" + (f" ({left_out})" if left_out else ""))
     if left_out:
         log(f"{corpus.name}: {left_out}")
-    return {"fingerprint": contents.fingerprint(), "documents": contents.documents, "bytes": contents.bytes}
+    return contents.facts()
 
 
 def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache | None:
@@ -378,7 +379,7 @@ def _build(
                 f"tokenising {corpus.name}: [{'#' * int(20 * share):.<20}] {share:4.0%}, "
                 f"{speed * contents['bytes'] / contents['documents'] / 1e6:.1f} MB/s, {left} left"
             )
-    if again.fingerprint() != contents["fingerprint"]:
+    if again.facts()["fingerprint"] != contents["fingerprint"]:
         (building / "progress.json").unlink(missing_ok=True)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
@@ -389,7 +390,7 @@ def _build(
         bytes=again.bytes,
         tokens=tokens,
         dtype=dtype.name,
-        corpus_fingerprint=again.fingerprint(),
+        corpus_fingerprint=contents["fingerprint"],
         tokenizer_fingerprint=tokenizer.fingerprint,
         left_out=dict(corpus.left_out.counts),
         left_out_places=corpus.left_out.places,
@@ -399,12 +400,13 @@ def _build(
 
 def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     """Documents and tokens that an earlier build has finished."""
-    try:
-        done = json.loads((building / "progress.json").read_text(encoding="utf-8"))
-        if os.stat(building / "cache" / "tokens.bin").st_size >= done["tokens"] * itemsize:
-            return done["documents"], done["tokens"]
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # none, or not legible
+    done, tokens = _read_json(building / "progress.json"), building / "cache" / "tokens.bin"
+    if (
+        {"documents", "tokens"} <= done.keys()
+        and tokens.exists()
+        and tokens.stat().st_size >= done["tokens"] * itemsize
+    ):
+        return done["documents"], done["tokens"]
     return 0, 0
 
 

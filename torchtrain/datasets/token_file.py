@@ -27,7 +27,7 @@ from torchtrain.datasets.token_cache import (
     token_dtype,
 )
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError, expanded
+from torchtrain.utils import UserError, expanded, reading
 
 CHUNK = 1 << 24
 
@@ -49,10 +49,8 @@ def open_token_file(
     """
     assert path is not None, "the config check asks for it"
     file = expanded(path)
-    try:
+    with reading(f"the token file {path!r}"):
         tokens = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
-    except OSError as error:
-        raise UserError(f"cannot read the token file {path!r}: {error.strerror or error}") from error
     facts = _facts(file, tokens, root, log)
     if not 0 <= facts["lowest"] <= facts["highest"] < tokenizer.vocab_size:
         raise UserError(

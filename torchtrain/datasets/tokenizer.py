@@ -9,16 +9,14 @@ instead; with a model that puts a space before every text (Llama 2's) it stays a
 
 import hashlib
 import re
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
 from torchtrain.datasets.tokenizer_formats import SPACE_MARK, HuggingFaceTokenizer, piece_bytes, require_unicode
-from torchtrain.utils import UserError, expanded
+from torchtrain.utils import UserError, expanded, reading
 
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
@@ -31,32 +29,6 @@ WHAT_WORKS = (
     "What can be read: SentencePiece models (Llama 2's tokenizer.model) and Hugging Face's tokenizer.json; "
     "`python -m torchtrain.tools.train_tokenizer` makes one of your own text"
 )
-
-
-class Tokenizer(Protocol):
-    """What every kind can do. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    fingerprint: str
-    """Two tokenizers with equal fingerprints give equal ids."""
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """As `encode` for each text, int32 `[tokens]`; the number of threads changes no id."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-
-    @abstractmethod
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of UTF-8 text that each id stands for, fp64 `[V]`: 0 for special tokens, NaN where nobody can know."""
 
 
 class SentencePieceTokenizer:
@@ -104,7 +76,7 @@ class SentencePieceTokenizer:
         return self._model.decode([int(id) for id in ids])
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes that each id stands for, fp64 `[V]`; NaN for what has no piece."""
+        """Bytes of UTF-8 text that each id stands for, fp64 `[V]`: 0 for BOS and EOS, NaN where nobody can know."""
         model, ids = self._model, range(self.vocab_size)
         sizes = np.array([piece_bytes(piece) for piece in model.id_to_piece(list(ids))])
         sizes[[id for id in ids if model.is_byte(id)]] = 1
@@ -155,6 +127,10 @@ class SentencePieceTokenizer:
         return ids if kept else []
 
 
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+"""Both do the same by the same names; two with equal fingerprints give equal ids, however many threads there are."""
+
+
 def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """`texts` in lists that are closed at `size` characters."""
     batch: list[str] = []
@@ -188,10 +164,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{given} does not exist (from {str(Path.cwd())!r})")
     if not file.is_file():
         raise UserError(f"{given} is neither a file nor a folder")
-    try:
+    with reading(f"model.tokenizer_path = {str(file)!r}"):
         content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read model.tokenizer_path = {str(file)!r}: {error.strerror}") from error
     name = str(file)
     if not content:
         raise UserError(f"tokenizer {name!r} is an empty file")

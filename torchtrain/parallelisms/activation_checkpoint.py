@@ -35,14 +35,9 @@ def apply_around_blocks(model: Transformer, config: ActivationCheckpoint) -> Non
     (Traced with the block they would be the same, but torch 2.13 fails there with tensor parallelism on a CPU.)
     The forward is replaced, not the module, so parameter names stay as they are.
     """
-    if config.mode == "full":
-        every = 1
-    elif config.mode == "selective" and config.selective_ac_option != "op":
-        every = int(config.selective_ac_option)
-    else:
-        return
+    every = {"full": "1", "selective": config.selective_ac_option}.get(config.mode, "op")
     for layer, block in model.layers.items():
-        if int(layer) % every == 0:
+        if every != "op" and int(layer) % int(every) == 0:
             block.forward = partial(checkpoint, block.forward, **RECOMPUTE)  # type: ignore[method-assign]
 
 

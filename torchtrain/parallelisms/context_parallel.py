@@ -290,11 +290,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
         asks for (the random state of a dropout, which is 0).
     """
     if q.device.type == "cpu":
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-        result, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+        result, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
         return result, lse, lse.new_empty(0), lse.new_empty(0)
-    if q.dtype == torch.float32:  # the flash kernel has half precisions only; this one has no shared heads
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    if q.dtype == torch.float32:  # the flash kernel has half precisions only
+        k, v = unshared(q, k, v)
         result, lse, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)
         return result, lse[:, :, : q.shape[2]], *state  # lse comes padded to a multiple of 32
     result, lse, _, _, _, _, *state, _ = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)
@@ -308,14 +307,13 @@ def attend_backward(
 
     Shapes as in `attend`; grad is that of the result.
     """
-    heads, kv_heads, length = q.shape[1], k.shape[1], q.shape[2]
+    kv_heads, length = k.shape[1], q.shape[2]
     if q.device.type == "cpu":
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, result, lse, 0.0, causal
+            grad, q, *unshared(q, k, v), result, lse, 0.0, causal
         )
     elif q.dtype == torch.float32:
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        k, v = unshared(q, k, v)
         padded = F.pad(lse, (0, -length % 32), value=torch.inf)
         grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, None, result, padded, *state, 0.0, [True, True, True, False], causal
@@ -327,11 +325,12 @@ def attend_backward(
     return grad_q, sum_heads(grad_k, kv_heads), sum_heads(grad_v, kv_heads)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, K, L, C] to [B, H, L, C]: each key/value head once for every query head that it serves."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def unshared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v, [B, K, L, C] to [B, H, L, C], each head once for every query head, for kernels that can't share them."""
+    share = q.shape[1] // k.shape[1]
+    return (k, v) if share == 1 else (k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1))
 
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:
-    """The backward of `repeat_heads`: [B, H, L, C] to [B, K, L, C], in fp32."""
+    """The backward of `unshared`: [B, H, L, C] to [B, K, L, C], in fp32."""
     return x.unflatten(1, (heads, -1)).sum(dim=2, dtype=torch.float32)

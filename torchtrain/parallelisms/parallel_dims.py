@@ -69,16 +69,11 @@ class ParallelDims:
 
     def describe(self) -> str:
         """The layout in words, for the start-up line."""
-        parts = []
-        if self.pp > 1:
-            parts.append(f"pipeline parallel: {self.pp} ranks share the layers")
-        if self.dp_replicate > 1:
-            parts.append(f"{self.dp_replicate} replicas")
-        shards = self.dp_shard * self.cp
-        if shards > 1:
-            parts.append(f"FSDP: parameters, gradients and optimizer states sharded over {shards} ranks")
-        if self.cp > 1:
-            parts.append(f"context parallel: {self.cp} ranks share each sequence")
-        if self.tp > 1:
-            parts.append(f"tensor parallel: {self.tp} ranks share each matrix product")
-        return "; ".join(parts) or "one process"
+        degrees = {
+            "pipeline parallel: {} ranks share the layers": self.pp,
+            "{} replicas": self.dp_replicate,
+            "FSDP: parameters, gradients and optimizer states sharded over {} ranks": self.dp_shard * self.cp,
+            "context parallel: {} ranks share each sequence": self.cp,
+            "tensor parallel: {} ranks share each matrix product": self.tp,
+        }
+        return "; ".join(text.format(degree) for text, degree in degrees.items() if degree > 1) or "one process"
