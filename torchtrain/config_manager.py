@@ -584,12 +584,10 @@ def options() -> dict[str, Option]:
 def _in_words(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
-    if schema["type"] == "array" and schema["items"]["type"] == "array":
-        return "a list of lists of names, none empty"
-    if schema["type"] == "array" and "enum" not in schema["items"]:
-        return "a list of texts, none empty"
-    if schema["type"] == "array":
+    if schema["type"] == "array" and "enum" in schema["items"]:
         return "a list with at least one of " + ", ".join(schema["items"]["enum"])
+    if schema["type"] == "array":
+        return f"a list of {'lists of names' if schema['items']['type'] == 'array' else 'texts'}, none empty"
     words = {
         "integer": "a whole number",
         "number": "a finite number",

@@ -20,11 +20,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     Adam's is added to the gradient.
     """
     parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [matrix for matrix in parameters if matrix.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [vector for vector in parameters if vector.ndim <= 1], "weight_decay": 0.0},
     ]
     algorithm = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
     return algorithm(

@@ -23,18 +23,10 @@ from multiprocessing.connection import Connection
 
 from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, plan_validation, tokenizer_path
 from torchtrain.datasets.corpora import open_corpus, split_corpus
-from torchtrain.datasets.token_cache import (
-    Encode,
-    Shards,
-    TokenCache,
-    cache_root,
-    cores,
-    encode_shard,
-    open_token_cache,
-)
+from torchtrain.datasets.token_cache import Encode, Shards, TokenCache, cache_root, encode_shard, open_token_cache
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtrain.utils import UserError
+from torchtrain.utils import UserError, cores
 
 AHEAD = 4
 """Shards a worker that may be read before the oldest is done: one slow shard holds up no one, and memory is bounded."""

@@ -35,7 +35,7 @@ import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, in_batches
-from torchtrain.utils import UserError, expanded, fsync_folder, reading, write_durably
+from torchtrain.utils import UserError, cores, expanded, fsync_folder, reading, write_durably
 
 FORMAT = 1
 """Goes up when the same documents would be laid down differently."""
@@ -408,11 +408,6 @@ def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     ):
         return done["documents"], done["tokens"]
     return 0, 0
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _publish(building: Path, target: Path) -> None:

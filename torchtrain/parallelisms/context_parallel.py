@@ -70,12 +70,10 @@ def shard_sequence(x: Tensor, cp_mesh: DeviceMesh, load_balancer: str | None) ->
     R divides S; 2R does under "headtail" (the config check sees to it).
     """
     rank, size = cp_mesh.get_local_rank(), cp_mesh.size()
-    if load_balancer == "headtail":
-        assert x.shape[1] % (2 * size) == 0, f"{x.shape[1]} positions do not make {2 * size} equal chunks"
-        chunks = x.chunk(2 * size, dim=1)
-        return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=1)
-    assert x.shape[1] % size == 0, f"{x.shape[1]} positions do not make {size} equal chunks"
-    return x.chunk(size, dim=1)[rank].contiguous()
+    pieces = 2 * size if load_balancer == "headtail" else size
+    assert x.shape[1] % pieces == 0, f"{x.shape[1]} positions do not make {pieces} equal chunks"
+    chunks = x.chunk(pieces, dim=1)
+    return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) if pieces > size else chunks[rank].contiguous()
 
 
 class ShardPositions(RotaryPositions):

@@ -18,8 +18,8 @@ import numpy as np
 from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training
 from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
-from torchtrain.datasets.token_cache import cores
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtrain.utils import cores
 
 COPIED = "python_stdlib"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torchtrain.config_manager import main as check_config
 from torchtrain.config_manager import print_help, wants_help
+from torchtrain.utils import cores
 
 ROOT = Path(__file__).resolve().parents[2]
 RENDEZVOUS_VARIABLES = (
@@ -91,8 +92,7 @@ def visible_gpus() -> int:
 
 def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
     """Start `processes` ranks on this node and wait for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if on_cpu:
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
         os.environ.setdefault("GLIBC_TUNABLES", tunables)
