@@ -23,7 +23,6 @@ SUBSET = (
     "fsdp2-bf16",
     "fsdp2-compile",
     "replicate2",
-    "tp2-labels",
     "tp2-no-sequence-no-loss",
     "tp2-compile",
     "fsdp2-documents-packed",
@@ -47,7 +46,6 @@ SUBSET = (
     "fsdp2-tp2-pp2-1f1b",
     "hsdp2x2-accumulate-labels",
     "fsdp2-tp2-tied-full-ac",
-    "fsdp2-cp2",
     "tp2-cp2-ulysses-tied",
 )
 

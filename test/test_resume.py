@@ -98,7 +98,6 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, 
 
 TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
 LAYOUTS = {
-    "FSDP 2 to 4": ((2, {}), (4, {})),
     "TP 2 x FSDP 2 to CP 2": ((4, TP), (2, CP)),
 }
 
