@@ -103,8 +103,8 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_cases(scratch: Path, ranks: int, cases: list[dict]) -> str:
-    """Run test/workers/cases.py on `ranks` ranks; a case's "overrides" become its options. Returns what was printed."""
+def run_cases(scratch: Path, ranks: int, cases: list[dict], worker: str = "cases.py") -> str:
+    """Run this of test/workers/ on `ranks` ranks; a case's "overrides" become its options. Returns what was printed."""
     listed = [{**case, "options": options(case["overrides"])} for case in cases]
     for case in listed:
         case.pop("overrides")
@@ -112,7 +112,7 @@ def run_cases(scratch: Path, ranks: int, cases: list[dict]) -> str:
     file.write_text(json.dumps(listed))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     process = subprocess.Popen(
-        [*command, str(ROOT / "test" / "workers" / "cases.py"), str(file)],
+        [*command, str(ROOT / "test" / "workers" / worker), str(file)],
         env=environment(ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

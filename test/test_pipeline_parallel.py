@@ -4,8 +4,6 @@ That a pipeline trains as one process does, under every schedule and with every 
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, TIMEOUT_S, environment, metrics, options, train
+from launching import ROOT, metrics, options, run_cases, train
 
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.models.flavors import FLAVORS, ModelShape
@@ -217,26 +215,8 @@ def found(tmp_path_factory, data):
     cases = {name: {SCHEDULE: name} for name in SCHEDULES}
     cases |= {f"{name} bf16": {SCHEDULE: name, **BF16} for name in ("1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")}
     cases["tied"] = {SCHEDULE: "DualPipeV", "model.tied_embeddings": True}
-    listed = [
-        {"options": options({**data, **PP, **extra}), "results": str(folder / name)} for name, extra in cases.items()
-    ]
-    file = folder / "cases.json"
-    file.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*command, str(ROOT / "test" / "workers" / "pipeline.py"), str(file)],
-        env=environment(2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+    listed = [{"overrides": {**data, **PP, **extra}, "results": str(folder / name)} for name, extra in cases.items()]
+    run_cases(folder, 2, listed, worker="pipeline.py")
     return {name: torch.load(folder / name) for name in cases}
 
 
