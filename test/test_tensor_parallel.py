@@ -21,8 +21,6 @@ from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
-from torchtrain.parallelisms.compile import apply_compile
-from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
 from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel, loss_context
@@ -41,15 +39,11 @@ pytestmark = pytest.mark.slow
 class Case:
     """A layout, and what is asked of it."""
 
-    dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
     sequence_parallel: bool = True
     loss_parallel: bool = True
     shape: ModelShape = SHAPE
-    bf16: bool = False
-    compiled: bool = False
-    reshard: str = "default"
 
 
 WHOLE = {"sequence_parallel": False, "loss_parallel": False}
@@ -58,30 +52,25 @@ CASES = {
     "tp4-odd-vocabulary-whole": Case(tp=4, **WHOLE, shape=ODD_VOCABULARY),
     "fsdp2-tp2-odd-everywhere": Case(dp_shard=2, tp=2, shape=ODD_EVERYWHERE),
 }
-EXACT = [name for name, case in CASES.items() if not case.bf16]
 RESUMED = ["fsdp2-tp2-odd-everywhere"]
 
 
 def build(case):
     """Apply what apply.py applies, in its order, and give the model its initial weights."""
-    degrees = {"dp_replicate": case.dp_replicate, "dp_shard": case.dp_shard, "tp": case.tp}
+    degrees = {"dp_shard": case.dp_shard, "tp": case.tp}
     kept = {name: degree for name, degree in degrees.items() if degree > 1 or name == "dp_shard"}
     mesh = init_device_mesh("cpu", tuple(kept.values()), mesh_dim_names=tuple(kept))
     with torch.device("meta"):
         model = Transformer(case.shape)
-    if case.bf16:
-        apply_emulated_bf16(model)
     if case.tp > 1:
         options = {"sequence_parallel": case.sequence_parallel, "loss_parallel": case.loss_parallel}
         apply_tensor_parallel(model, mesh["tp"], **options, async_tp=False)
-    if case.compiled:
-        apply_compile(model, "aot_eager")
     apply_fsdp(
         model,
-        mesh["dp_replicate", "dp_shard"] if case.dp_replicate > 1 else mesh["dp_shard"],
-        param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
+        mesh["dp_shard"],
+        param_dtype=torch.float32,
         reduce_dtype=torch.float32,
-        reshard_after_forward=case.reshard,
+        reshard_after_forward="default",
         cpu_offload=False,
     )
     materialise(model, torch.device("cpu"), SEED)
@@ -102,14 +91,12 @@ def whole(tensors):
 
 def train(case, model, optimizer, first=0):
     """Loss and norm of each step, the gradients of the first, and the weights after the last."""
-    losses_of = torch.compile(sequence_losses, backend="aot_eager") if case.compiled else sequence_losses
-    data_ranks = case.dp_replicate * case.dp_shard
-    mine = slice(dist.get_rank() // case.tp, None, data_ranks)
+    mine = slice(dist.get_rank() // case.tp, None, case.dp_shard)
     losses, norms, gradients = [], [], {}
     for step in range(first, first + STEPS):
         tokens, labels = batch_of(step)
         with loss_context(case.tp > 1 and case.loss_parallel):
-            loss = losses_of(model(tokens[mine]), labels[mine]).sum() / count_valid(labels).sum()
+            loss = sequence_losses(model(tokens[mine]), labels[mine]).sum() / count_valid(labels).sum()
             assert type(loss) is torch.Tensor
             loss.backward()
         gradients = gradients or whole((name, p.grad) for name, p in model.named_parameters())
@@ -185,7 +172,7 @@ def one_rank(rank, port, scratch):
 
 
 def reference(case):
-    return Case(shape=case.shape, bf16=case.bf16)
+    return Case(shape=case.shape)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +202,7 @@ def compare(mine, theirs):
             assert (mine[kind][name] - expected).norm() <= GRADIENT * expected.norm(), (kind, name)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(results, name):
     four, one = results
     compare(four[name], one[str(reference(CASES[name]))])
