@@ -53,6 +53,7 @@ from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
     PeerFault,
     end_with_launcher,
+    gathered,
     join_process_group,
     patient_group,
     require_equal,
@@ -113,8 +114,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
     with profiler.recording():
         for step in range(first_step, config.training.steps + 1):
             stopwatch = Stopwatch()
-            with stopwatch.waiting_for_data():
-                microbatches = trainer.loader.step_batches(step)
+            microbatches = read_batches(trainer.loader, step, stopwatch)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
@@ -132,6 +132,16 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
                 set_timeout(config.comm.train_timeout_seconds, trainer.mesh.get_all_groups())
             if stopped_by:
                 raise Stopped(stopped_by, step)
+
+
+def read_batches(loader: DataLoader, step: int, stopwatch: Stopwatch) -> list[Microbatch]:
+    """This rank's microbatches of `step`; a fault of any rank's stream is raised on all."""
+
+    def read() -> list[Microbatch]:
+        with stopwatch.waiting_for_data():
+            return loader.step_batches(step)
+
+    return together(read) if loader.streaming else read()
 
 
 def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
@@ -286,7 +296,13 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     data_rank = dims.data_rank(dist.get_rank())
     separators = (tokenizer.bos_id, tokenizer.eos_id) if training.document_masking else None
     loader = DataLoader(
-        dataset, batch.global_batch_size, data_rank, dims.data_parallel, batch.microbatch_size, separators
+        dataset,
+        batch.global_batch_size,
+        data_rank,
+        dims.data_parallel,
+        batch.microbatch_size,
+        separators,
+        config.data.stall_timeout_seconds,
     )
 
     parts = build_parts(shape, mesh, dims, config)
@@ -407,6 +423,8 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     accept = trainer.config.checkpoint.accept_changed_data
     together(lambda: trainer.loader.resume(saved.data, saved.step, accept))
     checkpointer.load(source, trainer.weights, trainer.optimizer)
+    if trainer.loader.streaming:  # to find the documents a stream may have to skip many
+        together(lambda: trainer.loader.read_ahead(saved.step + 1), patient_group())
     trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
     for change in schedule_changes(trainer.config, saved):
@@ -430,7 +448,7 @@ def progress_of(trainer: Trainer) -> Progress:
     return Progress(
         step=trainer.step,
         tokens_seen=trainer.tokens_seen,
-        data=trainer.loader.state(trainer.step),
+        data=trainer.loader.state(trainer.step, gathered(trainer.loader.positions())),
         config=trainer.config.model_dump(mode="json"),
     )
 

@@ -297,7 +297,7 @@ def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
         yield from corpus.documents()
         file.write_text("changed")
 
-    changing = Corpus(corpus.name, corpus.files, documents)
+    changing = Corpus(corpus.name, corpus.files, [documents])
     with pytest.raises(UserError, match="changed while it was read"):
         open_token_cache(changing, tokenizer, tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]

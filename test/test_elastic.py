@@ -1,7 +1,9 @@
 """A run that is interrupted anywhere and goes on with any number of ranks reads what the uninterrupted one would."""
 
 import json
+import random
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from torchtrain.logging_utils import init_logging
 from torchtrain.utils import UserError
 
 SEQ_LEN = 8
-KINDS = ("cache", "mixture", "token file")
+KINDS = ("cache", "mixture", "token file", "stream", "stream in files", "mixture with streams")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,28 @@ def datasets(tmp_path_factory):
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     texts = [write_corpus(folder / name, documents=1, seed=seed) for seed, name in enumerate("ab")]
     np.random.default_rng(0).integers(0, 2048, 777).astype(np.uint16).tofile(folder / "ids.bin")
+    several = write_corpus(folder / "c", documents=9)
+    lines = folder / "hub" / "train-0.jsonl"
+    lines.parent.mkdir()
+    rng = random.Random(0)
+    for number in range(6):  # documents of a token or two to some hundreds, which end anywhere in a sequence
+        rows = ("".join(rng.choices("abcdefgh ij", k=rng.choice([1, 20, 400]))) for _ in range(17 + number))
+        lines.with_name(f"train-{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
     mixed = [f"text {texts[0]} = 3", f"text {texts[1]} = 1/2", f"tokens {folder / 'ids.bin'} = 1.25"]
     given = {
         "cache": ({"dataset": "text", "dataset_path": str(texts[0])}, {}),
         "mixture": ({}, {"mixture": mixed}),
         "token file": ({"dataset": "tokens", "dataset_path": str(folder / "ids.bin")}, {}),
+        "stream": ({"dataset": "jsonl", "dataset_path": str(lines)}, {"streaming": True, "streams": 5}),
+        "stream in files": ({"dataset": f"{folder}/hub"}, {"streaming": True, "streams": 3}),
+        "mixture with streams": (
+            {},
+            {
+                "mixture": [f"text {several} = 2", f"jsonl {lines} = 1.5", f"tokens {folder / 'ids.bin'} = 1/2"],
+                "streaming": True,
+                "streams": 4,
+            },
+        ),
     }
 
     def build(kind: str, seed: int = 0, seq_len: int = SEQ_LEN):
@@ -49,15 +68,16 @@ def read(loaders: list[DataLoader], step: int) -> tuple[list[int], torch.Tensor]
     return [number for batch in batches for number in batch.sample_ids], rows
 
 
-def ranks(dataset, global_batch: int, degree: int, local_batch: int) -> list[DataLoader]:
+def ranks(build, global_batch: int, degree: int, local_batch: int) -> list[DataLoader]:
+    """Each with a dataset of its own, which `build` makes."""
     plan = plan_batch(Training(global_batch_size=global_batch, local_batch_size=local_batch), degree)
-    return [DataLoader(dataset, global_batch, rank, degree, plan.microbatch_size) for rank in range(degree)]
+    return [DataLoader(build(), global_batch, rank, degree, plan.microbatch_size) for rank in range(degree)]
 
 
 GLOBAL_BATCH = 840  # sequences: every number of ranks from 1 to 8 divides it
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 3),
@@ -67,7 +87,7 @@ def test_interrupted_anywhere_and_resumed_on_any_ranks_reads_the_same(datasets, 
     dataset = datasets(kind, seed)
     ids, rows, step, saved = [], [], 0, None
     for degree, local_batch, steps in legs:
-        loaders = ranks(datasets(kind, seed), GLOBAL_BATCH, degree, local_batch)
+        loaders = ranks(partial(datasets, kind, seed), GLOBAL_BATCH, degree, local_batch)
         for loader in loaders:
             if saved is not None:
                 loader.resume(json.loads(saved), step)
@@ -75,41 +95,50 @@ def test_interrupted_anywhere_and_resumed_on_any_ranks_reads_the_same(datasets, 
             step += 1
             more_ids, more_rows = read(loaders, step)
             ids, rows = ids + more_ids, [*rows, more_rows]
-        states = {json.dumps(loader.state(step)) for loader in loaders}
+        positions = [loader.positions() for loader in loaders]
+        states = {json.dumps(loader.state(step, positions)) for loader in loaders}
         assert len(states) == 1, "the state is the same on every rank"
         (saved,) = states
-    assert ids == list(range(GLOBAL_BATCH * step)), "none lost or doubled"
+    assert sorted(ids) == list(range(GLOBAL_BATCH * step)), "none lost or doubled"
+    for before in range(0, len(ids), GLOBAL_BATCH):
+        assert set(ids[before:][:GLOBAL_BATCH]) == set(range(before, before + GLOBAL_BATCH)), "each in its step"
     tokens, labels = dataset.read(np.arange(len(ids)))
-    assert torch.equal(torch.cat(rows), torch.from_numpy(np.concatenate([tokens, labels], axis=1)))
+    expected = torch.from_numpy(np.concatenate([tokens, labels], axis=1))
+    assert torch.equal(torch.cat(rows), expected[ids])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(KINDS),
     legs=st.lists(
-        st.tuples(st.sampled_from([6, 12, 24, 60]), st.sampled_from([1, 2, 3, 6]), st.integers(1, 4)), max_size=5
+        st.tuples(st.sampled_from([6, 12, 24, 60]), st.sampled_from([1, 2, 3, 6]), st.integers(1, 4)),
+        min_size=1,
+        max_size=5,
     ),
 )
 def test_an_accepted_change_of_the_global_batch_loses_and_doubles_nothing(datasets, kind, legs):
     dataset = datasets(kind)
-    ids, step, saved = [], 0, None
+    ids, rows, step, saved = [], [torch.empty(0, 2 * SEQ_LEN, dtype=torch.int64)], 0, None
     for global_batch, degree, steps in legs:
-        loaders = ranks(dataset, global_batch, degree, 4)
+        loaders = ranks(partial(datasets, kind), global_batch, degree, 4)
         for loader in loaders:
             if saved is not None:
                 loader.resume(json.loads(saved), step, accept_changes=True)
         for _ in range(steps):
             step += 1
-            ids += read(loaders, step)[0]
-        saved = json.dumps(loaders[0].state(step))
-    assert ids == list(range(len(ids)))
+            more_ids, more_rows = read(loaders, step)
+            ids, rows = ids + more_ids, [*rows, more_rows]
+        saved = json.dumps(loaders[0].state(step, [loader.positions() for loader in loaders]))
+    assert sorted(ids) == list(range(len(ids)))
+    tokens, labels = dataset.read(np.arange(len(ids)))
+    assert torch.equal(torch.cat(rows), torch.from_numpy(np.concatenate([tokens, labels], axis=1))[ids])
 
 
 def test_a_change_is_refused_with_every_difference_or_accepted_and_told(datasets, capsys):
     init_logging()
-    before = ranks(datasets("cache"), 12, 1, 12)[0]
+    before = ranks(partial(datasets, "cache"), 12, 1, 12)[0]
     saved = json.loads(json.dumps(before.state(5)))
-    (now,) = ranks(datasets("mixture", seed=1, seq_len=4), 24, 1, 24)
+    (now,) = ranks(partial(datasets, "mixture", 1, 4), 24, 1, 24)
     with pytest.raises(UserError) as caught:
         now.resume(saved, 5)
     assert "checkpoint.accept_changed_data = true" in str(caught.value)
@@ -124,21 +153,21 @@ def test_a_change_is_refused_with_every_difference_or_accepted_and_told(datasets
     assert "Step 6 reads on from global sample 60 of the new order (mixture of text " in printed
     assert now.step_batches(6)[0].sample_ids == list(range(60, 84))
     # From here on it is the run's own order: nothing to accept.
-    again = ranks(datasets("mixture", seed=1, seq_len=4), 24, 2, 1)[1]
+    again = ranks(partial(datasets, "mixture", 1, 4), 24, 2, 1)[1]
     again.resume(json.loads(json.dumps(now.state(8))), 8)
     assert [number for batch in again.step_batches(9) for number in batch.sample_ids] == list(range(144, 156))
     with pytest.raises(UserError, match=r"training\.global_batch_size: 24 in the checkpoint, 12 now"):
-        ranks(datasets("mixture", seed=1, seq_len=4), 12, 1, 1)[0].resume(now.state(8), 8)
+        ranks(partial(datasets, "mixture", 1, 4), 12, 1, 1)[0].resume(now.state(8), 8)
 
 
 def test_a_state_of_another_step_is_refused_though_changes_are_accepted(datasets):
-    loader = ranks(datasets("cache"), 12, 1, 12)[0]
+    loader = ranks(partial(datasets, "cache"), 12, 1, 12)[0]
     with pytest.raises(UserError, match="not of step 6"):
         loader.resume(loader.state(5), 6, accept_changes=True)
 
 
 def test_a_state_from_before_there_was_an_origin_goes_on(datasets):
-    loader = ranks(datasets("cache"), 12, 1, 12)[0]
+    loader = ranks(partial(datasets, "cache"), 12, 1, 12)[0]
     saved = {key: value for key, value in loader.state(5).items() if key != "origin"}
     loader.resume(saved, 5)
     assert loader.step_batches(6)[0].sample_ids == list(range(60, 72))

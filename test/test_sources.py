@@ -353,7 +353,7 @@ def test_hub_offline_uses_what_was_downloaded_and_says_so_if_nothing_was(monkeyp
 
 
 def test_hub_is_asked_for_its_revision_which_stands_for_the_files(monkeypatch):
-    monkeypatch.setattr(corpora, "_hub_revision", lambda repository: f"commit of {repository}")
+    monkeypatch.setattr(corpora, "_hub_revision", lambda source: f"commit of {source.repository} at {source.revision}")
     rows = [{"text": "one"}, {"text": "two"}]
     asked = []
 
@@ -364,11 +364,12 @@ def test_hub_is_asked_for_its_revision_which_stands_for_the_files(monkeypatch):
             return self
 
     monkeypatch.setattr(corpora, "_load", lambda *given: asked.append(given) or Remote(rows))
-    corpus = open_corpus("someone/something:config", None, "text")
-    assert (corpus.files, corpus.revision) == ([], "someone/something@commit of someone/something")
+    corpus = open_corpus("someone/something@v1:config", None, "text")
+    commit = "commit of someone/something at v1"
+    assert (corpus.files, corpus.revision) == ([], f"someone/something@{commit}")
     assert texts(corpus) == ["one", "two"]
     assert asked[0][0] == "someone/something"
-    assert asked[0][3:] == ("commit of someone/something",)
+    assert asked[0][3:] == (commit, False)
     assert (asked[0][2].config, asked[0][2].split) == ("config", "train")
 
 
@@ -380,7 +381,7 @@ def test_revision_of_a_hub_keeps_an_unchanged_corpus_from_being_read_again(tmp_p
             reads.append(revision)
             yield corpora.Document("text", "here")
 
-        return Corpus("hub", [], rows, revision)
+        return Corpus("hub", [], [rows], revision=revision)
 
     for revision, expected in (("a", 2), ("a", 0), ("b", 1), (None, 1), (None, 1)):
         reads.clear()

@@ -33,7 +33,7 @@ def digest(text):
 
 
 def corpus_of(*rows):
-    return Corpus("made up", [], lambda: (Document(row, "here") if isinstance(row, str) else row for row in rows))
+    return Corpus("made up", [], [lambda: (Document(row, "here") if isinstance(row, str) else row for row in rows)])
 
 
 def sides(share, *rows):
@@ -83,7 +83,7 @@ def test_the_border_is_known_without_reading_all_of_a_large_corpus():
             read += 1
             yield Document(str(number), "here")
 
-    next(split_corpus(Corpus("large", [], rows), 0.1, "validation").documents())
+    next(split_corpus(Corpus("large", [], [rows]), 0.1, "validation").documents())
     assert read < 500
 
 

@@ -241,6 +241,12 @@ class Data(Section):
     """How documents fill sequences: one after the other, cut where a sequence ends; or whole, by best fit, padded."""
     token_dtype: Literal["uint16", "uint32"] | None = None
     """Type of the ids in token files that don't say; unset: the smallest that holds the vocabulary."""
+    streaming: bool = False
+    """Tokenise documents while they are read, in the corpus' order, instead of all of them before the first step."""
+    streams: Count = 8
+    """Rows of documents in which a streamed corpus is read; they fix the order, whatever the number of ranks."""
+    stall_timeout_seconds: Count = 60
+    """How long a streamed corpus may give no document before the run ends; less than comm.train_timeout_seconds."""
 
 
 class Parallelism(Section):
@@ -407,6 +413,7 @@ DETAILS = {
     "enable_async_tensor_parallel",
     "parallelism.context_parallel_degree": "context_parallel_method context_parallel_rotate_method",
     "parallelism.pipeline_parallel_degree": PIPELINE_KEYS,
+    "data.streaming": "streams stall_timeout_seconds",
     "checkpoint.enable": "load_step initial_load_path load_only enable_first_step_checkpoint accept_changed_data",
     "checkpoint.initial_load_path": "initial_load_model_only",
     "debug.deterministic": "deterministic_warn_only",
@@ -922,6 +929,29 @@ def _check_data(config: JobConfig) -> Iterator[Fault]:
         )
     if not token_files and validation.dataset != "tokens":
         yield from _no_effect(config, "data", "token_dtype", ': no source is a token file (dataset "tokens")', *keys)
+    if data.streaming:
+        yield from _check_streaming(config, len(token_files) == len(sources), keys)
+
+
+def _check_streaming(config: JobConfig, token_files_only: bool, sources: tuple[str, ...]) -> Iterator[Fault]:
+    if token_files_only:
+        yield from _no_effect(config, "data", "streaming", ": token files are read where they lie", *sources)
+    if config.data.packing == "best_fit":
+        text = 'data.packing = "best_fit" looks at all documents before the first step; data.streaming = true does not'
+        yield Fault(("data.packing", "data.streaming"), text)
+    if config.validation.enable and config.validation.dataset is None:
+        yield Fault(
+            ("validation.dataset", "data.streaming"),
+            "validation.enable = true: under data.streaming = true no documents can be held out, since the whole "
+            "corpus would have to be read first; name others in validation.dataset",
+        )
+    limit, timeout = config.data.stall_timeout_seconds, config.comm.train_timeout_seconds
+    if limit >= timeout:
+        yield Fault(
+            ("data.stall_timeout_seconds", "comm.train_timeout_seconds"),
+            f"data.stall_timeout_seconds = {limit} must be less than comm.train_timeout_seconds = {timeout}, at which "
+            "the ranks that wait give up",
+        )
 
 
 def _check_validation(config: JobConfig) -> Iterator[Fault]:

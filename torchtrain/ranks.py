@@ -88,15 +88,24 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     """Run `action` on every rank; if it fails on any, all ranks fail, the lowest failing one with the cause.
 
     Without this, one rank would raise while the others wait for it in their next collective. `group` holds all ranks;
-    its timeout bounds how long the quickest rank waits for the slowest.
+    its timeout bounds how long the quickest rank waits for the slowest. Without a fault it costs a collective of one
+    number, off the accelerator.
     """
     result, fault = _attempt(action)
-    faults: list[PeerFault | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, _told(fault), group=group)
-    for rank, theirs in enumerate(faults):
-        if theirs is not None:
-            raise fault if fault is not None and rank == dist.get_rank() else theirs
+    failed = torch.tensor(int(fault is not None))
+    dist.all_reduce(failed, group=group)
+    if failed.item():
+        for rank, theirs in enumerate(gathered(_told(fault), group)):
+            if theirs is not None:
+                raise fault if fault is not None and rank == dist.get_rank() else theirs
     return result  # type: ignore[return-value]
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in the order of the ranks."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -16,7 +16,8 @@ import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -86,26 +87,33 @@ class Corpus:
     """How messages call it."""
     files: list[Path]
     """Every file that is read, in order: when none has changed, neither have the documents."""
-    rows: Callable[[], Rows]
-    """Reads all from the start; raises UserError at a file that cannot be opened."""
+    parts: Sequence[Callable[[], Rows]]
+    """What it consists of, in order: each reads one from its start; UserError at a file that cannot be opened."""
+    even_parts: bool = False
+    """Whether all parts are of about the same size, and better read by few."""
     revision: str | None = None
     """Where there are no files, what changes whenever the documents may have; None if nobody can know."""
     on_bad_row: Literal["error", "skip"] = "error"
     left_out: LeftOut = field(default_factory=LeftOut)
 
+    def rows(self) -> Rows:
+        """All from the start."""
+        return (row for part in self.parts for row in part())
+
     def documents(self) -> Iterator[Document]:
         """The documents from the start; raises UserError at the first that cannot be read, unless that is skipped."""
         self.left_out.counts.clear()
         self.left_out.places.clear()
-        for row in self.rows():
-            if isinstance(row, BadRow):
-                if self.on_bad_row == "error":
-                    raise UserError(f'{row.place}: {row.problem} (data.on_bad_row = "skip" leaves such rows out)')
-                self.left_out.add(row.kind, row.place)
-            elif row.text:
-                yield row
-            else:
-                self.left_out.add("empty", row.place)
+        return filter(None, map(self.accepted, self.rows()))
+
+    def accepted(self, row: Document | BadRow) -> Document | None:
+        """The row if it is a document to learn from; else it is left out and counted, or a UserError."""
+        if isinstance(row, Document) and row.text:
+            return row
+        if isinstance(row, BadRow) and self.on_bad_row == "error":
+            raise UserError(f'{row.place}: {row.problem} (data.on_bad_row = "skip" leaves such rows out)')
+        self.left_out.add(row.kind if isinstance(row, BadRow) else "empty", row.place)
+        return None
 
 
 def open_corpus(
@@ -113,8 +121,9 @@ def open_corpus(
     dataset_path: str | None,
     text_key: str,
     on_bad_row: Literal["error", "skip"] = "error",
+    streaming: bool = False,
 ) -> Corpus:
-    """The corpus of `training.dataset`, `training.dataset_path`, `data.text_key` and `data.on_bad_row`.
+    """The corpus of `training.dataset`, `training.dataset_path` and of [data] `text_key`, `on_bad_row`, `streaming`.
 
     Raises:
         UserError: unknown dataset, path missing or of the wrong kind, no file in it; hub that cannot be reached.
@@ -124,7 +133,7 @@ def open_corpus(
     if spec.texts is not None:
         corpus = custom_corpus(dataset, spec.texts, dataset_path)
     elif spec.hub is not None:
-        corpus = hub_corpus(spec.hub, path, text_key)
+        corpus = hub_corpus(spec.hub, path, text_key, streaming)
     elif path is None:
         corpus = python_stdlib()
     elif dataset == "tokens":
@@ -160,17 +169,17 @@ def split_corpus(corpus: Corpus, share: float, side: Literal["training", "valida
             )
         return lowest + 1 if wanted <= lowest else highest
 
-    def rows() -> Rows:
+    def rows(part: Callable[[], Rows]) -> Rows:
         if not border:
             border.append(find_border())
-        for row in corpus.rows():
+        for row in part():
             held_out = isinstance(row, Document) and row.text != "" and _hash(row) < border[0]
             if held_out == (side == "validation"):
                 yield row
 
     what = "the" if side == "validation" else "without"
     name = f"{corpus.name}, {what} {share} held out"
-    return replace(corpus, name=name, rows=rows, left_out=LeftOut())
+    return replace(corpus, name=name, parts=[partial(rows, part) for part in corpus.parts], left_out=LeftOut())
 
 
 def _hash(document: Document) -> int:
@@ -191,7 +200,7 @@ def python_stdlib(root: Path | None = None) -> Corpus:
             f'this Python has no library source in {root}; set training.dataset = "text" and training.dataset_path '
             "to a folder of your own text"
         )
-    return Corpus("python_stdlib", files, partial(_distinct_sources, files))
+    return Corpus("python_stdlib", files, [partial(_distinct_sources, files)])
 
 
 def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
@@ -206,16 +215,15 @@ def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
         names = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise UserError(f"training.dataset_path = {str(path)!r} holds no file that counts as {dataset} ({names})")
 
-    def rows() -> Rows:
-        for file in files:
-            if dataset == "jsonl" or (dataset == "mixed" and file.name.endswith(JSON_LINES)):
-                yield from _json_lines(file, text_key)
-            elif dataset == "parquet" or (dataset == "mixed" and file.name.endswith(".parquet")):
-                yield from _parquet_rows(file, text_key)
-            else:
-                yield from _whole_file(file)
+    def part(file: Path) -> Callable[[], Rows]:
+        if dataset == "jsonl" or (dataset == "mixed" and file.name.endswith(JSON_LINES)):
+            return partial(_json_lines, file, text_key)
+        if dataset == "parquet" or (dataset == "mixed" and file.name.endswith(".parquet")):
+            return partial(_parquet_rows, file, text_key)
+        return partial(_whole_file, file)
 
-    return Corpus(f"{dataset} {path}" + ("" if dataset == "text" else f" [{text_key}]"), files, rows)
+    name = f"{dataset} {path}" + ("" if dataset == "text" else f" [{text_key}]")
+    return Corpus(name, files, [part(file) for file in files])
 
 
 def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
@@ -239,11 +247,13 @@ def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
             problem = f"{user_place(error)}: {type(error).__name__}: {error}"
             raise UserError(f"{name}, after document {number}: {problem}") from error
 
-    return Corpus(" ".join(filter(None, [name, dataset_path])), files, rows)
+    return Corpus(" ".join(filter(None, [name, dataset_path])), files, [rows])
 
 
-def hub_corpus(source: HubSource, path: Path | None, text_key: str) -> Corpus:
+def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: bool = False) -> Corpus:
     """A dataset of the Hugging Face Hub at its newest revision, or a local folder that `datasets` can read.
+
+    With `streaming` nothing is downloaded beforehand, and each of its files is a part.
 
     Raises:
         UserError: the hub cannot be reached, or has no such dataset.
@@ -255,39 +265,55 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str) -> Corpus:
     where = str(local or source.repository)
     name = f"{where} {source.config or 'default'} {source.split} [{text_key}]"
     files = files_under(local) if local else []
-    revision = None if local else _hub_revision(source.repository)
+    revision = None if local else _hub_revision(source)
 
-    def rows() -> Rows:
+    @contextmanager
+    def faults_named() -> Iterator[None]:
         try:
-            dataset = _load(where, local is not None, source, revision)
-            if text_key not in dataset.column_names:
-                raise UserError(f"{name}: {_no_field(text_key, where, dataset.column_names).problem}")
-            # The other fields are not even read.
-            for number, row in enumerate(dataset.select_columns([text_key]), start=1):
-                yield _checked(row[text_key], f"{where} {source.split}:{number}", repr(text_key))
+            yield
         except UserError:
             raise
         except Exception as error:  # of the hub, the network, the file formats, the package's own: no common base
             lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
             raise UserError(f"{name} cannot be read: {lines[0] if lines else repr(error)}") from error
 
-    return Corpus(name, files, rows, None if revision is None else f"{where}@{revision}")
+    def load() -> Any:
+        dataset = _load(where, local is not None, source, revision, streaming)
+        if text_key not in (dataset.column_names or [text_key]):  # a stream may not know them
+            raise UserError(f"{name}: {_no_field(text_key, where, dataset.column_names).problem}")
+        return dataset.select_columns([text_key])  # the other fields are not even read
+
+    def rows(load: Callable[[], Any], place: str) -> Rows:
+        with faults_named():
+            for number, row in enumerate(load(), start=1):
+                yield _checked(row[text_key], f"{place}:{number}", repr(text_key))
+
+    parts = [partial(rows, load, f"{where} {source.split}")]
+    if streaming:
+        with faults_named():
+            dataset = load()
+        count = dataset.num_shards
+        shards = [partial(dataset.shard, count, shard) for shard in range(count)]
+        parts = [partial(rows, shard, f"{where} {source.split}, file {n}") for n, shard in enumerate(shards, start=1)]
+    return Corpus(name, files, parts, streaming, None if revision is None else f"{where}@{revision}")
 
 
-def _hub_revision(repository: str) -> str | None:
-    """The newest commit of a dataset; None under HF_HUB_OFFLINE=1, when whatever was downloaded before is used.
+def _hub_revision(source: HubSource) -> str | None:
+    """The commit of a dataset that `source` asks for; None under HF_HUB_OFFLINE=1, when any downloaded one is used.
 
     Asked for first, with one request, since `datasets` itself tries for half a minute when there is no network.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-    given = f"training.dataset: {repository!r} of the Hugging Face Hub"
+    repository = source.repository
+    at = f" at {source.revision!r}" if source.revision else ""
+    given = f"training.dataset: {repository!r}{at} of the Hugging Face Hub"
     try:
-        return HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S).sha
+        return HfApi().dataset_info(repository, revision=source.revision, timeout=HUB_TIMEOUT_S).sha
     except OfflineModeIsEnabled:
         return None
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         close = nearest(repository, [name for name in DATASETS if "/" in name])
         hint = f"; did you mean {close}?" if close else ""
         raise UserError(f"{given} does not exist, or is not open to you (see `hf auth login`){hint}") from error
@@ -298,16 +324,17 @@ def _hub_revision(repository: str) -> str | None:
         ) from error
 
 
-def _load(where: str, is_local: bool, source: HubSource, revision: str | None) -> Any:
+def _load(where: str, is_local: bool, source: HubSource, revision: str | None, streaming: bool) -> Any:
     import datasets
 
     if is_local and (Path(where, "state.json").exists() or Path(where, "dataset_dict.json").exists()):
         saved = datasets.load_from_disk(where)
-        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        saved = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return saved.to_iterable_dataset() if streaming else saved
     config = source.config
     if is_local and config not in datasets.get_dataset_config_names(where):
         config = None  # files of one split, copied without the description that names its configs
-    return datasets.load_dataset(where, config, split=source.split, revision=revision)
+    return datasets.load_dataset(where, config, split=source.split, revision=revision, streaming=streaming)
 
 
 def files_under(path: Path, suffixes: tuple[str, ...] = ("",), leave_out: frozenset[str] = frozenset()) -> list[Path]:

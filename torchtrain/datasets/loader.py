@@ -2,11 +2,15 @@
 
 Shapes: B sequences of a microbatch, S tokens of a sequence.
 
-There is no reader process and no prefetching: a step's batch comes from the page cache in well under a millisecond.
+There is no reader process, and no prefetching but of streams (streams.py): else a step's batch comes from the page
+cache in well under a millisecond.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import Data, Training, Validation, plan_sources
+from torchtrain.config_manager import Data, DataSource, Training, Validation, plan_sources
 from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.packing import BestFitDataset
-from torchtrain.datasets.prepare import open_tokens
-from torchtrain.datasets.samples import Dataset, PackedDataset
+from torchtrain.datasets.prepare import open_source, open_tokens
+from torchtrain.datasets.samples import Dataset, PackedDataset, Position
+from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.token_cache import cache_root
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.logging_utils import logger
@@ -42,21 +47,24 @@ def build_dataset(
     Raises:
         UserError: whatever is wrong with a source or the cache folder.
     """
-    sources = plan_sources(training, data, validation)
-    caches = [open_tokens(source, data, tokenizer, log) for source in sources]
-    best_fit = data.packing == "best_fit"
-    if training.document_masking or best_fit:
-        for cache in caches:
+    seq_len = training.seq_len
+
+    def build(source: DataSource) -> Dataset:
+        if data.streaming and source.dataset != "tokens":  # whose files need no cache
+            return StreamDataset(open_source(source, data), data.text_key, tokenizer, seq_len, data.streams)
+        cache = open_tokens(source, data, tokenizer, log)
+        best_fit = data.packing == "best_fit"
+        if training.document_masking or best_fit:
             require_documents(cache, tokenizer)
-    datasets: list[Dataset] = [
-        BestFitDataset(cache, training.seq_len, seed, tokenizer, cache_root(data.cache_folder), log)
-        if best_fit
-        else PackedDataset(cache, training.seq_len, seed)
-        for cache in caches
-    ]
+        if best_fit:
+            return BestFitDataset(cache, seq_len, seed, tokenizer, cache_root(data.cache_folder), log)
+        return PackedDataset(cache, seq_len, seed)
+
+    sources = plan_sources(training, data, validation)
+    datasets = [build(source) for source in sources]
     if len(datasets) == 1:
         return datasets[0]
-    return Mixture(datasets, [source.share for source in sources], training.seq_len)
+    return Mixture(datasets, [source.share for source in sources], seq_len)
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,18 @@ def microbatches(
     return [Microbatch(tokens, labels, list(islice(ids, size)), *rest) for tokens, labels, *rest in of_batches]
 
 
-class DataLoader:
-    """A rank's share of every step, a pure function of the step: it keeps no position, so there is none to lose.
+STEPS_AHEAD = 4
+"""That a streaming loader reads while the run computes: enough to bridge some seconds without a document."""
 
-    Optimizer step t = 1, 2, … consumes global samples [(t-1)·G, t·G) for a global batch of G; of these, each
-    data-parallel rank takes a run of G / degree, cut into microbatches. Where a run went on with another G (see
-    `resume`), that is counted from the step and the sample at which it did, its origin.
+
+class DataLoader:
+    """A rank's share of every step, a pure function of the step: but for streams it keeps no position to be lost.
+
+    Optimizer step t = 1, 2, … consumes global samples [(t-1)·G, t·G) for a global batch of G; of these, in the order of
+    their streams, each data-parallel rank takes a run of G / degree, cut into microbatches. Where a run went on with
+    another G (see `resume`), that is counted from the step and the sample at which it did, its origin.
+
+    Of streams, a thread reads the steps to come, in order; so they must be taken one after the other.
     """
 
     def __init__(
@@ -108,10 +122,12 @@ class DataLoader:
         data_parallel_degree: int,
         microbatch_size: int,
         separators: tuple[int, int] | None = None,
+        stall_timeout_seconds: float = math.inf,
     ) -> None:
         """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree.
 
-        `separators`, BOS and EOS, are given under document masking alone.
+        `separators`, BOS and EOS, are given under document masking alone. A stream may take `stall_timeout_seconds` for
+        a document.
         """
         assert 0 <= data_parallel_rank < data_parallel_degree
         assert global_batch_size % (data_parallel_degree * microbatch_size) == 0
@@ -122,18 +138,64 @@ class DataLoader:
         self._microbatch_size = microbatch_size
         self._separators = separators
         self._origin_step, self._origin_sample = 0, 0
+        self._stall_timeout_s = stall_timeout_seconds
+        self._begun = self._positions = (
+            dataset.positions()
+        )  # of the streams, at the start and after the last step taken
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ahead: deque[Future[tuple[int, list[Microbatch], dict[str, Position]]]] = deque()
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a step can fail, or take long, because of what lies outside this machine."""
+        return bool(self._begun)
 
     def samples_before(self, step: int) -> int:
         """The first global sample of `step`, which is the number of those consumed before it."""
         return self._origin_sample + (step - 1 - self._origin_step) * self.global_batch_size
 
     def step_batches(self, step: int) -> list[Microbatch]:
-        """The microbatches of optimizer step `step`, counted from 1."""
+        """The microbatches of optimizer step `step`, counted from 1.
+
+        Raises:
+            UserError: whatever is wrong with a stream, or that it gives nothing any more.
+        """
         assert step >= 1
         self._log_epochs(step)
-        first = self.samples_before(step) + self._rank * self._per_rank
-        sample_ids = np.arange(first, first + self._per_rank)
-        return microbatches(*self.dataset.read(sample_ids), sample_ids, self._microbatch_size, self._separators)
+        if not self.streaming:
+            return self._read(step)[1]
+        self.read_ahead(step)
+        read, batches, self._positions = self._ahead.popleft().result()
+        assert read == step, "streams are read step by step"
+        return batches
+
+    def read_ahead(self, step: int) -> None:
+        """Of streams, read `step` and begin to read those after it.
+
+        Raises:
+            UserError: no document has come for the time allowed.
+        """
+        if not self.streaming:
+            return
+        while len(self._ahead) <= STEPS_AHEAD:
+            self._ahead.append(self._reader.submit(self._read, step + len(self._ahead)))
+        while not self._ahead[0].done():
+            since, stream = self.dataset.waiting()
+            left = self._stall_timeout_s - max(0.0, time.monotonic() - since)
+            if left <= 0:
+                raise UserError(
+                    f"{stream}: no document has come for {self._stall_timeout_s:.0f} s "
+                    "(data.stall_timeout_seconds allows no more)"
+                )
+            wait([self._ahead[0]], timeout=min(1.0, left))
+
+    def _read(self, step: int) -> tuple[int, list[Microbatch], dict[str, Position]]:
+        """The step, its microbatches, and where the streams are after it."""
+        sample_ids = np.arange(self.samples_before(step), self.samples_before(step + 1))
+        sample_ids = sample_ids[np.argsort(self.dataset.stream_of(sample_ids), kind="stable")]
+        mine = sample_ids[self._rank * self._per_rank :][: self._per_rank]
+        batches = microbatches(*self.dataset.read(mine), mine, self._microbatch_size, self._separators)
+        return step, batches, self.dataset.positions()
 
     def _log_epochs(self, step: int) -> None:
         """Say which sources begin an epoch in this step, the first aside."""
@@ -147,9 +209,24 @@ class DataLoader:
         """The dataset, and how many epochs of each source a run of `steps` takes."""
         return self.dataset.describe(self.samples_before(steps + 1))
 
-    def state(self, step: int) -> dict[str, Any]:
-        """The data state, as JSON, after optimizer step `step`; the same on every rank and for every degree."""
+    def positions(self) -> dict[str, Position]:
+        """Of the streams that this rank has read, where they are after the last step taken."""
+        return {name: place for name, place in self._positions.items() if place != self._begun[name]}
+
+    def state(self, step: int, of_all_ranks: Iterable[dict[str, Position]] = ()) -> dict[str, Any]:
+        """The data state, as JSON, after optimizer step `step`; the same on every rank and for every degree.
+
+        Of a stream that several ranks have read, that one counts which is the furthest: it has read the last sample.
+
+        Args:
+            step: The last step taken.
+            of_all_ranks: What `positions` gives on each.
+        """
+        positions = dict(self._begun)
+        for of_a_rank in of_all_ranks:
+            positions |= {name: max(place, positions[name]) for name, place in of_a_rank.items()}
         return {
+            "positions": positions,
             "samples_consumed": self.samples_before(step + 1),
             "origin": [self._origin_step, self._origin_sample],
             "global_batch_size": self.global_batch_size,
@@ -176,6 +253,8 @@ class DataLoader:
                 f"{saved.get('samples_consumed')} in the checkpoint, {consumed} by its step and batch"
             )
         self._origin_step, self._origin_sample = origin_step, origin_sample
+        self.dataset.resume({**saved, **saved.get("positions", {})}, consumed)
+        self._begun = self._positions = self.dataset.positions()
         changes = self._differences(saved, self.state(step))
         if not changes:
             return
@@ -202,11 +281,12 @@ class DataLoader:
             "seed": "debug.seed",
             "n_samples": "the number of samples in an epoch",
             "packing": "data.packing",
+            "streams": "data.streams",
             "global_batch_size": "training.global_batch_size",
         }
         return [
             f"  {names.get(key, key + ' (data.mixture)')}: {saved.get(key, 'none')} in the checkpoint, "
             f"{current.get(key, 'none')} now"
             for key in dict.fromkeys([*names, *saved, *current])
-            if key not in ("source", "samples_consumed", "origin") and saved.get(key) != current.get(key)
+            if key not in ("source", "samples_consumed", "origin", "positions") and saved.get(key) != current.get(key)
         ]

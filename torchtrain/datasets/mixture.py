@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.samples import Dataset
+from torchtrain.datasets.samples import Dataset, Position
 
 OF_THE_RUN = ("tokenizer", "seq_len", "seed")
 """What sources have in common, in a dataset's identity."""
@@ -86,6 +86,28 @@ class Mixture(Dataset):
             rows = sources == source
             tokens[rows], labels[rows] = self._datasets[source].read(numbers[rows])
         return tokens, labels
+
+    def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        sources, numbers = self.locate(sample_ids)
+        streams = np.stack([dataset.stream_of(numbers) for dataset in self._datasets])[sources, np.arange(len(sources))]
+        return np.where(streams < 0, streams, (sources << 32) + streams)
+
+    def positions(self) -> dict[str, Position]:
+        return {
+            f"{name} of source {number}": position
+            for number, dataset in enumerate(self._datasets, start=1)
+            for name, position in dataset.positions().items()
+        }
+
+    def resume(self, saved: dict[str, Any], samples: int) -> None:
+        common = {name: value for name, value in saved.items() if name in OF_THE_RUN}
+        for source, dataset in enumerate(self._datasets):
+            tail = f" of source {source + 1}"
+            own = {name.removesuffix(tail): value for name, value in saved.items() if name.endswith(tail)}
+            dataset.resume({**common, **own}, self.count(source, samples))
+
+    def waiting(self) -> tuple[float, str]:
+        return min(dataset.waiting() for dataset in self._datasets)
 
     def epochs(self, samples: int) -> dict[str, float]:
         return {

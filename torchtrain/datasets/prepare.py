@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, plan_validation, tokenizer_path
-from torchtrain.datasets.corpora import open_corpus, split_corpus
+from torchtrain.datasets.corpora import Corpus, open_corpus, split_corpus
 from torchtrain.datasets.token_cache import Encode, Shards, TokenCache, cache_root, encode_shard, open_token_cache
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +30,12 @@ from torchtrain.utils import UserError, cores
 
 AHEAD = 4
 """Shards a worker that may be read before the oldest is done: one slow shard holds up no one, and memory is bounded."""
+
+
+def open_source(source: DataSource, data: Data) -> Corpus:
+    """The documents of one source, or the part of them that it means."""
+    corpus = open_corpus(source.dataset, source.path, data.text_key, data.on_bad_row, data.streaming)
+    return split_corpus(corpus, source.held_out_share, source.side) if source.held_out_share > 0 else corpus
 
 
 def open_tokens(
@@ -47,10 +53,7 @@ def open_tokens(
     root = cache_root(data.cache_folder)
     if source.dataset == "tokens":
         return open_token_file(source.path, data.token_dtype, tokenizer, root, log)
-    corpus = open_corpus(source.dataset, source.path, data.text_key, data.on_bad_row)
-    if source.held_out_share > 0:
-        corpus = split_corpus(corpus, source.held_out_share, source.side)
-    return open_token_cache(corpus, tokenizer, root, log, encode)
+    return open_token_cache(open_source(source, data), tokenizer, root, log, encode)
 
 
 def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iterator[tuple[int, bytes]]:
@@ -111,7 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
         path = tokenizer_path(config.model)
         tokenizer = load_tokenizer(path)
         encode = partial(encode_in_workers, own.workers, path)
-        for source in [*plan_sources(config.training, config.data, config.validation), *plan_validation(config)]:
+        trained_on = plan_sources(config.training, config.data, config.validation)
+        cached = [source for source in trained_on if source.dataset == "tokens" or not config.data.streaming]
+        if not (sources := [*cached, *plan_validation(config)]):
+            raise UserError("data.streaming = true: the run tokenises documents as it reads them; none to prepare")
+        for source in sources:
             tokens = open_tokens(source, config.data, tokenizer, encode=encode)
             print(f"ready: {tokens.manifest.describe()}", flush=True)
     except UserError as fault:

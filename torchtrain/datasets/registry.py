@@ -26,6 +26,8 @@ class HubSource:
     repository: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
+    """A commit, branch or tag; None: the newest."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
     """What `training.dataset` = `name` means, with `training.dataset_path` = `path`.
 
     A name with a slash that is not in the table is a local folder if there is one, else `owner/name` of the Hugging
-    Face Hub; `:config` and `:config:split` may follow.
+    Face Hub; `@revision`, `:config` and `:config:split` may follow.
 
     Raises:
         UserError: unknown, without the path it needs, with one it takes no notice of, or with one that isn't there.
@@ -74,7 +76,9 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
     if spec is None:
         close = nearest(name, DATASETS)
         hint = f", did you mean {close}?" if close else ""
-        raise UserError(f"{given} is unknown{hint}; allowed: {', '.join(DATASETS)}, or owner/name[:config[:split]]")
+        raise UserError(
+            f"{given} is unknown{hint}; allowed: {', '.join(DATASETS)}, or owner/name[@revision][:config[:split]]"
+        )
     if spec.needs_path and not path:
         raise UserError(f"{given} needs training.dataset_path: {spec.description}")
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
@@ -88,15 +92,16 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
 def _by_place(name: str) -> DatasetSpec | None:
     if "/" not in name:
         return None
-    repository, _, rest = name.partition(":")
+    given, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
-    hub = HubSource(repository, config or None, split or "train")
+    repository, _, revision = given.partition("@")
+    hub = HubSource(repository, config or None, split or "train", revision or None)
     if expanded(repository).is_dir():
         return DatasetSpec("a local folder that the package datasets can read", hub=hub)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]*){0,2}", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^:@]+)?(:[^:]*){0,2}", name):
         raise UserError(
             f"training.dataset = {name!r} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
-            "the Hugging Face Hub, owner/name[:config[:split]]"
+            "the Hugging Face Hub, owner/name[@revision][:config[:split]]"
         )
     return DatasetSpec("a dataset of the Hugging Face Hub", hub=hub)
 

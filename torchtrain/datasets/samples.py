@@ -3,6 +3,7 @@
 Shapes: B samples, S tokens of a sequence.
 """
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 from torchtrain.datasets.data_order import locate
 from torchtrain.datasets.token_cache import TokenCache
 from torchtrain.utils import UserError
+
+Position = list[int]
+"""Where a stream stands (streams.py), its first number that of its next sample: of two, the larger one is further."""
 
 
 class Dataset(Protocol):
@@ -25,10 +29,32 @@ class Dataset(Protocol):
         """Tokens and labels, int64 `[B, S]` each, of samples `[B]`; a label of -100 does not count."""
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the first `samples` samples go through each source, by its name."""
+        """How often the first `samples` samples go through each source, by its name; streams count by themselves."""
+        return {}
 
     def describe(self, samples: int | None = None) -> str:
         """What it holds, for the start of a run, and how many epochs the run's `samples` take; a line a source."""
+
+    # What follows concerns streams alone (streams.py), whose samples can only be read in ascending order.
+
+    def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The stream, int64 `[B]`, of samples `[B]`; -1 where there is none, and any order will do."""
+        return np.full_like(sample_ids, -1)
+
+    def positions(self) -> dict[str, Position]:
+        """Where every stream stands, after what has been read."""
+        return {}
+
+    def resume(self, saved: dict[str, Any], samples: int) -> None:
+        """Go on with sample number `samples` where the identity and the positions in `saved` say, those that still fit.
+
+        Streams of another corpus, or of another number, begin anew.
+        """
+        return None
+
+    def waiting(self) -> tuple[float, str]:
+        """Since when (`time.monotonic`) it waits for a document of a stream, and of which; infinite if it does not."""
+        return math.inf, self.name
 
     @property
     def fingerprint(self) -> str:
