@@ -129,6 +129,23 @@ BAD_TOML = {
         '[data]\nmixture = ["python_stdlib = 1"]\n[training]\ndataset = "c4"',
         ['training.dataset = "c4" has no effect', "data.mixture"],
     ),
+    "streams of what is cached": (
+        "[data]\nstreams = 4",
+        ["data.streams = 4 has no effect while data.streaming = false"],
+    ),
+    "stream of a token file": (
+        '[training]\ndataset = "tokens"\ndataset_path = "run.toml"\n[data]\nstreaming = true',
+        ["data.streaming = true has no effect: token files are read where they lie"],
+    ),
+    "stream packed": ('[data]\nstreaming = true\npacking = "best_fit"', ["data.packing", "before the first step"]),
+    "stream held out": (
+        "[data]\nstreaming = true\n[validation]\nenable = true",
+        ["no documents can be held out", "validation.dataset"],
+    ),
+    "stall beyond the collectives": (
+        "[data]\nstreaming = true\nstall_timeout_seconds = 20\n[comm]\ntrain_timeout_seconds = 20",
+        ["data.stall_timeout_seconds = 20 must be less than comm.train_timeout_seconds = 20"],
+    ),
     "type of no token file": ('[data]\ntoken_dtype = "uint16"', ["data.token_dtype", "has no effect"]),
     "changes of no checkpoint": ("[checkpoint]\naccept_changed_data = true", ["accept_changed_data", "enable = false"]),
     "two tokenizers": ('[model]\ntokenizer_path = "a"\nhf_assets_path = "b"', ['"a"', '"b"', "give one of them"]),

@@ -205,11 +205,12 @@ def kinds(tmp_path_factory, data):
     np.random.default_rng(0).integers(0, 2048, 40_000).astype(np.uint16).tofile(folder / "ids.bin")
     mixed = f"text {data['training.dataset_path']} = 2,text {other} = 1,tokens {folder / 'ids.bin'} = 1"
     mixture = {"training.dataset": None, "training.dataset_path": None, "data.mixture": mixed}
-    return {"cache": data, "mixture": {**data, **mixture}}
+    streamed = {**data, "data.streaming": True, "data.streams": 3}  # of which 2 and 4 ranks share some
+    return {"cache": data, "mixture": {**data, **mixture}, "stream": streamed}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cache", "mixture"])
+@pytest.mark.parametrize("kind", ["cache", "mixture", "stream"])
 def test_killed_on_2_ranks_then_on_4_then_finished_on_1_is_the_uninterrupted_run(tmp_path, kinds, kind):
     train(1, saving(kinds[kind], tmp_path / "whole"))
     folder = tmp_path / "killed"

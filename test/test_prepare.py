@@ -51,6 +51,16 @@ def whole(corpus, tokenizer) -> list[int]:
     return ids
 
 
+def test_a_stream_needs_no_preparing_but_its_validation_set_does(tmp_path, corpus, capsys):
+    given = options({"training.dataset": "text", "training.dataset_path": corpus, "data.streaming": True})
+    assert main(given) == 2
+    assert "data.streaming = true" in capsys.readouterr().err
+    named = {"validation.enable": "true", "validation.dataset": "text", "validation.dataset_path": corpus}
+    extra = {**named, "data.cache_folder": tmp_path}
+    assert main([*given, *(text for key, value in extra.items() for text in (f"--{key}", str(value)))]) == 0
+    assert capsys.readouterr().out.count("ready: text ") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path, corpus, tokenizer, workers):

@@ -92,7 +92,7 @@ def test_files_of_a_hub_are_dealt_out_if_they_come_out_even(tmp_path, streams, f
         own = [text for file in texts[v::streams] for text in file] if files_each else one_after_the_other[v::streams]
         assert read_rows(dataset, range(v, 20 * streams, streams)) == rows_of(tokens_of(own) * 30, 8)[:20]
     said = dataset.describe()
-    assert (f"its files dealt out, {files_each} to each" if files_each else f"every {streams}th document") in said
+    assert (f"to each {files_each} of its files" if files_each else f"to each 1 document in {streams}") in said
 
 
 def test_a_dataset_saved_to_disk_streams(tmp_path):

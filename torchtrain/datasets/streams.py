@@ -77,8 +77,8 @@ class StreamDataset(Dataset):
 
     def describe(self, samples: int | None = None) -> str:
         count, parts = len(self._streams), len(self._streams[0].parts)
-        dealt = f"its files dealt out, {parts} to each" if self._by_part else f"each of every {count}th document"
-        return f"{self.name}: read as it comes, in {count} streams, {dealt}"
+        dealt = f"{parts} of its files" if self._by_part else f"1 document in {count}"
+        return f"{self.name}: read as it comes, in {count} streams, to each {dealt}"
 
 
 class _Stream:

@@ -4,10 +4,12 @@
 
 `tokenizer` is the raw speed at which text becomes ids (one thread, all cores); `page cache` that at which a file's ids
 are read from memory, in order, summed and nothing else. Between them stand the sources, each read as a run reads it: a
-step's batch after the other, in the run's shuffled order. `memory` is by how much the process' own grows meanwhile.
+step's batch after the other, in the run's order. A stream is tokenised meanwhile, by one thread. `memory` is by how
+much the process' own grows.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,16 +31,21 @@ def sources(folder: Path, megabytes: float) -> dict[str, tuple[dict, dict]]:
     texts = [document.text for document in open_corpus(COPIED, None, "").documents()]
     (folder / "corpus").mkdir()
     written = copy = 0
-    while written < megabytes * 1e6:
-        for number, text in enumerate(texts):
-            written += (folder / "corpus" / f"{copy}-{number}.txt").write_bytes(f"# {copy}\n{text}".encode())
-        copy += 1
+    with open(folder / "lines.jsonl", "w", encoding="utf-8") as lines:
+        while written < megabytes * 1e6:
+            for number, text in enumerate(texts):
+                text = f"# {copy}\n{text}"
+                written += (folder / "corpus" / f"{copy}-{number}.txt").write_bytes(text.encode())
+                lines.write(json.dumps({"text": text}) + "\n")
+            copy += 1
     ids = np.random.default_rng(0).integers(0, 2048, int(megabytes * 1e6) // 2, dtype=np.uint16)
     ids.tofile(folder / "ids.bin")
     text, file = f"text {folder / 'corpus'}", f"tokens {folder / 'ids.bin'}"
     return {
         "cache": ({"dataset": "text", "dataset_path": str(folder / "corpus")}, {}),
         "token file": ({"dataset": "tokens", "dataset_path": str(folder / "ids.bin")}, {}),
+        "stream": ({"dataset": "text", "dataset_path": str(folder / "corpus")}, {"streaming": True}),
+        "stream, jsonl": ({"dataset": "jsonl", "dataset_path": str(folder / "lines.jsonl")}, {"streaming": True}),
         "mixture": ({}, {"mixture": [f"{text} = 0.7", f"{file} = 0.2", f"{COPIED} = 0.1"]}),
     }
 
