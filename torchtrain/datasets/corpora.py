@@ -279,8 +279,9 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
 
     def load() -> Any:
         dataset = _load(where, local is not None, source, revision, streaming)
-        if text_key not in (dataset.column_names or [text_key]):  # a stream may not know them
-            raise UserError(f"{name}: {_no_field(text_key, where, dataset.column_names).problem}")
+        fields = dataset.column_names or list(next(iter(dataset), [text_key]))  # a stream may not know them
+        if text_key not in fields:
+            raise UserError(f"{name}: {_no_field(text_key, where, fields).problem}")
         return dataset.select_columns([text_key])  # the other fields are not even read
 
     def rows(load: Callable[[], Any], place: str) -> Rows:

@@ -139,9 +139,8 @@ class DataLoader:
         self._separators = separators
         self._origin_step, self._origin_sample = 0, 0
         self._stall_timeout_s = stall_timeout_seconds
-        self._begun = self._positions = (
-            dataset.positions()
-        )  # of the streams, at the start and after the last step taken
+        # Of the streams: at the start, and after the last step taken.
+        self._begun = self._positions = dataset.positions()
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._ahead: deque[Future[tuple[int, list[Microbatch], dict[str, Position]]]] = deque()
 
