@@ -295,15 +295,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     batch = together(lambda: plan_batch(training, dims.data_parallel))
     data_rank = dims.data_rank(dist.get_rank())
     separators = (tokenizer.bos_id, tokenizer.eos_id) if training.document_masking else None
-    loader = DataLoader(
-        dataset,
-        batch.global_batch_size,
-        data_rank,
-        dims.data_parallel,
-        batch.microbatch_size,
-        separators,
-        config.data.stall_timeout_seconds,
-    )
+    loader = DataLoader(dataset, batch, data_rank, separators, config.data.stall_timeout_seconds)
 
     parts = build_parts(shape, mesh, dims, config)
     for part in parts.values():

@@ -9,6 +9,9 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torchtrain.config_manager import BatchPlan
+from torchtrain.datasets.loader import DataLoader
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 240
 
@@ -39,6 +42,13 @@ def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
         sentences = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(30))
         (folder / f"{number:03}.txt").write_text(".\n".join(sentences), encoding="utf-8")
     return folder
+
+
+def data_loader(dataset, global_batch: int, rank: int, degree: int, microbatch: int, *more, **options) -> DataLoader:
+    """The part of one of `degree` data-parallel ranks; sizes count sequences."""
+    accumulation, rest = divmod(global_batch, degree * microbatch)
+    assert rest == 0
+    return DataLoader(dataset, BatchPlan(global_batch, microbatch, accumulation, degree), rank, *more, **options)
 
 
 def options(overrides: dict) -> list[str]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import data_loader
 
 from torchtrain.config_manager import Data, Training
 from torchtrain.datasets import loader
 from torchtrain.datasets.data_order import locate, permuted
-from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.token_cache import Manifest, TokenCache
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -94,7 +95,7 @@ def test_sequences_cover_the_corpus_and_labels_are_the_next_tokens():
     assert tokens.dtype == labels.dtype == np.int64
     assert sorted(tokens.ravel()) == list(range(100))
     assert (labels == tokens + 1).all()
-    assert "10 samples of 10 tokens (the last 2 tokens dropped)" in dataset.describe()
+    assert "10 samples of 10 tokens (the last 2 tokens dropped)" in dataset.describe(1)
 
 
 @pytest.mark.parametrize(("n_tokens", "n_samples"), [(11, 1), (20, 1), (21, 2), (22, 2)])
@@ -117,7 +118,7 @@ def consumed(dataset: PackedDataset, global_batch: int, degree: int, microbatch:
     ids, tokens, labels = [], [], []
     for step in steps:
         for rank in range(degree):
-            for batch in DataLoader(dataset, global_batch, rank, degree, microbatch).step_batches(step):
+            for batch in data_loader(dataset, global_batch, rank, degree, microbatch).step_batches(step):
                 assert batch.tokens.shape == batch.labels.shape == (microbatch, dataset.seq_len)
                 assert batch.tokens.is_contiguous()
                 assert batch.labels.is_contiguous()
@@ -169,7 +170,7 @@ def test_global_batch_larger_than_the_corpus_runs_across_epochs():
 
 def test_state_is_json_and_the_same_on_every_rank_and_degree():
     dataset = counting_dataset(1001, seq_len=20)
-    states = [DataLoader(dataset, 12, rank, degree, 1).state(7) for degree in (1, 2, 3, 4) for rank in range(degree)]
+    states = [data_loader(dataset, 12, rank, degree, 1).state(7) for degree in (1, 2, 3, 4) for rank in range(degree)]
     assert all(state == states[0] for state in states)
     assert states[0]["samples_consumed"] == 84
     assert json.loads(json.dumps(states[0])) == states[0]
@@ -188,22 +189,22 @@ def test_state_is_json_and_the_same_on_every_rank_and_degree():
 )
 def test_resume_in_another_order_is_refused_by_name(other, batch, named):
     given = {"n_tokens": 1001, "seq_len": 20}
-    saved = json.loads(json.dumps(DataLoader(counting_dataset(**given), 12, 0, 1, 12).state(5)))
-    DataLoader(counting_dataset(**given), 12, 1, 2, 3).resume(saved, 5)
+    saved = json.loads(json.dumps(data_loader(counting_dataset(**given), 12, 0, 1, 12).state(5)))
+    data_loader(counting_dataset(**given), 12, 1, 2, 3).resume(saved, 5)
     with pytest.raises(UserError, match=named):
-        DataLoader(counting_dataset(**(given | other)), batch, 0, 1, batch).resume(saved, 5)
+        data_loader(counting_dataset(**(given | other)), batch, 0, 1, batch).resume(saved, 5)
 
 
 def test_resume_names_every_difference_and_a_wrong_position():
-    saved = DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).state(5)
+    saved = data_loader(counting_dataset(1001, 20), 12, 0, 1, 12).state(5)
     with pytest.raises(UserError) as caught:
-        DataLoader(counting_dataset(1001, 20, seed=1, tokenizer="u"), 12, 0, 1, 12).resume(saved, 5)
+        data_loader(counting_dataset(1001, 20, seed=1, tokenizer="u"), 12, 0, 1, 12).resume(saved, 5)
     assert "debug.seed" in str(caught.value)
     assert "model.tokenizer_path" in str(caught.value)
     with pytest.raises(UserError, match="not of step 6: the samples consumed so far are 60 in the checkpoint, 72 by"):
-        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).resume(saved, 6)
+        data_loader(counting_dataset(1001, 20), 12, 0, 1, 12).resume(saved, 6)
     with pytest.raises(UserError):
-        DataLoader(counting_dataset(1001, 20), 12, 0, 1, 12).resume({}, 5)
+        data_loader(counting_dataset(1001, 20), 12, 0, 1, 12).resume({}, 5)
 
 
 # From files to batches

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from launching import options, write_corpus
+from launching import data_loader, options, write_corpus
 
 from torchtrain.config_manager import ConfigError, Data, JobConfig, Training
 from torchtrain.datasets import packing
 from torchtrain.datasets.documents import split_documents
-from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.packing import best_fit, pieces_of
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.loss import sequence_losses
@@ -177,8 +177,8 @@ def dataset_of(corpus, tokenizer, training=(), data=()):
 
 def test_the_loader_says_where_documents_begin_and_else_changes_nothing(corpus, tokenizer):
     dataset = dataset_of(corpus, tokenizer)
-    plain = DataLoader(dataset, 8, 0, 1, 4).step_batches(1)
-    masked = DataLoader(dataset, 8, 0, 1, 4, (tokenizer.bos_id, tokenizer.eos_id)).step_batches(1)
+    plain = data_loader(dataset, 8, 0, 1, 4).step_batches(1)
+    masked = data_loader(dataset, 8, 0, 1, 4, (tokenizer.bos_id, tokenizer.eos_id)).step_batches(1)
     tokens, labels = dataset.read(np.arange(8))
     several = 0
     for number, (before, after) in enumerate(zip(plain, masked, strict=True)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import kill_group, metrics, running, train, write_corpus
+from launching import data_loader, kill_group, metrics, running, train, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training, plan_batch
 from torchtrain.datasets.loader import DataLoader, build_dataset
@@ -71,7 +71,7 @@ def read(loaders: list[DataLoader], step: int) -> tuple[list[int], torch.Tensor]
 def ranks(build, global_batch: int, degree: int, local_batch: int) -> list[DataLoader]:
     """Each with a dataset of its own, which `build` makes."""
     plan = plan_batch(Training(global_batch_size=global_batch, local_batch_size=local_batch), degree)
-    return [DataLoader(build(), global_batch, rank, degree, plan.microbatch_size) for rank in range(degree)]
+    return [data_loader(build(), global_batch, rank, degree, plan.microbatch_size) for rank in range(degree)]
 
 
 GLOBAL_BATCH = 840  # sequences: every number of ranks from 1 to 8 divides it

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from launching import metrics, train, write_corpus
+from launching import data_loader, metrics, train, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training
 from torchtrain.datasets.corpora import Corpus, Document, open_corpus
@@ -91,7 +91,7 @@ def test_files_of_a_hub_are_dealt_out_if_they_come_out_even(tmp_path, streams, f
     for v in range(streams):
         own = [text for file in texts[v::streams] for text in file] if files_each else one_after_the_other[v::streams]
         assert read_rows(dataset, range(v, 20 * streams, streams)) == rows_of(tokens_of(own) * 30, 8)[:20]
-    said = dataset.describe()
+    said = dataset.describe(1)
     assert (f"to each {files_each} of its files" if files_each else f"to each 1 document in {streams}") in said
 
 
@@ -189,13 +189,13 @@ def test_the_state_takes_of_every_stream_the_rank_that_is_furthest():
     def build():
         return made_up(lambda: documents(TEXTS), streams=2)
 
-    loaders = [DataLoader(build(), 12, rank, 4, 1) for rank in range(4)]  # two ranks a stream
+    loaders = [data_loader(build(), 12, rank, 4, 1) for rank in range(4)]  # two ranks a stream
     for step in (1, 2):
         for loader in loaders:
             loader.step_batches(step)
     positions = [loader.positions() for loader in loaders]
     assert [list(place) for place in positions] == [["stream 0"], ["stream 0"], ["stream 1"], ["stream 1"]]
-    (alone,) = [DataLoader(build(), 12, 0, 1, 12)]
+    (alone,) = [data_loader(build(), 12, 0, 1, 12)]
     alone.step_batches(1)
     alone.step_batches(2)
     state = loaders[3].state(2, positions)
@@ -214,7 +214,7 @@ def test_reading_ahead_is_bounded_and_changes_neither_order_nor_state():
             given.append(number)
             yield Document(f"document {number} " * 3, str(number))
 
-    loader = DataLoader(made_up(rows), 4, 0, 1, 4)
+    loader = data_loader(made_up(rows), 4, 0, 1, 4)
     plain = made_up(rows)
     for step in range(1, 6):
         (batch,) = loader.step_batches(step)
@@ -261,7 +261,7 @@ def test_a_fault_comes_at_its_step_and_no_earlier():
         yield from documents(["word " * 40])
         raise UserError("the disk is on fire")
 
-    loader = DataLoader(made_up(rows), 2, 0, 1, 2)
+    loader = data_loader(made_up(rows), 2, 0, 1, 2)
     take(loader, range(1, 3))
     with pytest.raises(UserError, match="the disk is on fire"):
         take(loader, range(3, 9))
@@ -274,7 +274,7 @@ def test_a_source_that_stalls_is_named_after_the_time_allowed():
         yield from documents(["word " * 40])
         go_on.wait(60)
 
-    loader = DataLoader(made_up(rows, streams=1), 2, 0, 1, 2, stall_timeout_seconds=1)
+    loader = data_loader(made_up(rows, streams=1), 2, 0, 1, 2, stall_timeout_seconds=1)
     try:
         with pytest.raises(UserError, match=r"made up, stream 0 of 1: no document has come for 1 s \(data\.stall"):
             take(loader, range(1, 9))
@@ -290,7 +290,7 @@ def test_a_slow_source_is_waited_for():
             pause.wait(0.05)
             yield Document(text, "here")
 
-    loader = DataLoader(made_up(rows), 16, 0, 1, 16, stall_timeout_seconds=0.5)
+    loader = data_loader(made_up(rows), 16, 0, 1, 16, stall_timeout_seconds=0.5)
     for step in (1, 2):
         loader.step_batches(step)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import data_loader
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
 from torchtrain.datasets import token_cache, token_file
-from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -146,7 +147,7 @@ def test_a_loader_over_a_gigabyte_holds_none_of_it(tmp_path, opened):
     with open(tmp_path / "large.bin", "wb") as file:
         file.truncate(1 << 30)  # all holes: it takes no room on the disk
     before = anonymous_mib()
-    loader = DataLoader(PackedDataset(opened("large.bin"), 1024, seed=0), 64, 0, 1, 8)
+    loader = data_loader(PackedDataset(opened("large.bin"), 1024, seed=0), 64, 0, 1, 8)
     for step in range(1, 200):
         loader.step_batches(step)
     assert anonymous_mib() - before < 64, "one chunk of the first reading, and a few batches"

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from torchtrain.utils import UserError
+from torchtrain.utils import SharedUserError, UserError
 
 T = TypeVar("T")
 
@@ -113,11 +113,8 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
 
     On a shared file system ranks can disagree about what exists, so one of them decides.
     """
-    result, fault = _attempt(action) if dist.get_rank() == 0 else (None, None)
-    shared: list = [result, _told(fault)]
+    shared: list = [together(lambda: action() if dist.get_rank() == 0 else None, group)]
     dist.broadcast_object_list(shared, group=group)  # which leaves the sender's list as it is
-    if shared[1] is not None:
-        raise fault if fault is not None else shared[1]
     return shared[0]
 
 
@@ -134,12 +131,9 @@ def require_equal(value: str, what: str) -> None:
     """Refuse to train where ranks differ in something that must be one.
 
     Raises:
-        UserError: on the first rank that differs from rank 0; PeerFault on the others.
+        SharedUserError: names the first rank that differs from rank 0.
     """
-    reference = on_rank_zero(lambda: value)
-
-    def compare() -> None:
-        if value != reference:
-            raise UserError(f"{what} differs between ranks: {reference} on rank 0, {value} on rank {dist.get_rank()}")
-
-    together(compare)
+    first, *others = gathered(value)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != first:
+            raise SharedUserError(f"{what} differs between ranks: {first} on rank 0, {theirs} on rank {rank}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import Data, DataSource, Training, Validation, plan_sources
+from torchtrain.config_manager import BatchPlan, Data, DataSource, Training, Validation, plan_sources
 from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.packing import BestFitDataset
@@ -117,28 +117,20 @@ class DataLoader:
     def __init__(
         self,
         dataset: Dataset,
-        global_batch_size: int,
+        batch: BatchPlan,
         data_parallel_rank: int,
-        data_parallel_degree: int,
-        microbatch_size: int,
         separators: tuple[int, int] | None = None,
         stall_timeout_seconds: float = math.inf,
     ) -> None:
-        """Sizes count sequences; `microbatch_size` divides global_batch_size / data_parallel_degree.
+        """`separators`, BOS and EOS, are given under document masking alone.
 
-        `separators`, BOS and EOS, are given under document masking alone. A stream may take `stall_timeout_seconds` for
-        a document.
+        A stream may take `stall_timeout_seconds` for a document.
         """
-        assert 0 <= data_parallel_rank < data_parallel_degree
-        assert global_batch_size % (data_parallel_degree * microbatch_size) == 0
-        self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self._per_rank = global_batch_size // data_parallel_degree
-        self._rank = data_parallel_rank
-        self._microbatch_size = microbatch_size
-        self._separators = separators
+        self.dataset, self._separators, self._stall_timeout_s = dataset, separators, stall_timeout_seconds
+        self.global_batch_size, self._microbatch_size = batch.global_batch_size, batch.microbatch_size
+        of_a_rank = batch.microbatch_size * batch.accumulation_steps
+        self._mine = slice(data_parallel_rank * of_a_rank, (data_parallel_rank + 1) * of_a_rank)
         self._origin_step, self._origin_sample = 0, 0
-        self._stall_timeout_s = stall_timeout_seconds
         # Of the streams: at the start, and after the last step taken.
         self._begun = self._positions = dataset.positions()
         self._reader = ThreadPoolExecutor(max_workers=1)
@@ -192,7 +184,7 @@ class DataLoader:
         """The step, its microbatches, and where the streams are after it."""
         sample_ids = np.arange(self.samples_before(step), self.samples_before(step + 1))
         sample_ids = sample_ids[np.argsort(self.dataset.stream_of(sample_ids), kind="stable")]
-        mine = sample_ids[self._rank * self._per_rank :][: self._per_rank]
+        mine = sample_ids[self._mine]
         batches = microbatches(*self.dataset.read(mine), mine, self._microbatch_size, self._separators)
         return step, batches, self.dataset.positions()
 

@@ -116,9 +116,8 @@ class Mixture(Dataset):
             for name, epochs in dataset.epochs(self.count(source, samples)).items()
         }
 
-    def describe(self, samples: int | None = None) -> str:
+    def describe(self, samples: int) -> str:
         lines = [f"{len(self._datasets)} sources, in a pattern of {len(self._pattern):,} samples"]
         for source, (dataset, share) in enumerate(zip(self._datasets, self._shares, strict=True)):
-            taken = None if samples is None else self.count(source, samples)
-            lines.append(f"{float(share):6.2%} {dataset.describe(taken)}")
+            lines.append(f"{float(share):6.2%} {dataset.describe(self.count(source, samples))}")
         return "\n           ".join(lines)

@@ -32,7 +32,7 @@ class Dataset(Protocol):
         """How often the first `samples` samples go through each source, by its name; streams count by themselves."""
         return {}
 
-    def describe(self, samples: int | None = None) -> str:
+    def describe(self, samples: int) -> str:
         """What it holds, for the start of a run, and how many epochs the run's `samples` take; a line a source."""
 
     # What follows concerns streams alone (streams.py), whose samples can only be read in ascending order.
@@ -108,9 +108,8 @@ class PackedDataset(Dataset):
     def epochs(self, samples: int) -> dict[str, float]:
         return {self.name: samples / self.n_samples}
 
-    def describe(self, samples: int | None = None) -> str:
-        taken = "" if samples is None else f"; the run takes {samples / self.n_samples:,.2f} epochs"
+    def describe(self, samples: int) -> str:
         return (
             f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens "
-            f"({self._remark}){taken}"
+            f"({self._remark}); the run takes {samples / self.n_samples:,.2f} epochs"
         )

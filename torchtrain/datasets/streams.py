@@ -75,7 +75,7 @@ class StreamDataset(Dataset):
         since, v = min((stream.waiting_since, v) for v, stream in enumerate(self._streams))
         return since, f"{self.name}, stream {v} of {len(self._streams)}"
 
-    def describe(self, samples: int | None = None) -> str:
+    def describe(self, samples: int) -> str:
         count, parts = len(self._streams), len(self._streams[0].parts)
         dealt = f"{parts} of its files" if self._by_part else f"1 document in {count}"
         return f"{self.name}: read as it comes, in {count} streams, to each {dealt}"

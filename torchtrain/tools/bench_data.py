@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training
+from torchtrain.config_manager import DEBUG_TOKENIZER, BatchPlan, Data, Training
 from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -107,7 +107,7 @@ def main() -> None:
             section = Training(seq_len=given.seq_len, **training)
             cache = Data(cache_folder=str(folder / "cache"), **data)
             dataset = build_dataset(section, cache, tokenizer, 0, log=lambda line: None)
-            loader = DataLoader(dataset, given.batch, 0, 1, given.batch)
+            loader = DataLoader(dataset, BatchPlan(given.batch, given.batch, 1, 1), 0)
             loader.step_batches(1)
             before = anonymous_mib()
             per_batch = given.batch * given.seq_len
