@@ -44,7 +44,7 @@ from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
 from torchtrain.parallelisms.apply import DTYPES, build_parts, build_pipeline, named_weights
-from torchtrain.parallelisms.context_parallel import shard_sequence
+from torchtrain.parallelisms.context_parallel import Ring, shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
@@ -305,8 +305,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     lr_scheduler = get_lr_scheduler(optimizer, config)
     my_part: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731 (a rank that shares no sequence computes all of it)
     if dims.cp > 1:
-        balancer = config.parallelism.context_parallel_load_balancer
-        my_part = partial(shard_sequence, cp_mesh=mesh["cp"], load_balancer=balancer)
+        my_part = partial(shard_sequence, ring=Ring.of(mesh["cp"], config.parallelism))
     context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
     pipeline = None
     if dims.pp > 1:

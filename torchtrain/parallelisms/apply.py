@@ -14,13 +14,11 @@ from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, a
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
-from torchtrain.parallelisms.fsdp import apply_fsdp
+from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline, PipelinePlan, StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
 from torchtrain.pipeline_stages import SCHEDULES, stages_of
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
@@ -98,41 +96,20 @@ def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config
     Tensor and context parallelism change what a block computes on a rank, recomputation of chosen operations wraps its
     forward, compilation traces all of that, recomputation of whole blocks and FSDP's hooks go around.
     """
-    parallelism = config.parallelism
-    param_dtype = DTYPES[config.training.mixed_precision_param]
-    if needs_emulation(mesh.device_type, param_dtype):
+    if needs_emulation(mesh.device_type, DTYPES[config.training.mixed_precision_param]):
         logger.info("bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there")
         apply_emulated_bf16(model)
     if dims.tp > 1:
-        apply_tensor_parallel(
-            model,
-            mesh["tp"],
-            sequence_parallel=not parallelism.disable_sequence_parallel,
-            loss_parallel=not parallelism.disable_loss_parallel,
-            async_tp=parallelism.enable_async_tensor_parallel,
-        )
+        apply_tensor_parallel(model, mesh["tp"], config.parallelism)
     if dims.cp > 1:
-        apply_context_parallel(
-            model,
-            mesh["cp"],
-            method=parallelism.context_parallel_method,
-            rotate=parallelism.context_parallel_rotate_method,
-            load_balancer=parallelism.context_parallel_load_balancer,
-        )
+        apply_context_parallel(model, mesh["cp"], config.parallelism)
     apply_within_blocks(model, config.activation_checkpoint)
     if config.compile.enable and "model" in config.compile.components:
         apply_compile(model, config.compile.backend)
     apply_around_blocks(model, config.activation_checkpoint)
-    reshard = parallelism.fsdp_reshard_after_forward
+    reshard = config.parallelism.fsdp_reshard_after_forward
     if dims.pp > 1 and reshard == "default":
         # Gathering again for each microbatch would cost more than a stage's parameters weigh; and where the backward is
         # split, PyTorch's FSDP then trains wrongly, so that the config check refuses "always" there.
         reshard = "never"
-    apply_fsdp(
-        model,
-        dims.fsdp_mesh(mesh),
-        param_dtype=param_dtype,
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        reshard_after_forward=reshard,
-        cpu_offload=config.training.enable_cpu_offload,
-    )
+    apply_fsdp(model, dims.fsdp_mesh(mesh), config.training, reshard)

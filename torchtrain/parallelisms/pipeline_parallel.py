@@ -19,21 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    FULL_BACKWARD,
-    RECV_B,
-    REDUCE_GRAD,
-    SEND_B,
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    _Action,
-    _PipelineScheduleRuntime,
-    get_schedule_class,
-)
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _PipelineScheduleRuntime
 
 from torchtrain.models.llama import RotaryPositions, Transformer
 from torchtrain.parallelisms.fsdp import reshard
@@ -181,11 +168,11 @@ class Pipeline:
             for stage, part in self.parts.items()
         ]
 
-    def _build_schedule(self) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def _build_schedule(self) -> schedules.PipelineScheduleSingle | schedules.PipelineScheduleMulti:
         plan = self.plan
-        schedule_class, stages = get_schedule_class(plan.schedule), self._stages(plan)
+        schedule_class, stages = schedules.get_schedule_class(plan.schedule), self._stages(plan)
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
-        if issubclass(schedule_class, PipelineScheduleSingle):
+        if issubclass(schedule_class, schedules.PipelineScheduleSingle):
             return schedule_class(stages[0], plan.microbatches, loss_fn=self._loss, scale_grads=False)
         schedule = schedule_class(stages, plan.microbatches, loss_fn=self._loss, scale_grads=False)
         return self._runtime(plan, whole_backwards(schedule.pipeline_order)) if plan.whole_backward else schedule
@@ -206,7 +193,7 @@ def in_turn(plan: PipelinePlan, ranks: int) -> Order:
     return {
         rank: [
             _Action(stage, way, microbatch)
-            for way, order in ((FORWARD, 1), (FULL_BACKWARD, -1))
+            for way, order in ((schedules.FORWARD, 1), (FULL_BACKWARD, -1))
             for stage in stages_of(rank, plan.schedule, plan.stages, ranks)[::order]
             for microbatch in range(plan.microbatches)
         ]
@@ -216,7 +203,7 @@ def in_turn(plan: PipelinePlan, ranks: int) -> Order:
 
 def forwards(orders: dict[int, list[_Action]]) -> dict[int, list[_Action]]:
     """What is left without the backwards. (PyTorch's own evaluation cannot run the V-shaped schedules.)"""
-    backward = (FULL_BACKWARD, SEND_B, RECV_B, REDUCE_GRAD)
+    backward = (FULL_BACKWARD, schedules.SEND_B, schedules.RECV_B, schedules.REDUCE_GRAD)
     return {
         rank: [action for action in steps_of(actions) if action.computation_type not in backward]
         for rank, actions in orders.items()
@@ -231,9 +218,9 @@ def whole_backwards(orders: Order) -> Order:
     """
     return {
         rank: [
-            a._replace(computation_type=FULL_BACKWARD) if a.computation_type == BACKWARD_INPUT else a
+            a._replace(computation_type=FULL_BACKWARD) if a.computation_type == schedules.BACKWARD_INPUT else a
             for a in steps_of(actions)
-            if a.computation_type != BACKWARD_WEIGHT
+            if a.computation_type != schedules.BACKWARD_WEIGHT
         ]
         for rank, actions in orders.items()
     }
