@@ -63,8 +63,9 @@ def build(case):
     with torch.device("meta"):
         model = Transformer(case.shape)
     if case.tp > 1:
-        whole = {"sequence": not case.sequence_parallel, "loss": not case.loss_parallel}
-        parallelism = Parallelism(**{f"disable_{part}_parallel": disabled for part, disabled in whole.items()})
+        parallelism = Parallelism(
+            disable_sequence_parallel=not case.sequence_parallel, disable_loss_parallel=not case.loss_parallel
+        )
         apply_tensor_parallel(model, mesh["tp"], parallelism)
     apply_fsdp(model, mesh["dp_shard"], Training(mixed_precision_param="float32"), reshard_after_forward="default")
     materialise(model, torch.device("cpu"), SEED)

@@ -52,7 +52,6 @@ SHARD_CHARACTERS = 1 << 23
 class Manifest:
     """What a finished cache, or a token file, holds."""
 
-    format: int
     source: str
     files: int
     documents: int | None
@@ -67,6 +66,7 @@ class Manifest:
     """Rows that became no document, by kind."""
     left_out_places: list[str] = field(default_factory=list)
     """The first of them."""
+    format: int = FORMAT
 
     def describe(self) -> str:
         """What is known, in words."""
@@ -336,14 +336,14 @@ def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache 
         return None
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def dtype_for(tokenizer: Tokenizer) -> np.dtype:
     """The smallest unsigned type, of two or four bytes, that holds every id."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[int, bytes]:
     """What an `Encode` makes of one shard."""
-    dtype, bos, eos = token_dtype(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
+    dtype, bos, eos = dtype_for(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
     encoded = tokenizer.encode_batch(texts, threads=threads)
     return len(texts), b"".join(np.concatenate((bos, ids, eos)).astype(dtype).tobytes() for ids in encoded)
 
@@ -357,7 +357,7 @@ def _build(
     corpus: Corpus, contents: dict[str, Any], tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
 ) -> None:
     """Tokenise `corpus`, of which `contents` is known, into `building`, going on after the shards that are there."""
-    dtype = token_dtype(tokenizer)
+    dtype = dtype_for(tokenizer)
     documents, tokens = _already_done(building, dtype.itemsize)
     started, start = time.monotonic(), documents
     again = _Contents()
@@ -383,7 +383,6 @@ def _build(
         (building / "progress.json").unlink(missing_ok=True)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
-        format=FORMAT,
         source=corpus.name,
         files=len(corpus.files),
         documents=again.documents,
@@ -401,11 +400,7 @@ def _build(
 def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     """Documents and tokens that an earlier build has finished."""
     done, tokens = _read_json(building / "progress.json"), building / "cache" / "tokens.bin"
-    if (
-        {"documents", "tokens"} <= done.keys()
-        and tokens.exists()
-        and tokens.stat().st_size >= done["tokens"] * itemsize
-    ):
+    if done and tokens.exists() and tokens.stat().st_size >= done["tokens"] * itemsize:
         return done["documents"], done["tokens"]
     return 0, 0
 

@@ -13,6 +13,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtrain.models.llama import Transformer
 
+CUTOFF = 3.0
+"""No value lies further from 0 than this many standard deviations."""
+
 
 def materialise(model: Transformer, device: torch.device, seed: int, offload: bool = False) -> None:
     """Give a (sharded) model on the meta device its storage and its initial weights, drawn on `device`.
@@ -27,14 +30,13 @@ def materialise(model: Transformer, device: torch.device, seed: int, offload: bo
 
 def draw(model: Transformer, name: str, shape: torch.Size, device: torch.device, seed: int) -> Tensor:
     """The whole parameter `name` in fp32 on `device`."""
-    spec = model.initial_values(name)
+    std = model.initial_std(name)
     whole = torch.empty(shape, dtype=torch.float32, device=device)
-    if spec.kind == "ones":
+    if std is None:
         return whole.fill_(1.0)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    cut = spec.cutoff * spec.std
-    return nn.init.trunc_normal_(whole, mean=0.0, std=spec.std, a=-cut, b=cut, generator=generator)
+    return nn.init.trunc_normal_(whole, mean=0.0, std=std, a=-CUTOFF * std, b=CUTOFF * std, generator=generator)
 
 
 def _copy_slice(parameter: Tensor, whole: Tensor) -> None:

@@ -98,14 +98,13 @@ class Pipeline:
     ) -> None:
         self.parts, self.plan, self.group, self.device = parts, plan, group, device
         self.sequence_losses = sequence_losses
-        self.has_first, self.has_last = 0 in parts, plan.stages - 1 in parts
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
         self.schedule = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
         self.forward_only = self._runtime(evaluation, in_turn(evaluation, group.size()))
         self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
-        self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
+        self.tied = TiedOutput(parts, plan, group, device)
 
     def forward_backward(
         self, tokens: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None = None
@@ -121,16 +120,16 @@ class Pipeline:
         Returns:
             [B], each sequence's loss (a sum over its labels) on ranks that have the last stage; zeros on the others.
         """
-        self.tied.take_weight(self.device)
+        self.tied.take_weight()
         self.divisor = valid
         losses = self._pass(self.schedule.step, tokens, labels, documents)
-        self.tied.hand_in_gradient(self.device)
+        self.tied.hand_in_gradient()
         return losses
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """The losses alone, as `forward_backward` returns them, of a batch of the evaluation plan's sizes."""
-        self.tied.take_weight(self.device)
+        self.tied.take_weight()
         losses = self._pass(self.forward_only.eval, tokens, labels, documents)
         reshard(self.parts.values())
         return losses
@@ -138,10 +137,9 @@ class Pipeline:
     def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
         self.losses = []
         for_all_stages = {} if documents is None else {"documents": documents}  # PyTorch cuts it like the tokens
-        run(*((tokens,) if self.has_first else ()), target=labels, return_outputs=False, **for_all_stages)
-        if self.has_last:
-            return torch.cat(self.losses)
-        return torch.zeros(len(tokens), device=self.device)
+        run(*((tokens,) if 0 in self.parts else ()), target=labels, return_outputs=False, **for_all_stages)
+        has_last = self.plan.stages - 1 in self.parts
+        return torch.cat(self.losses) if has_last else torch.zeros(len(tokens), device=self.device)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of a microbatch, for its backward; microbatches reach the last stage in their order."""
@@ -172,9 +170,8 @@ class Pipeline:
         plan = self.plan
         schedule_class, stages = schedules.get_schedule_class(plan.schedule), self._stages(plan)
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
-        if issubclass(schedule_class, schedules.PipelineScheduleSingle):
-            return schedule_class(stages[0], plan.microbatches, loss_fn=self._loss, scale_grads=False)
-        schedule = schedule_class(stages, plan.microbatches, loss_fn=self._loss, scale_grads=False)
+        given = stages[0] if issubclass(schedule_class, schedules.PipelineScheduleSingle) else stages
+        schedule = schedule_class(given, plan.microbatches, loss_fn=self._loss, scale_grads=False)
         return self._runtime(plan, whole_backwards(schedule.pipeline_order)) if plan.whole_backward else schedule
 
     def _runtime(self, plan: PipelinePlan, orders: Order) -> _PipelineScheduleRuntime:
@@ -258,43 +255,37 @@ class TiedOutput:
     """
 
     def __init__(
-        self, parts: dict[int, Transformer], last_stage: int, last_rank: int, group: dist.ProcessGroup
+        self, parts: dict[int, Transformer], plan: PipelinePlan, group: dist.ProcessGroup, device: torch.device
     ) -> None:
         tied = all(part.shape.tied_embeddings for part in parts.values())
         # The shards that the optimizer updates, kept from here: FSDP puts gathered parameters in their place at times.
         self.embedding = parts[0].tok_embeddings.weight if tied and 0 in parts else None
-        self.copy = parts[last_stage].output.weight if tied and last_stage in parts else None
-        self.last_rank, self.group = last_rank, group
+        self.copy = parts[plan.stages - 1].output.weight if tied and plan.stages - 1 in parts else None
+        self.last_rank, self.group, self.device = plan.last_rank, group, device
 
-    def take_weight(self, device: torch.device) -> None:
+    def take_weight(self) -> None:
         """Make the copy what the embedding is."""
-        self._move(self.embedding, self.copy, 0, self.last_rank, device, Tensor.copy_)
+        self._move(self.embedding, self.copy, 0, self.last_rank, Tensor.copy_)
 
-    def hand_in_gradient(self, device: torch.device) -> None:
+    def hand_in_gradient(self) -> None:
         """Add the copy's gradient to the embedding's, and forget it."""
         gradient = None if self.copy is None else self.copy.grad
         total = None if self.embedding is None else self.embedding.grad
-        self._move(gradient, total, self.last_rank, 0, device, Tensor.add_)
+        self._move(gradient, total, self.last_rank, 0, Tensor.add_)
         if self.copy is not None:
             self.copy.grad = None
 
     @torch.no_grad()
     def _move(
-        self,
-        given: Tensor | None,
-        taken: Tensor | None,
-        source: int,
-        target: int,
-        device: torch.device,
-        put: Callable[[Tensor, Tensor], Tensor],
+        self, given: Tensor | None, taken: Tensor | None, source: int, target: int, put: Callable[..., Tensor]
     ) -> None:
         """Put this rank's part of what rank `source` has into that of rank `target`; travelling on the device."""
         mine, into = (None if x is None else x.to_local() for x in (given, taken))  # type: ignore[attr-defined]
         if mine is not None and into is not None and source == target:
             put(into, mine)
         elif mine is not None and mine.numel() > 0:
-            dist.send(mine.to(device).contiguous(), dist.get_global_rank(self.group, target), self.group)
+            dist.send(mine.to(self.device).contiguous(), dist.get_global_rank(self.group, target), self.group)
         elif into is not None and into.numel() > 0:
-            received = torch.empty_like(into, device=device)
+            received = torch.empty_like(into, device=self.device)
             dist.recv(received, dist.get_global_rank(self.group, source), self.group)
             put(into, received.to(into.device))
