@@ -456,11 +456,8 @@ def _tensors_to_load(
     if retyped:
         logger.info(f"{source.path}: weights are converted: {_first_few(retyped)}")
     random = _rng_tensors(weights)
-    if (
-        optimizer is not None
-        and source.marker.world_size == dist.get_world_size()
-        and all(key in entries and entries[key].size == state.shape for key, state in random.items())
-    ):
+    fits = all(key in entries and entries[key].size == state.shape for key, state in random.items())
+    if optimizer is not None and fits and source.marker.world_size == dist.get_world_size():
         tensors.update(random)
     return tensors
 

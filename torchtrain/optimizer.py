@@ -25,14 +25,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         {"params": [vector for vector in parameters if vector.ndim <= 1], "weight_decay": 0.0},
     ]
     algorithm = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
-    return algorithm(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=config.implementation == "fused",
-        foreach=config.implementation == "foreach",
-    )
+    implementation = {name: config.implementation == name for name in ("fused", "foreach")}
+    return algorithm(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **implementation)
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None) -> Tensor:

@@ -129,9 +129,8 @@ def open_token_cache(
     if cache:
         return cache  # and nothing was written, for which this user may have no right
     with locked(folder, name, log) as progress:
-        contents = found_out(
-            corpus.name, seen, partial(corpus_state, corpus), lambda: _read_through(corpus, progress, log)
-        )
+        state, read = partial(corpus_state, corpus), partial(_read_through, corpus, progress, log)
+        contents = found_out(corpus.name, seen, state, read)
         key = _key(contents["fingerprint"], tokenizer)
         target, building = folder / key, folder / f"{name}.building-{key}"
         cache = _open(target, log)

@@ -105,12 +105,8 @@ def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None
     folder = root / "tokens"
     name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
     with locked(folder, name, log) as progress:
-        return found_out(
-            f"the token file {str(file)!r}",
-            folder / f"{name}.seen.json",
-            partial(files_state, [file]),
-            lambda: _read_through(file, tokens, progress.show),
-        )
+        state, read = partial(files_state, [file]), partial(_read_through, file, tokens, progress.show)
+        return found_out(f"the token file {str(file)!r}", folder / f"{name}.seen.json", state, read)
 
 
 def _read_through(file: Path, tokens: np.ndarray, show: Callable[[str], None]) -> dict[str, Any]:

@@ -26,9 +26,6 @@ from torchtrain.models.llama import RotaryPositions, Transformer
 from torchtrain.parallelisms.fsdp import reshard
 from torchtrain.pipeline_stages import stages_of
 
-Order = dict[int, list[_Action | None]]
-"""By rank of the pipeline, what it does in turn."""
-
 
 class StagePositions(RotaryPositions):
     """Rotations for a stage that is given [B, L, D] instead of tokens; L is but a part of what its attention sees."""
@@ -102,8 +99,10 @@ class Pipeline:
         self.losses: list[Tensor] = []
         self.schedule = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
-        self.forward_only = self._runtime(evaluation, in_turn(evaluation, group.size()))
-        self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
+        turns = {rank: in_turn(evaluation, rank, group.size()) for rank in range(group.size())}
+        self.forward_only = self._runtime(evaluation, turns)
+        orders = self.forward_only.pipeline_order_with_comms
+        self.forward_only.pipeline_order_with_comms = {rank: forwards(actions) for rank, actions in orders.items()}
         self.tied = TiedOutput(parts, plan, group, device)
 
     def forward_backward(
@@ -153,18 +152,11 @@ class Pipeline:
             tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
             h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
             logits = h.new_empty(plan.microbatch_size, plan.seq_len, self.parts[min(self.parts)].shape.vocab_size)
-        return [
-            AccumulatingStage(
-                part,
-                stage,
-                plan.stages,
-                self.device,
-                input_args=h if stage > 0 else tokens,
-                output_args=h if stage < plan.stages - 1 else logits,
-                group=self.group,
-            )
-            for stage, part in self.parts.items()
-        ]
+        stages: list[PipelineStage] = []
+        for stage, part in self.parts.items():
+            given, returned = h if stage > 0 else tokens, h if stage < plan.stages - 1 else logits
+            stages.append(AccumulatingStage(part, stage, plan.stages, self.device, given, returned, group=self.group))
+        return stages
 
     def _build_schedule(self) -> schedules.PipelineScheduleSingle | schedules.PipelineScheduleMulti:
         plan = self.plan
@@ -172,9 +164,12 @@ class Pipeline:
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
         given = stages[0] if issubclass(schedule_class, schedules.PipelineScheduleSingle) else stages
         schedule = schedule_class(given, plan.microbatches, loss_fn=self._loss, scale_grads=False)
-        return self._runtime(plan, whole_backwards(schedule.pipeline_order)) if plan.whole_backward else schedule
+        if not plan.whole_backward:
+            return schedule
+        return self._runtime(plan, {rank: whole_backwards(order) for rank, order in schedule.pipeline_order.items()})
 
-    def _runtime(self, plan: PipelinePlan, orders: Order) -> _PipelineScheduleRuntime:
+    def _runtime(self, plan: PipelinePlan, orders: dict[int, list[_Action | None]]) -> _PipelineScheduleRuntime:
+        """`orders` say what each rank of the pipeline does in turn."""
         runtime = _PipelineScheduleRuntime(self._stages(plan), plan.microbatches, loss_fn=self._loss, scale_grads=False)
         runtime._prepare_schedule_with_comms(orders)
         return runtime
@@ -185,42 +180,34 @@ def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:
     return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
 
 
-def in_turn(plan: PipelinePlan, ranks: int) -> Order:
+def in_turn(plan: PipelinePlan, rank: int, ranks: int) -> list[_Action | None]:
     """All microbatches forward through each stage of a rank in turn, then back: suits every cut and any batch."""
-    return {
-        rank: [
-            _Action(stage, way, microbatch)
-            for way, order in ((schedules.FORWARD, 1), (FULL_BACKWARD, -1))
-            for stage in stages_of(rank, plan.schedule, plan.stages, ranks)[::order]
-            for microbatch in range(plan.microbatches)
-        ]
-        for rank in range(ranks)
-    }
+    stages = stages_of(rank, plan.schedule, plan.stages, ranks)
+    return [
+        _Action(stage, way, microbatch)
+        for way, order in ((schedules.FORWARD, stages), (FULL_BACKWARD, stages[::-1]))
+        for stage in order
+        for microbatch in range(plan.microbatches)
+    ]
 
 
-def forwards(orders: dict[int, list[_Action]]) -> dict[int, list[_Action]]:
+def forwards(actions: list[_Action]) -> list[_Action]:
     """What is left without the backwards. (PyTorch's own evaluation cannot run the V-shaped schedules.)"""
     backward = (FULL_BACKWARD, schedules.SEND_B, schedules.RECV_B, schedules.REDUCE_GRAD)
-    return {
-        rank: [action for action in steps_of(actions) if action.computation_type not in backward]
-        for rank, actions in orders.items()
-    }
+    return [action for action in steps_of(actions) if action.computation_type not in backward]
 
 
-def whole_backwards(orders: Order) -> Order:
+def whole_backwards(actions: list[_Action | None]) -> list[_Action | None]:
     """Each backward whole where its first half was, and no second half.
 
     The halves are separate passes through autograd: a recomputed block would be computed again for each, or fail, and a
     compiled one has a single backward.
     """
-    return {
-        rank: [
-            a._replace(computation_type=FULL_BACKWARD) if a.computation_type == schedules.BACKWARD_INPUT else a
-            for a in steps_of(actions)
-            if a.computation_type != schedules.BACKWARD_WEIGHT
-        ]
-        for rank, actions in orders.items()
-    }
+    return [
+        a._replace(computation_type=FULL_BACKWARD) if a.computation_type == schedules.BACKWARD_INPUT else a
+        for a in steps_of(actions)
+        if a.computation_type != schedules.BACKWARD_WEIGHT
+    ]
 
 
 class AccumulatingStage(PipelineStage):

@@ -47,7 +47,7 @@ def apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, parallelism: 
     Raises:
         UserError: a vocabulary too small for R ranks; async without CUDA.
     """
-    _check_shares(model, tp_mesh.size())
+    _check_vocabulary(model, tp_mesh.size())
     if parallelism.enable_async_tensor_parallel:
         _enable_async(tp_mesh)
     between: Placement = Replicate() if parallelism.disable_sequence_parallel else Shard(1)
@@ -101,15 +101,13 @@ class NormThenGather(ParallelStyle):
         return output.redistribute(mesh, [Replicate()])
 
 
-def _check_shares(model: Transformer, ranks: int) -> None:
+def _check_vocabulary(model: Transformer, ranks: int) -> None:
     """Vocabulary and FSDP's cuts may be uneven; an empty share of the vocabulary would hang the loss."""
-    shape = model.shape
-    for count in (shape.n_heads, shape.n_kv_heads, shape.ffn_hidden_dim):
-        assert count % ranks == 0, f"{count} cannot be split over {ranks} ranks"
-    rows = -(-shape.vocab_size // ranks)
-    if rows * (ranks - 1) >= shape.vocab_size:
+    vocab_size = model.shape.vocab_size
+    rows = -(-vocab_size // ranks)
+    if rows * (ranks - 1) >= vocab_size:
         raise SharedUserError(
-            f"a vocabulary of {shape.vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
+            f"a vocabulary of {vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
             f"parallelism.tensor_parallel_degree = {ranks}, or pad with model.vocab_size = {rows * ranks}"
         )
 
