@@ -28,7 +28,7 @@ from torchtrain.pipeline_stages import (
     default_stages,
     stages_of,
 )
-from torchtrain.utils import UserError
+from torchtrain.utils import SharedUserError, UserError
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
 PIECES = SHAPE.pieces
@@ -206,6 +206,25 @@ def test_pipeline_options_reach_the_schedule(data, monkeypatch):
         ("DualPipeV", 4, 8, 1, 0, True),
         *[("1F1B", 2, 4, 2, 1, False)] * 2,
     ]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "text"),
+    [
+        (8, "pipeline_parallel_microbatch_size = 3 must divide the 8 sequences"),
+        (3, "1 microbatches for 2 stages; 1F1B takes at least one a stage"),
+    ],
+)
+def test_a_resumed_batch_that_does_not_pass_is_refused(data, resumed, text):
+    """With a global batch of -1 it is the checkpoint's, which the config check cannot see."""
+    own = {"training.local_batch_size": 9, "training.global_batch_size": -1}
+    given = {**data, **PP, **own, "parallelism.pipeline_parallel_microbatch_size": 3}
+    config = JobConfig().parse_args(options(given), world_size=2)
+    dims = ParallelDims.from_config(config.parallelism, 2)
+    parts = {0: Transformer(SHAPE)}
+    with pytest.raises(SharedUserError, match="the global batch is the checkpoint's") as fault:
+        apply.build_pipeline(parts, SimpleNamespace(), dims, config, resumed, torch.device("cpu"), len)
+    assert text in str(fault.value)
 
 
 @pytest.fixture(scope="module")

@@ -1012,24 +1012,11 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
         batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size
     except UserError:  # reported elsewhere
         return
-    size = parallelism.pipeline_parallel_microbatch_size
-    keys = (*keys, "training.local_batch_size", "training.global_batch_size")
-    if batch % size:
-        yield Fault(
-            keys,
-            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
-            "pipeline together (the largest divisor of global batch / data-parallel degree up to "
-            "training.local_batch_size)",
-        )
-    elif world_size is not None:
-        try:
-            pipeline_stages.check_microbatches(schedule, batch // size, len(stages), ranks)
-        except UserError as fault:
-            yield Fault(
-                keys,
-                f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
-                f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)",
-            )
+    try:
+        check_batch(parallelism, batch, len(stages))
+    except UserError as fault:
+        if world_size is not None or batch % parallelism.pipeline_parallel_microbatch_size:
+            yield Fault((*keys, "training.local_batch_size", "training.global_batch_size"), str(fault))
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
@@ -1214,6 +1201,28 @@ def plan_stages(parallelism: Parallelism, pieces: list[str]) -> list[list[str]]:
         stages = -(-(len(pieces) - 3 + first + last) // layers)
     pipeline_stages.check_stages(schedule, stages, ranks)
     return pipeline_stages.cut_evenly(pieces, stages, first, last)
+
+
+def check_batch(parallelism: Parallelism, batch: int, stages: int) -> None:
+    """See that a pipeline of so many stages can run the `batch` sequences that a rank's microbatch has.
+
+    Raises:
+        UserError: they cannot be cut as the config says, or the schedule not run so many microbatches.
+    """
+    size, schedule = parallelism.pipeline_parallel_microbatch_size, parallelism.pipeline_parallel_schedule
+    if batch % size:
+        raise UserError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
+            "pipeline together (the largest divisor of global batch / data-parallel degree up to "
+            "training.local_batch_size)"
+        )
+    try:
+        pipeline_stages.check_microbatches(schedule, batch // size, stages, parallelism.pipeline_parallel_degree)
+    except UserError as fault:
+        raise UserError(
+            f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
+            f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)"
+        ) from None
 
 
 def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrain.config_manager import JobConfig, plan_stages
+from torchtrain.config_manager import JobConfig, check_batch, plan_stages
 from torchtrain.logging_utils import logger
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer
@@ -19,6 +19,7 @@ from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline, PipelinePlan, StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
 from torchtrain.pipeline_stages import SCHEDULES, stages_of
+from torchtrain.utils import SharedUserError, UserError
 
 
 def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
@@ -63,11 +64,22 @@ def build_pipeline(
     """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences.
 
     Those of a validation are of its own size.
+
+    Raises:
+        UserError: the schedule cannot run such a batch. The config check has refused what the config says of it, but
+            not what a checkpoint does.
     """
     parallelism, shape = config.parallelism, next(iter(parts.values())).shape
     schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
     stages = len(plan_stages(parallelism, shape.pieces))
     compiled = config.compile.enable and "model" in config.compile.components
+    try:
+        check_batch(parallelism, microbatch_size, stages)
+    except UserError as fault:
+        raise SharedUserError(
+            f"{fault}; with training.global_batch_size = -1 the global batch is the checkpoint's. Change "
+            "parallelism.pipeline_parallel_microbatch_size, training.local_batch_size or the data-parallel degree"
+        ) from None
 
     def plan(sequences: int, seq_len: int) -> PipelinePlan:
         mine = seq_len // dims.cp
