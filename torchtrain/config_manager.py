@@ -567,15 +567,11 @@ def options() -> dict[str, Option]:
     found = {}
     for section, model in SECTIONS.items():
         for key, schema in model.model_json_schema()["properties"].items():
-            optional = "anyOf" in schema
+            name, optional = f"{section}.{key}", "anyOf" in schema
             value_schema = schema["anyOf"][0] if optional else schema
-            found[f"{section}.{key}"] = Option(
-                kind="lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"],
-                optional=optional,
-                allowed=_in_words(value_schema),
-                default=schema["default"],
-                doc=" ".join([schema["description"], *names.get(f"{section}.{key}", [])]),
-            )
+            kind = "lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"]
+            doc = " ".join([schema["description"], *names.get(name, [])])
+            found[name] = Option(kind, optional, _in_words(value_schema), schema["default"], doc)
     return found
 
 

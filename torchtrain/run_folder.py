@@ -73,10 +73,9 @@ class RunFolder:
         metrics = self.path / METRICS_FILE
         if not self.owner or not metrics.exists():
             return
-        kept: list[str] = []
-        moved: list[str] = []
-        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            (kept if _logged_step(line) <= step else moved).append(line)
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _logged_step(line) <= step]
+        moved = [line for line in lines if _logged_step(line) > step]
         if not moved:
             return
         with open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8") as superseded:
