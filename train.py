@@ -43,7 +43,7 @@ from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
-from torchtrain.parallelisms.apply import DTYPES, build_parts, build_pipeline, named_weights
+from torchtrain.parallelisms.apply import DTYPES, build_parts, named_weights
 from torchtrain.parallelisms.context_parallel import Ring, shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
@@ -54,6 +54,7 @@ from torchtrain.ranks import (
     PeerFault,
     end_with_launcher,
     join_process_group,
+    on_rank_zero,
     patient_group,
     require_equal,
     set_timeout,
@@ -309,7 +310,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
     pipeline = None
     if dims.pp > 1:
-        pipeline = build_pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
+        pipeline = Pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
     return Trainer(
         config,
         device,
@@ -381,10 +382,10 @@ def run(config: JobConfig, device: torch.device) -> None:
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
-    together(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
+    on_rank_zero(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
     checkpointer.prepare(trainer.weights, trainer.optimizer)
     facts = describe(trainer)
-    together(lambda: folder.describe_run(facts))
+    on_rank_zero(lambda: folder.describe_run(facts))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
         train(trainer, checkpointer, metrics, profiler)

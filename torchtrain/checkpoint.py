@@ -140,9 +140,9 @@ class Checkpointer:
         tensors = {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer)}
         sizes = self._gather({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
         needed = 2 * sum({name: size for part in sizes for name, size in part.items()}.values())
-        probe, text = self._on_rank_zero(lambda: self._write_probe(needed))
+        probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
-            self._together(lambda: self._read_probe(probe, text))
+            self._together(lambda: self._look_for(probe))
         finally:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
@@ -279,11 +279,11 @@ class Checkpointer:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def _write_probe(self, needed: int) -> tuple[Path, str]:
+    def _write_probe(self, needed: int) -> Path:
         try:
             self._make_folder()
-            probe, text = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}", uuid.uuid4().hex
-            write_durably(probe, text)
+            probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
+            write_durably(probe, "")
             free = shutil.disk_usage(self.folder).free
         except OSError as fault:
             raise UserError(f"checkpoints cannot be written to {self.folder}: {fault.strerror}") from fault
@@ -293,10 +293,10 @@ class Checkpointer:
                 "the last is kept until the next is complete. Make room, choose another checkpoint.folder, or turn "
                 "checkpoint.enable off."
             )
-        return probe, text
+        return probe
 
-    def _read_probe(self, probe: Path, text: str) -> None:
-        if not probe.exists() or probe.read_text() != text:
+    def _look_for(self, probe: Path) -> None:
+        if not probe.exists():
             raise UserError(f"{self.folder} must be on a file system that all ranks share: this one sees no probe file")
 
     def _begin(self, step: int) -> Path | None:
@@ -404,7 +404,6 @@ def _optimizer_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tens
     tensors = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            assert parameter in names, "the optimizer holds a parameter that is not among the weights"
             state = optimizer.state[parameter]
             if not state:
                 device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")

@@ -1,12 +1,12 @@
 """The one place that fixes the order in which the techniques are applied."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrain.config_manager import JobConfig, check_batch, plan_stages
+from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.logging_utils import logger
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer
@@ -16,21 +16,17 @@ from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
 from torchtrain.parallelisms.parallel_dims import ParallelDims
-from torchtrain.parallelisms.pipeline_parallel import Pipeline, PipelinePlan, StagePositions
+from torchtrain.parallelisms.pipeline_parallel import StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
-from torchtrain.pipeline_stages import SCHEDULES, stages_of
-from torchtrain.utils import SharedUserError, UserError
+from torchtrain.pipeline_stages import stages_of
 
 
 def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
     """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
     stages = plan_stages(config.parallelism, shape.pieces)
-    mine = [0]
-    if dims.pp > 1:
-        schedule = config.parallelism.pipeline_parallel_schedule
-        mine = stages_of(mesh["pp"].get_local_rank(), schedule, len(stages), dims.pp)
+    rank = mesh["pp"].get_local_rank() if dims.pp > 1 else 0
     parts = {}
-    for stage in mine:
+    for stage in stages_of(rank, config.parallelism.pipeline_parallel_schedule, len(stages), dims.pp):
         with torch.device("meta"):
             part = Transformer(shape)
         part.keep(stages[stage])
@@ -50,56 +46,6 @@ def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
         for name, parameter in part.named_parameters()
         if not (part.shape.tied_embeddings and name == "output.weight")
     }
-
-
-def build_pipeline(
-    parts: dict[int, Transformer],
-    mesh: DeviceMesh,
-    dims: ParallelDims,
-    config: JobConfig,
-    microbatch_size: int,
-    device: torch.device,
-    sequence_losses: Callable[[Tensor, Tensor], Tensor],
-) -> Pipeline:
-    """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences.
-
-    Those of a validation are of its own size.
-
-    Raises:
-        UserError: the schedule cannot run such a batch. The config check has refused what the config says of it, but
-            not what a checkpoint does.
-    """
-    parallelism, shape = config.parallelism, next(iter(parts.values())).shape
-    schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
-    stages = len(plan_stages(parallelism, shape.pieces))
-    compiled = config.compile.enable and "model" in config.compile.components
-    try:
-        check_batch(parallelism, microbatch_size, stages)
-    except UserError as fault:
-        raise SharedUserError(
-            f"{fault}; with training.global_batch_size = -1 the global batch is the checkpoint's. Change "
-            "parallelism.pipeline_parallel_microbatch_size, training.local_batch_size or the data-parallel degree"
-        ) from None
-
-    def plan(sequences: int, seq_len: int) -> PipelinePlan:
-        mine = seq_len // dims.cp
-        return PipelinePlan(
-            schedule,
-            stages,
-            last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
-            microbatches=sequences // size,
-            microbatch_size=size,
-            seq_len=mine,
-            activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
-            dtype=DTYPES[config.training.mixed_precision_param],
-            whole_backward=SCHEDULES[schedule].splits_backward
-            and (compiled or config.activation_checkpoint.mode != "none"),
-        )
-
-    training, validation = config.training, config.validation
-    sizes = (validation.local_batch_size or microbatch_size, validation.seq_len or training.seq_len)
-    plans = plan(microbatch_size, training.seq_len), plan(*sizes)
-    return Pipeline(parts, *plans, mesh.get_group("pp"), device, sequence_losses)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:

@@ -46,17 +46,20 @@ def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: Training, reshard
     for block in model.layers.values():
         shard(block, reshard_after_forward=reshard)
     shard(model, reshard_after_forward=reshard_after_forward == "always")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the number of valid labels of all ranks, so gradients are summed, not
-            # averaged; a plain SUM on every backend, since gloo knows no pre-multiplied sum.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in fsdp_modules(model):
+        # The loss is already divided by the number of valid labels of all ranks, so gradients are summed, not averaged;
+        # a plain SUM on every backend, since gloo knows no pre-multiplied sum.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Those that gather and shard a group of parameters."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(parts: Iterable[Transformer]) -> None:
     """Free what a forward without a backward has left gathered, so that the weights are the shards again."""
     for part in parts:
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in fsdp_modules(part):
+            module.reshard()

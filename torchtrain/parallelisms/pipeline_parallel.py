@@ -18,13 +18,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _PipelineScheduleRuntime
 
+from torchtrain.config_manager import JobConfig, check_batch, plan_stages
+from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import RotaryPositions, Transformer
-from torchtrain.parallelisms.fsdp import reshard
-from torchtrain.pipeline_stages import stages_of
+from torchtrain.parallelisms.fsdp import DTYPES, fsdp_modules, reshard
+from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.pipeline_stages import SCHEDULES, stages_of
+from torchtrain.utils import SharedUserError, UserError
 
 
 class StagePositions(RotaryPositions):
@@ -72,38 +76,75 @@ class PipelinePlan:
         )
 
 
+def plan_pipeline(shape: ModelShape, dims: ParallelDims, config: JobConfig, batch: int, seq_len: int) -> PipelinePlan:
+    """How batches of `batch` sequences of `seq_len` tokens pass through the pipeline."""
+    parallelism, size = config.parallelism, config.parallelism.pipeline_parallel_microbatch_size
+    schedule, stages = parallelism.pipeline_parallel_schedule, len(plan_stages(parallelism, shape.pieces))
+    compiled = config.compile.enable and "model" in config.compile.components
+    needs_whole = compiled or config.activation_checkpoint.mode != "none"
+    mine = seq_len // dims.cp
+    return PipelinePlan(
+        schedule,
+        stages,
+        last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
+        microbatches=batch // size,
+        microbatch_size=size,
+        seq_len=mine,
+        activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
+        dtype=DTYPES[config.training.mixed_precision_param],
+        whole_backward=SCHEDULES[schedule].splits_backward and needs_whole,
+    )
+
+
 class Pipeline:
     """This rank's stages and the schedule that runs them. All ranks of the pipeline call the methods together.
 
     Args:
         parts: this rank's stages by their number, as `models.llama.Transformer`s that keep their pieces, parallelized.
-        plan: of training, the same on all ranks.
-        evaluation: its sizes are those of the batches to evaluate.
-        group: the ranks of the pipeline.
+        mesh: has the dimension "pp".
+        dims: of the mesh.
+        config: the same on all ranks. Its validation may have batches of its own size.
+        batch: sequences that pass together, the batch plan's `microbatch_size`.
         device: of the computation.
         sequence_losses: logits [B, S, V] and labels [B, S] to the loss of each sequence, [B].
+
+    Raises:
+        UserError: the schedule cannot run such a batch. The config check has refused what the config says of it, but
+            not what a checkpoint does.
     """
 
     def __init__(
         self,
         parts: dict[int, Transformer],
-        plan: PipelinePlan,
-        evaluation: PipelinePlan,
-        group: dist.ProcessGroup,
+        mesh: DeviceMesh,
+        dims: ParallelDims,
+        config: JobConfig,
+        batch: int,
         device: torch.device,
         sequence_losses: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        self.parts, self.plan, self.group, self.device = parts, plan, group, device
+        training, validation, shape = config.training, config.validation, next(iter(parts.values())).shape
+        self.plan = plan = plan_pipeline(shape, dims, config, batch, training.seq_len)
+        try:
+            check_batch(config.parallelism, batch, plan.stages)
+        except UserError as fault:
+            raise SharedUserError(
+                f"{fault}; with training.global_batch_size = -1 the global batch is the checkpoint's. Change "
+                "parallelism.pipeline_parallel_microbatch_size, training.local_batch_size or the data-parallel degree"
+            ) from None
+        sizes = (validation.local_batch_size or batch, validation.seq_len or training.seq_len)
+        evaluation = plan_pipeline(shape, dims, config, *sizes)
+        self.parts, self.group, self.device = parts, mesh.get_group("pp"), device
         self.sequence_losses = sequence_losses
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
         self.schedule = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
-        turns = {rank: in_turn(evaluation, rank, group.size()) for rank in range(group.size())}
+        turns = {rank: in_turn(evaluation, rank, dims.pp) for rank in range(dims.pp)}
         self.forward_only = self._runtime(evaluation, turns)
         orders = self.forward_only.pipeline_order_with_comms
         self.forward_only.pipeline_order_with_comms = {rank: forwards(actions) for rank, actions in orders.items()}
-        self.tied = TiedOutput(parts, plan, group, device)
+        self.tied = TiedOutput(parts, plan, self.group, device)
 
     def forward_backward(
         self, tokens: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None = None
@@ -224,14 +265,13 @@ class AccumulatingStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As PyTorch's, and then what FSDP's hook does."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        for module in self.submod.modules():
-            if isinstance(module, FSDPModule):
-                state = module._get_fsdp_state()
-                several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
-                for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
-                    for parameter in group.fsdp_params if group is not None else ():
-                        parameter.accumulate_unsharded_grad_if_needed()
-                        parameter.to_accumulated_grad_if_needed()
+        for module in fsdp_modules(self.submod):
+            state = module._get_fsdp_state()
+            several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
+            for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
 
 
 class TiedOutput:
