@@ -1001,8 +1001,7 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
     try:
         stages = plan_stages(parallelism, model_shape(config.model).pieces)
     except UserError as fault:
-        text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
-        yield Fault((*keys, *FLAVOR, "model.n_layers"), text)
+        yield Fault((*keys, *FLAVOR, "model.n_layers"), f"parallelism.pipeline_parallel_degree = {ranks}: {fault}")
         return
     try:
         batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size

@@ -277,7 +277,7 @@ def pass_on(x: Tensor, ring: Ring) -> Tensor:
     return exchange(x, sent, received, ring.group)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, ...]:
     """One partial attention.
 
     Args:
@@ -287,12 +287,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
         causal: whether query i sees keys 0 .. i, Lq = Lk, rather than all.
 
     Returns:
-        The result [B, H, Lq, C] in q's type; the log-sum-exps [B, H, Lq], fp32; and two tensors that CUDA's backward
-        asks for (the random state of a dropout, which is 0).
+        The result [B, H, Lq, C] in q's type; the log-sum-exps [B, H, Lq], fp32; and on CUDA two tensors that its
+        backward asks for (the random state of a dropout, which is 0).
     """
     if q.device.type == "cpu":
-        result, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
-        return result, lse, lse.new_empty(0), lse.new_empty(0)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
     if q.dtype == torch.float32:  # the flash kernel has half precisions only
         k, v = unshared(q, k, v)
         result, lse, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)

@@ -49,12 +49,9 @@ def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
     cuts = sorted(enumerate(parameter.placements), key=lambda cut: isinstance(cut[1], _StridedShard))
     for mesh_dim, placement in cuts:
         if isinstance(placement, Shard | _StridedShard):
-            whole = _chunk(whole, placement.dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+            # As DTensor cuts: the first pieces are full, the last may be smaller or empty.
+            length = whole.shape[placement.dim]
+            size = -(-length // mesh.size(mesh_dim))
+            start = min(mesh.get_local_rank(mesh_dim) * size, length)
+            whole = whole.narrow(placement.dim, start, min(size, length - start))
     parameter.to_local().copy_(whole)
-
-
-def _chunk(whole: Tensor, dim: int, ranks: int, rank: int) -> Tensor:
-    """This rank's piece, cut as DTensor cuts: the first pieces are full, the last may be smaller or empty."""
-    size = -(-whole.shape[dim] // ranks)
-    start = min(rank * size, whole.shape[dim])
-    return whole.narrow(dim, start, min(size, whole.shape[dim] - start))
