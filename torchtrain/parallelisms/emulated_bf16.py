@@ -14,8 +14,9 @@ from torchtrain.models.llama import Attention, BlockMask, Transformer
 
 def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
     """Whether this compute precision would fall on PyTorch's slow path: bf16 on a CPU that oneDNN has no kernel for."""
-    has_kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device_type == "cpu" and param_dtype == torch.bfloat16 and not has_kernels
+    if device_type != "cpu" or param_dtype != torch.bfloat16:
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def apply_emulated_bf16(model: Transformer) -> None:
