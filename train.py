@@ -43,8 +43,8 @@ from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
 from torchtrain.optimizer import build_optimizer, clip_grad_norm_
-from torchtrain.parallelisms.apply import DTYPES, build_parts, build_pipeline, named_weights
-from torchtrain.parallelisms.context_parallel import shard_sequence
+from torchtrain.parallelisms.apply import DTYPES, build_parts, named_weights
+from torchtrain.parallelisms.context_parallel import Ring, shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
@@ -55,6 +55,7 @@ from torchtrain.ranks import (
     end_with_launcher,
     gathered,
     join_process_group,
+    on_rank_zero,
     patient_group,
     require_equal,
     set_timeout,
@@ -313,12 +314,11 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     lr_scheduler = get_lr_scheduler(optimizer, config)
     my_part: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731 (a rank that shares no sequence computes all of it)
     if dims.cp > 1:
-        balancer = config.parallelism.context_parallel_load_balancer
-        my_part = partial(shard_sequence, cp_mesh=mesh["cp"], load_balancer=balancer)
+        my_part = partial(shard_sequence, ring=Ring.of(mesh["cp"], config.parallelism))
     context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
     pipeline = None
     if dims.pp > 1:
-        pipeline = build_pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
+        pipeline = Pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
     return Trainer(
         config,
         device,
@@ -390,10 +390,10 @@ def run(config: JobConfig, device: torch.device) -> None:
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
-    together(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
+    on_rank_zero(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
     checkpointer.prepare(trainer.weights, trainer.optimizer)
     facts = describe(trainer)
-    together(lambda: folder.describe_run(facts))
+    on_rank_zero(lambda: folder.describe_run(facts))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
         train(trainer, checkpointer, metrics, profiler)

@@ -11,12 +11,19 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from torchtrain.config_manager import Parallelism
 from torchtrain.loss import IGNORE_INDEX, sequence_losses
 from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import RotaryPositions, Transformer
 from torchtrain.parallelisms.activation_checkpoint import keep_costly
 from torchtrain.parallelisms.compile import apply_compile
-from torchtrain.parallelisms.context_parallel import apply_context_parallel, attend, attend_backward, shard_sequence
+from torchtrain.parallelisms.context_parallel import (
+    Ring,
+    apply_context_parallel,
+    attend,
+    attend_backward,
+    shard_sequence,
+)
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
 from torchtrain.parallelisms.initial_weights import materialise
 
@@ -26,11 +33,11 @@ BATCH, SEQUENCE, VOCABULARY = 3, 48, 64
 pytestmark = pytest.mark.slow
 
 WAYS = {
-    "gathered-ring": {"method": "ring", "rotate": "allgather"},
-    "rotated-ring": {"method": "ring", "rotate": "alltoall"},
-    "ulysses": {"method": "ulysses", "rotate": "allgather"},
+    "gathered-ring": {"method": "ring", "rotate_method": "allgather"},
+    "rotated-ring": {"method": "ring", "rotate_method": "alltoall"},
+    "ulysses": {"method": "ulysses", "rotate_method": "allgather"},
 }
-BALANCERS = {"contiguous": None, "headtail": "headtail"}
+BALANCERS = {"contiguous": "none", "headtail": "headtail"}
 GRID = [f"{way}/{balancer}/{kv}kv" for way in WAYS for balancer in BALANCERS for kv in (4, 8)]
 EXTRAS = [f"{way}/headtail/4kv/{extra}" for way in WAYS for extra in ("recomputed", "costly-kept", "compiled", "bf16")]
 WRONG = [f"{way}/headtail/4kv/contiguous-positions" for way in WAYS]
@@ -90,9 +97,10 @@ def recompute(model, **options):
 def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
     """The relative distances from the one-process run, for this rank."""
     way, balancer, kv, *extra = case.split("/")
-    kv_heads, load_balancer = int(kv.removesuffix("kv")), BALANCERS[balancer]
+    kv_heads, options = int(kv.removesuffix("kv")), WAYS[way] | {"load_balancer": BALANCERS[balancer]}
+    parallelism = Parallelism(**{f"context_parallel_{key}": value for key, value in options.items()})
     reference, model = build(kv_heads, "bf16" in extra), build(kv_heads, "bf16" in extra)
-    apply_context_parallel(model, mesh, **WAYS[way], load_balancer=load_balancer)
+    apply_context_parallel(model, mesh, parallelism)
     if "contiguous-positions" in extra:
         model.rope = ContiguousPositions(model.shape)
     if "recomputed" in extra:
@@ -105,11 +113,12 @@ def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
     tokens, labels = batch()
     valid = (labels != IGNORE_INDEX).sum()
     expected_logits, expected_loss = forward_backward(reference, tokens, labels, valid)
-    shards = [shard_sequence(x, mesh, load_balancer) for x in (tokens, labels)]
+    ring = Ring.of(mesh, parallelism)
+    shards = [shard_sequence(x, ring) for x in (tokens, labels)]
     logits, loss = forward_backward(model, *shards, valid)
     dist.all_reduce(loss)
     distances = {
-        "logits": distance(logits, shard_sequence(expected_logits, mesh, load_balancer)),
+        "logits": distance(logits, shard_sequence(expected_logits, ring)),
         "loss": abs(loss - expected_loss).item() / expected_loss.item(),
     }
     for (name, mine), (same, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):

@@ -24,7 +24,7 @@ DEBUG_MODEL = Path(loader.__file__).with_name("debug_tokenizer.model")
 
 def counting_dataset(n_tokens: int, seq_len: int, seed: int = 0, corpus: str = "c", tokenizer: str = "t"):
     """A dataset whose token at place p is p itself, so that what was read says where it came from."""
-    manifest = Manifest(1, "counting", 1, 1, n_tokens, n_tokens, "uint32", corpus, tokenizer)
+    manifest = Manifest("counting", 1, 1, n_tokens, n_tokens, "uint32", corpus, tokenizer)
     return PackedDataset(TokenCache(manifest, np.arange(n_tokens, dtype=np.uint32)), seq_len, seed)
 
 

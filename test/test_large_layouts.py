@@ -12,8 +12,9 @@ import json, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtrain.config_manager import JobConfig, model_shape, plan_batch
 from torchtrain.loss import sequence_losses
-from torchtrain.parallelisms.apply import build_parts, build_pipeline, named_weights
+from torchtrain.parallelisms.apply import build_parts, named_weights
 from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.pipeline_parallel import Pipeline
 
 file, ranks = sys.argv[1], int(sys.argv[2])
 config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false"], ranks)
@@ -27,7 +28,7 @@ def facts(rank):
     plan = None
     if dims.pp > 1:
         size = plan_batch(config.training, dims.data_parallel).microbatch_size
-        plan = build_pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
+        plan = Pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
     weights = named_weights(parts.values())
     dist.destroy_process_group()
     return {

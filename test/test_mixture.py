@@ -24,7 +24,7 @@ SEQ_LEN = 4
 def source(number: int, n_samples: int, seed: int = 0, corpus: str = "c") -> PackedDataset:
     """A dataset whose tokens say where they are, and of which source."""
     tokens = np.arange(n_samples * SEQ_LEN + 1, dtype=np.uint32) + 1_000_000 * number
-    manifest = Manifest(1, f"source {number}", 1, 1, 9, len(tokens), "uint32", f"{corpus}{number}", "t")
+    manifest = Manifest(f"source {number}", 1, 1, 9, len(tokens), "uint32", f"{corpus}{number}", "t")
     return PackedDataset(TokenCache(manifest, tokens), SEQ_LEN, seed)
 
 

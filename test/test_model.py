@@ -240,12 +240,11 @@ def draw(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = model.initial_values(name)
-            if values.kind == "ones":
+            std = model.initial_std(name)
+            if std is None:
                 parameter.fill_(1.0)
             else:
-                cut = values.cutoff * values.std
-                nn.init.trunc_normal_(parameter, 0.0, values.std, -cut, cut, generator=generator)
+                nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
     return model
 
 
@@ -260,19 +259,19 @@ def test_the_initial_loss_is_near_that_of_a_uniform_guess(tied):
 
 def test_initial_values_by_name():
     model = Transformer(dataclasses.replace(TINY, n_layers=8))
-    values = {name: model.initial_values(name) for name, _ in model.named_parameters()}
-    assert {name for name, value in values.items() if value.kind == "ones"} == {
+    values = {name: model.initial_std(name) for name, _ in model.named_parameters()}
+    assert {name for name, value in values.items() if value is None} == {
         name for name, parameter in model.named_parameters() if parameter.ndim == 1
     }
-    assert values["tok_embeddings.weight"].std == 1.0
-    assert values["output.weight"].std == 48**-0.5
+    assert values["tok_embeddings.weight"] == 1.0
+    assert values["output.weight"] == 48**-0.5
     for matrix in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
-        assert values[f"layers.7.{matrix}.weight"].std == 0.02
+        assert values[f"layers.7.{matrix}.weight"] == 0.02
     for matrix in ("attention.wo", "feed_forward.w2"):
-        assert values[f"layers.0.{matrix}.weight"].std == pytest.approx(0.02 / math.sqrt(2))
-        assert values[f"layers.7.{matrix}.weight"].std == pytest.approx(0.02 / 4)
+        assert values[f"layers.0.{matrix}.weight"] == pytest.approx(0.02 / math.sqrt(2))
+        assert values[f"layers.7.{matrix}.weight"] == pytest.approx(0.02 / 4)
     tied = Transformer(dataclasses.replace(TINY, tied_embeddings=True))
-    assert tied.initial_values("tok_embeddings.weight").std == 0.02
+    assert tied.initial_std("tok_embeddings.weight") == 0.02
 
 
 def test_norms_compute_in_fp32_and_return_the_input_type():

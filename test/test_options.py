@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from torchtrain import ranks
-from torchtrain.config_manager import JobConfig
+from torchtrain.config_manager import JobConfig, Parallelism
 from torchtrain.config_manager import options as all_options
 from torchtrain.logging_utils import init_logging
 from torchtrain.parallelisms import apply
+from torchtrain.parallelisms.context_parallel import Ring, RingAttention, UlyssesAttention, apply_context_parallel
 from torchtrain.tools.layouts import DOCUMENTS
 from torchtrain.utils import UserError
 
@@ -641,8 +642,8 @@ def test_sharing_options_reach_the_model(data, device, monkeypatch):
     for technique in ("tensor", "context"):
         name = f"apply_{technique}_parallel"
 
-        def note(model, mesh, *, technique=technique, **given):
-            calls[technique] = (mesh, given)
+        def note(model, mesh, parallelism, *, technique=technique):
+            calls[technique] = (mesh, parallelism)
 
         monkeypatch.setattr(apply, name, note)
     monkeypatch.setattr(apply, "apply_fsdp", lambda *_, **__: None)
@@ -653,22 +654,26 @@ def test_sharing_options_reach_the_model(data, device, monkeypatch):
         config = JobConfig().parse_args([*options(data), *args], world_size=2)
         dims = train.ParallelDims.from_config(config.parallelism, 2)
         apply.parallelize(model, FakeMesh(), dims, config)
+        assert all(parallelism is config.parallelism for _, parallelism in calls.values())
         return calls.popitem() if calls else None
 
-    tp, cp = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"
-    plain = {"sequence_parallel": True, "loss_parallel": True, "async_tp": False}
     assert given() is None
-    assert given(tp) == ("tensor", ("tp", plain))
-    without = given(tp, "--parallelism.disable_sequence_parallel", "--parallelism.disable_loss_parallel")
-    assert without == ("tensor", ("tp", plain | {"sequence_parallel": False, "loss_parallel": False}))
-    ring = {"method": "ring", "rotate": "allgather", "load_balancer": "headtail"}
-    assert given(cp) == ("context", ("cp", ring))
-    changed = given(cp, "--parallelism.context_parallel_rotate_method=alltoall")
-    assert changed == ("context", ("cp", ring | {"rotate": "alltoall"}))
-    changed = given(
-        cp, "--parallelism.context_parallel_method=ulysses", "--parallelism.context_parallel_load_balancer=none"
-    )
-    assert changed == ("context", ("cp", ring | {"method": "ulysses", "load_balancer": "none"}))
+    technique, (mesh, parallelism) = given("--parallelism.tensor_parallel_degree=2")
+    assert (technique, mesh) == ("tensor", "tp")
+    cp = "--parallelism.context_parallel_degree=2"
+    technique, (mesh, parallelism) = given(cp)
+    assert (technique, mesh) == ("context", "cp")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    assert Ring.of(mesh, parallelism)[2:] == (1, True, True)
+    for option, facts in (("rotate_method=alltoall", (1, True, False)), ("load_balancer=none", (1, False, True))):
+        _, (_, parallelism) = given(
+            "--parallelism.context_parallel_degree=2", f"--parallelism.context_parallel_{option}"
+        )
+        assert Ring.of(mesh, parallelism)[2:] == facts
+    for method, kernel in (("ring", RingAttention), ("ulysses", UlyssesAttention)):
+        apply_context_parallel(model, mesh, Parallelism(context_parallel_method=method))
+        assert type(model.layers["0"].attention.inner_attention) is kernel
+        model = train.Transformer(model.shape)
 
 
 class FakeMesh:
@@ -684,9 +689,5 @@ def test_async_tensor_parallel_needs_cuda(device):
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     with pytest.raises(UserError, match="needs CUDA"):
         apply.apply_tensor_parallel(
-            train.Transformer(train.shape_for(JobConfig(), 2048)),
-            mesh,
-            sequence_parallel=True,
-            loss_parallel=True,
-            async_tp=True,
+            train.Transformer(train.shape_for(JobConfig(), 2048)), mesh, Parallelism(enable_async_tensor_parallel=True)
         )

@@ -17,8 +17,8 @@ from launching import ROOT, metrics, options, run_cases, train
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.models.flavors import FLAVORS, ModelShape
 from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms import apply
 from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.pipeline_parallel import Pipeline, plan_pipeline
 from torchtrain.pipeline_stages import (
     SCHEDULES,
     check_cut,
@@ -28,7 +28,7 @@ from torchtrain.pipeline_stages import (
     default_stages,
     stages_of,
 )
-from torchtrain.utils import UserError
+from torchtrain.utils import SharedUserError, UserError
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
 PIECES = SHAPE.pieces
@@ -189,16 +189,14 @@ PP = {
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 
 
-def test_pipeline_options_reach_the_schedule(data, monkeypatch):
+def test_pipeline_options_reach_the_schedule(data):
     made = []
-    monkeypatch.setattr(apply, "Pipeline", lambda parts, plan, *_: made.append(plan))
     for extra in ({}, {SCHEDULE: "DualPipeV"}, {"parallelism.pipeline_parallel_microbatch_size": 2}):
         for recompute in ("none", "full"):
             given = {**data, **PP, **extra, "activation_checkpoint.mode": recompute}
             config = JobConfig().parse_args(options(given), world_size=2)
             dims = ParallelDims.from_config(config.parallelism, 2)
-            parts = {0: Transformer(SHAPE)}
-            apply.build_pipeline(parts, SimpleNamespace(get_group=str), dims, config, 8, torch.device("cpu"), len)
+            made.append(plan_pipeline(SHAPE, dims, config, 8, config.training.seq_len))
     plans = [(p.schedule, p.stages, p.microbatches, p.microbatch_size, p.last_rank, p.whole_backward) for p in made]
     assert plans == [
         *[("1F1B", 2, 8, 1, 1, False)] * 2,
@@ -206,6 +204,25 @@ def test_pipeline_options_reach_the_schedule(data, monkeypatch):
         ("DualPipeV", 4, 8, 1, 0, True),
         *[("1F1B", 2, 4, 2, 1, False)] * 2,
     ]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "text"),
+    [
+        (8, "pipeline_parallel_microbatch_size = 3 must divide the 8 sequences"),
+        (3, "1 microbatches for 2 stages; 1F1B takes at least one a stage"),
+    ],
+)
+def test_a_resumed_batch_that_does_not_pass_is_refused(data, resumed, text):
+    """With a global batch of -1 it is the checkpoint's, which the config check cannot see."""
+    own = {"training.local_batch_size": 9, "training.global_batch_size": -1}
+    given = {**data, **PP, **own, "parallelism.pipeline_parallel_microbatch_size": 3}
+    config = JobConfig().parse_args(options(given), world_size=2)
+    dims = ParallelDims.from_config(config.parallelism, 2)
+    parts = {0: Transformer(SHAPE)}
+    with pytest.raises(SharedUserError, match="the global batch is the checkpoint's") as fault:
+        Pipeline(parts, SimpleNamespace(), dims, config, resumed, torch.device("cpu"), len)
+    assert text in str(fault.value)
 
 
 @pytest.fixture(scope="module")

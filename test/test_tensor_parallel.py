@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from torchtrain.checkpoint import Checkpointer, Progress
-from torchtrain.config_manager import Checkpoint
+from torchtrain.config_manager import Checkpoint, Parallelism, Training
 from torchtrain.config_manager import Optimizer as OptimizerConfig
 from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.models.flavors import ModelShape
@@ -63,16 +63,11 @@ def build(case):
     with torch.device("meta"):
         model = Transformer(case.shape)
     if case.tp > 1:
-        options = {"sequence_parallel": case.sequence_parallel, "loss_parallel": case.loss_parallel}
-        apply_tensor_parallel(model, mesh["tp"], **options, async_tp=False)
-    apply_fsdp(
-        model,
-        mesh["dp_shard"],
-        param_dtype=torch.float32,
-        reduce_dtype=torch.float32,
-        reshard_after_forward="default",
-        cpu_offload=False,
-    )
+        parallelism = Parallelism(
+            disable_sequence_parallel=not case.sequence_parallel, disable_loss_parallel=not case.loss_parallel
+        )
+        apply_tensor_parallel(model, mesh["tp"], parallelism)
+    apply_fsdp(model, mesh["dp_shard"], Training(mixed_precision_param="float32"), reshard_after_forward="default")
     materialise(model, torch.device("cpu"), SEED)
     return model
 
@@ -240,7 +235,7 @@ def refused(shape, ranks, async_tp):
     with torch.device("meta"):
         model = Transformer(shape)
     with pytest.raises(UserError) as fault:
-        apply_tensor_parallel(model, Mesh(ranks), sequence_parallel=True, loss_parallel=True, async_tp=async_tp)
+        apply_tensor_parallel(model, Mesh(ranks), Parallelism(enable_async_tensor_parallel=async_tp))
     return str(fault.value)
 
 

@@ -140,9 +140,9 @@ class Checkpointer:
         tensors = {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer)}
         sizes = self._gather({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
         needed = 2 * sum({name: size for part in sizes for name, size in part.items()}.values())
-        probe, text = self._on_rank_zero(lambda: self._write_probe(needed))
+        probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
-            self._together(lambda: self._read_probe(probe, text))
+            self._together(lambda: self._look_for(probe))
         finally:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
@@ -190,12 +190,12 @@ class Checkpointer:
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step, steps)
         for step in steps:
-            fault = self._fault(self._path(step))
-            if fault is None:
+            found = self._verify(self._path(step))
+            if isinstance(found, Source):
                 if self.config.initial_load_path:
                     logger.info("checkpoint.initial_load_path is not used: this run has checkpoints of its own")
-                return self._source(self._path(step), model_only=False)
-            self._reject(self._path(step), fault)
+                return found
+            self._reject(self._path(step), found)
         if names:
             raise SharedUserError(
                 f"{self.folder} holds {', '.join(names)}, but none of them is a complete checkpoint. "
@@ -204,13 +204,13 @@ class Checkpointer:
         if not self.config.initial_load_path:
             return None
         path = expanded(self.config.initial_load_path)
-        fault = self._fault(path)
-        if fault is not None:
+        found = self._verify(path, self.config.initial_load_model_only)
+        if isinstance(found, str):
             raise SharedUserError(
-                f"checkpoint.initial_load_path = {str(path)!r} cannot be used: {fault}. "
+                f"checkpoint.initial_load_path = {str(path)!r} cannot be used: {found}. "
                 "It must be the step folder of a complete checkpoint, such as outputs/checkpoint/step-1000."
             )
-        return self._source(path, model_only=self.config.initial_load_model_only)
+        return found
 
     def load(self, source: Source, weights: Weights, optimizer: Optimizer | None) -> None:
         """Fill in place the weights and, unless the weights alone are wanted, optimizer states and random states.
@@ -233,13 +233,9 @@ class Checkpointer:
         metadata = self._together(lambda: _read_index(source))
         everyones = set().union(*self._gather(list(weights)))
         tensors = self._together(lambda: _tensors_to_load(source, metadata, weights, everyones, optimizer))
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
         with _plain_faults(f"reading {source.path}"):
-            dcp.load(
-                tensors,
-                storage_reader=_Reader(source.path, metadata),
-                planner=DefaultLoadPlanner(flatten_state_dict=False),
-                process_group=self.group,
-            )
+            dcp.load(tensors, storage_reader=_Reader(source.path, metadata), planner=planner, process_group=self.group)
         random = {key.split("/")[2]: tensor for key, tensor in tensors.items() if key.startswith("rng/")}
         for kind, state in random.items():
             _random(kind).set_rng_state(state)
@@ -269,9 +265,8 @@ class Checkpointer:
     def _list(self) -> tuple[list[int], list[str]]:
         """Steps that have a folder, newest first, and all names that were a checkpoint once, those set aside too."""
         names = sorted(path.name for path in self.folder.glob("step-*"))
-        return sorted(
-            (int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)), reverse=True
-        ), names
+        steps = [int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)]
+        return sorted(steps, reverse=True), names
 
     # Saving
 
@@ -284,11 +279,11 @@ class Checkpointer:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def _write_probe(self, needed: int) -> tuple[Path, str]:
+    def _write_probe(self, needed: int) -> Path:
         try:
             self._make_folder()
-            probe, text = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}", uuid.uuid4().hex
-            write_durably(probe, text)
+            probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
+            write_durably(probe, "")
             free = shutil.disk_usage(self.folder).free
         except OSError as fault:
             raise UserError(f"checkpoints cannot be written to {self.folder}: {fault.strerror}") from fault
@@ -298,10 +293,10 @@ class Checkpointer:
                 "the last is kept until the next is complete. Make room, choose another checkpoint.folder, or turn "
                 "checkpoint.enable off."
             )
-        return probe, text
+        return probe
 
-    def _read_probe(self, probe: Path, text: str) -> None:
-        if not probe.exists() or probe.read_text() != text:
+    def _look_for(self, probe: Path) -> None:
+        if not probe.exists():
             raise UserError(f"{self.folder} must be on a file system that all ranks share: this one sees no probe file")
 
     def _begin(self, step: int) -> Path | None:
@@ -318,14 +313,9 @@ class Checkpointer:
 
     def _write(self, temporary: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Write this rank's share of the tensors; returns size and digest of each file it wrote."""
-        writer = _Writer(temporary)
+        writer, planner = _Writer(temporary), DefaultSavePlanner(flatten_state_dict=False)
         with _plain_faults(f"writing {temporary}"):
-            dcp.save(
-                tensors,
-                storage_writer=writer,
-                planner=DefaultSavePlanner(flatten_state_dict=False),
-                process_group=self.group,
-            )
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self.group)
         return writer.files.written
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
@@ -363,36 +353,35 @@ class Checkpointer:
     # Finding
 
     def _find_step(self, step: int, steps: list[int]) -> Source:
-        fault = self._fault(self._path(step)) if step in steps else "it is not there"
-        if fault is not None:
+        found = self._verify(self._path(step)) if step in steps else "it is not there"
+        if isinstance(found, str):
             complete = self._on_rank_zero(lambda: [s for s in steps if isinstance(_inspect(self._path(s)), Marker)])
             there = ", ".join(str(s) for s in sorted(complete) if s != step) or "none"
             raise SharedUserError(
-                f"checkpoint.load_step = {step} cannot be loaded from {self._path(step)}: {fault}. "
+                f"checkpoint.load_step = {step} cannot be loaded from {self._path(step)}: {found}. "
                 f"Complete steps in {self.folder}: {there}."
             )
-        return self._source(self._path(step), model_only=False)
+        return found
 
-    def _fault(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, in words: rank 0 looks at names and sizes, then each rank hashes a share."""
-        found = self._on_rank_zero(lambda: _inspect(path))
-        if isinstance(found, str):
-            return found
-        share = sorted(found.files)[dist.get_rank() :: dist.get_world_size()]
-        faults = self._gather(self._together(lambda: _first_altered(path, share, found)))
-        return next((fault for fault in faults if fault is not None), None)
+    def _verify(self, path: Path, model_only: bool = False) -> Source | str:
+        """The checkpoint, or what is wrong with it: rank 0 looks at names and sizes, then each rank hashes a share."""
+        marker = self._on_rank_zero(lambda: _inspect(path))
+        if isinstance(marker, str):
+            return marker
+        share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
+        for fault in self._gather(self._together(lambda: _first_altered(path, share, marker))):
+            if fault is not None:
+                return fault
+        progress = self._on_rank_zero(lambda: _read_state(path))
+        if marker.step != progress.step:
+            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
+        return Source(path, progress, model_only, marker)
 
     def _reject(self, path: Path, fault: str) -> None:
         if self.config.load_only:
             logger.warning(f"the checkpoint {path} is passed over: {fault}")
         else:
             self._on_rank_zero(lambda: _warn_set_aside(path, fault))
-
-    def _source(self, path: Path, model_only: bool) -> Source:
-        marker, progress = self._on_rank_zero(lambda: (_inspect(path), _read_state(path)))
-        if not isinstance(marker, Marker) or marker.step != progress.step:
-            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
-        return Source(path, progress, model_only, marker)
 
     def _supersede(self, step: int) -> None:
         for later in self._list()[0]:
@@ -415,7 +404,6 @@ def _optimizer_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tens
     tensors = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            assert parameter in names, "the optimizer holds a parameter that is not among the weights"
             state = optimizer.state[parameter]
             if not state:
                 device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
@@ -452,13 +440,9 @@ def _tensors_to_load(
     saved = {key for key in entries if key.split("/")[0] in kinds}
     parameter = re.compile(r"model/(.*)|optimizer/(.*)/[^/]*")
     unknown = {key for key in saved if (at := parameter.fullmatch(key)) is None or (at[1] or at[2]) not in everyones}
-    common = {key: (entries[key], tensors[key]) for key in sorted(saved & tensors.keys())}
-    shapes = {key: (list(entry.size), list(tensor.shape)) for key, (entry, tensor) in common.items()}
-    dtypes = {key: (entry.properties.dtype, tensor.dtype) for key, (entry, tensor) in common.items()}
-    reshaped, retyped = (
-        [f"{key} {there} instead of {here}" for key, (there, here) in both.items() if there != here]
-        for both in (shapes, dtypes)
-    )
+    common = [(key, entries[key], tensors[key]) for key in sorted(saved & tensors.keys())]
+    reshaped = _unlike((key, list(entry.size), list(tensor.shape)) for key, entry, tensor in common)
+    retyped = _unlike((key, entry.properties.dtype, tensor.dtype) for key, entry, tensor in common)
     faults = {
         "lacks": sorted(tensors.keys() - saved),
         "has, unknown to this model,": sorted(unknown),
@@ -471,13 +455,14 @@ def _tensors_to_load(
     if retyped:
         logger.info(f"{source.path}: weights are converted: {_first_few(retyped)}")
     random = _rng_tensors(weights)
-    if (
-        optimizer is not None
-        and source.marker.world_size == dist.get_world_size()
-        and all(key in entries and entries[key].size == state.shape for key, state in random.items())
-    ):
+    fits = all(key in entries and entries[key].size == state.shape for key, state in random.items())
+    if optimizer is not None and fits and source.marker.world_size == dist.get_world_size():
         tensors.update(random)
     return tensors
+
+
+def _unlike(pairs: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{key} {there} instead of {here}" for key, there, here in pairs if there != here]
 
 
 def _first_few(items: list[str]) -> str:

@@ -30,7 +30,6 @@ from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
 from torchtrain.utils import UserError, nearest
 
 HELP_SHOWN = 3  # exit status of `python -m torchtrain.config_manager` after --help: all is well, but start nothing
-HELP_OPTIONS = ("-h", "--help")
 DEBUG_TOKENIZER = Path(__file__).parent / "datasets" / "debug_tokenizer.model"
 
 
@@ -395,6 +394,11 @@ DATASET_KEYS = ("training.dataset", "data.mixture", "validation.dataset")
 # What gives a model its shape where no other key of [model] does.
 FLAVOR = ("model.name", "model.flavor")
 
+# What the run writes inside job.dump_folder.
+OUTPUT_FOLDERS = (
+    "profiling.save_traces_folder profiling.save_memory_snapshot_folder metrics.save_tb_folder checkpoint.folder"
+)
+
 # The factors of the world size.
 DEGREES = tuple(f"parallelism.{key}" for key in Parallelism.model_fields if key.endswith("_degree"))
 
@@ -524,8 +528,10 @@ class JobConfig(BaseModel):
                 lines.append(f"{origin[name]}: {fault}")
                 faulty.update((name, *DATASET_KEYS))
         if world_size is None:
-            world_size, environment_faults = world_size_from_environment()
-            lines += environment_faults
+            text = os.environ.get("WORLD_SIZE", "1")
+            world_size = int(text) if text.isdecimal() else 0
+            if world_size == 0:
+                lines.append(f"environment: WORLD_SIZE = {shown(text)}: must be a whole number >= 1")
         for clash in check(config, world_size or None):
             if not faulty.intersection(clash.keys):
                 where = list(dict.fromkeys(origin[key] for key in clash.keys if key in origin))
@@ -539,14 +545,6 @@ class JobConfig(BaseModel):
 
 
 SECTIONS: dict[str, type[Section]] = {name: get_type_hints(JobConfig)[name] for name in JobConfig.model_fields}
-
-
-def world_size_from_environment() -> tuple[int | None, list[str]]:
-    """The number of ranks that torchrun announces, 1 without it; None and a line of report where it is no number."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if text.isdecimal() and int(text) > 0:
-        return int(text), []
-    return None, [f"environment: WORLD_SIZE = {shown(text)}: must be a whole number >= 1"]
 
 
 # ---- the fields, described for the help, the command line and the messages ----
@@ -576,15 +574,11 @@ def options() -> dict[str, Option]:
     found = {}
     for section, model in SECTIONS.items():
         for key, schema in model.model_json_schema()["properties"].items():
-            optional = "anyOf" in schema
+            name, optional = f"{section}.{key}", "anyOf" in schema
             value_schema = schema["anyOf"][0] if optional else schema
-            found[f"{section}.{key}"] = Option(
-                kind="lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"],
-                optional=optional,
-                allowed=_in_words(value_schema),
-                default=schema["default"],
-                doc=" ".join([schema["description"], *names.get(f"{section}.{key}", [])]),
-            )
+            kind = "lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"]
+            doc = " ".join([schema["description"], *names.get(name, [])])
+            found[name] = Option(kind, optional, _in_words(value_schema), schema["default"], doc)
     return found
 
 
@@ -618,7 +612,7 @@ def _in_words(schema: dict[str, Any]) -> str:
 
 def wants_help(args: list[str]) -> bool:
     """Whether the help is asked for, anywhere on the command line."""
-    return any(arg in HELP_OPTIONS for arg in args)
+    return "-h" in args or "--help" in args
 
 
 def print_help() -> None:
@@ -975,15 +969,13 @@ def _check_validation(config: JobConfig) -> Iterator[Fault]:
 def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
     if world_size is None:
         return
+    keys = DEGREES
     try:
         ranks = data_parallel_degree(config.parallelism, world_size)
-    except UserError as fault:
-        yield Fault(DEGREES, str(fault))
-        return
-    try:
+        keys = ("training.global_batch_size", *DEGREES)
         plan_batch(config.training, ranks)
     except UserError as fault:
-        yield Fault(("training.global_batch_size", *DEGREES), str(fault))
+        yield Fault(keys, str(fault))
 
 
 def _check_sharing(config: JobConfig) -> Iterator[Fault]:
@@ -1005,10 +997,9 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
                 + (f" x tensor-parallel degree {tp}" if tp > 1 else ""),
             )
     if ulysses and parallelism.context_parallel_rotate_method != "allgather":
-        yield Fault(
-            ("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_method"),
-            'parallelism.context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"',
-        )
+        rotate = "parallelism.context_parallel_rotate_method"
+        text = f'{rotate} has no effect with context_parallel_method = "ulysses"'
+        yield Fault((rotate, "parallelism.context_parallel_method"), text)
     if config.training.document_masking and cp > 1 and not ulysses:
         yield Fault(
             ("training.document_masking", *(f"parallelism.context_parallel_{key}" for key in ("degree", "method"))),
@@ -1040,43 +1031,26 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
     try:
         stages = plan_stages(parallelism, model_shape(config.model).pieces)
     except UserError as fault:
-        text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
-        yield Fault((*keys, *FLAVOR, "model.n_layers"), text)
+        yield Fault((*keys, *FLAVOR, "model.n_layers"), f"parallelism.pipeline_parallel_degree = {ranks}: {fault}")
         return
     try:
         batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size
     except UserError:  # reported elsewhere
         return
-    size = parallelism.pipeline_parallel_microbatch_size
-    keys = (*keys, "training.local_batch_size", "training.global_batch_size")
-    if batch % size:
-        yield Fault(
-            keys,
-            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
-            "pipeline together (the largest divisor of global batch / data-parallel degree up to "
-            "training.local_batch_size)",
-        )
-    elif world_size is not None:
-        try:
-            pipeline_stages.check_microbatches(schedule, batch // size, len(stages), ranks)
-        except UserError as fault:
-            yield Fault(
-                keys,
-                f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
-                f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)",
-            )
+    try:
+        check_batch(parallelism, batch, len(stages))
+    except UserError as fault:
+        if world_size is not None or batch % parallelism.pipeline_parallel_microbatch_size:
+            yield Fault((*keys, "training.local_batch_size", "training.global_batch_size"), str(fault))
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
     for key, folder in output_folders(config).items():
         if not folder.is_absolute() and (not folder.parts or ".." in folder.parts):
             yield Fault((key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder")
-    path = config.checkpoint.initial_load_path
+    key, path = "checkpoint.initial_load_path", config.checkpoint.initial_load_path
     if path is not None and not Path(path).is_dir():
-        yield Fault(
-            ("checkpoint.initial_load_path",),
-            f"checkpoint.initial_load_path = {shown(path)} is not a folder that exists (seen from {Path.cwd()})",
-        )
+        yield Fault((key,), f"{key} = {shown(path)} is not a folder that exists (seen from {Path.cwd()})")
 
 
 def _check_switches(config: JobConfig) -> Iterator[Fault]:
@@ -1098,10 +1072,8 @@ def _check_switches(config: JobConfig) -> Iterator[Fault]:
         ("parallelism.enable_async_tensor_parallel", "true", config.parallelism.enable_async_tensor_parallel),
     ):
         if wanted and not compiled:
-            yield Fault(
-                (key, "compile.enable", "compile.components"),
-                f"{key} = {value} is the compiler's work: it needs compile.enable = true with the component model",
-            )
+            text = f"{key} = {value} is the compiler's work: it needs compile.enable = true with the component model"
+            yield Fault((key, "compile.enable", "compile.components"), text)
 
 
 # ---- what follows from the values ----
@@ -1256,6 +1228,28 @@ def plan_stages(parallelism: Parallelism, pieces: list[str]) -> list[list[str]]:
     return pipeline_stages.cut_evenly(pieces, stages, first, last)
 
 
+def check_batch(parallelism: Parallelism, batch: int, stages: int) -> None:
+    """See that a pipeline of so many stages can run the `batch` sequences that a rank's microbatch has.
+
+    Raises:
+        UserError: they cannot be cut as the config says, or the schedule not run so many microbatches.
+    """
+    size, schedule = parallelism.pipeline_parallel_microbatch_size, parallelism.pipeline_parallel_schedule
+    if batch % size:
+        raise UserError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
+            "pipeline together (the largest divisor of global batch / data-parallel degree up to "
+            "training.local_batch_size)"
+        )
+    try:
+        pipeline_stages.check_microbatches(schedule, batch // size, stages, parallelism.pipeline_parallel_degree)
+    except UserError as fault:
+        raise UserError(
+            f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
+            f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)"
+        ) from None
+
+
 def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
     """Ranks that read different samples: replicate x shard, with a shard degree of -1 resolved to what is left.
 
@@ -1291,12 +1285,7 @@ def model_shape(model: Model) -> ModelShape:
 
 def output_folders(config: JobConfig) -> dict[str, Path]:
     """The folders that the run writes, as given: relative to `job.dump_folder`, by the keys that name them."""
-    return {
-        "profiling.save_traces_folder": Path(config.profiling.save_traces_folder),
-        "profiling.save_memory_snapshot_folder": Path(config.profiling.save_memory_snapshot_folder),
-        "metrics.save_tb_folder": Path(config.metrics.save_tb_folder),
-        "checkpoint.folder": Path(config.checkpoint.folder),
-    }
+    return {name: Path(_value(config, name)) for name in OUTPUT_FOLDERS.split()}
 
 
 def tokenizer_path(model: Model) -> str:

@@ -91,8 +91,5 @@ def describe(schedule: Schedule, max_lr: float) -> str:
 
 def differences(saved: dict[str, Any], current: Schedule) -> list[str]:
     """What changed since a checkpoint that holds the schedule as `dataclasses.asdict` gives it, a text a number."""
-    return [
-        f"{name} was {saved.get(name)}, is {value}"
-        for name, value in asdict(current).items()
-        if saved.get(name) != value
-    ]
+    numbers = ((name, saved.get(name), value) for name, value in asdict(current).items())
+    return [f"{name} was {before}, is {now}" for name, before, now in numbers if before != now]

@@ -175,20 +175,19 @@ class MetricsLogger:
 
     def _record(self, summary: StepSummary, step_time: float) -> dict[str, Any]:
         """The line of metrics.jsonl; throughput is null where only the first step could tell."""
-        window_time = sum(step for step, _ in self.window)
-        tokens_per_second = self.tokens_per_step * len(self.window) / window_time if self.window else None
+        steps = self.window or [(step_time, summary.data_time_s)]
+        total_time, data_time = sum(step for step, _ in steps), sum(data for _, data in steps)
+        tokens_per_second = self.tokens_per_step * len(steps) / total_time if self.window else None
         mfu = None
         if tokens_per_second is not None and self.peak_flops is not None:
             mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         record = asdict(summary)
-        data_time, total_time = record.pop("data_time_s"), step_time
-        if self.window:
-            data_time, total_time = sum(data for _, data in self.window), window_time
+        del record["data_time_s"]
         return record | {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_time_pct": 100 * data_time / total_time,
-            "step_time_s": total_time / max(1, len(self.window)),
+            "step_time_s": total_time / len(steps),
         }
 
     def _describe(self, record: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchtrain.config_manager import Optimizer as OptimizerConfig
@@ -25,14 +24,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         {"params": [vector for vector in parameters if vector.ndim <= 1], "weight_decay": 0.0},
     ]
     algorithm = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
-    return algorithm(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=config.implementation == "fused",
-        foreach=config.implementation == "foreach",
-    )
+    implementation = {name: config.implementation == name for name in ("fused", "foreach")}
+    return algorithm(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **implementation)
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None) -> Tensor:
@@ -64,17 +57,15 @@ def total_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None)
     and is off by 1e-5 at a million elements and 1e-3 at twenty million, and in bf16 it keeps three digits. Here fp32
     sums run over one row each, and fp64 takes it from there.
     """
-    squares: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
+    squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         rows = torch.linalg.vector_norm(_local(gradient), dim=-1, dtype=torch.float32)
-        squares[_sharded_over(gradient)].append(rows.double().square().sum())
+        squares[_sharing(gradient)].append(rows.double().square().sum())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
-    for shards, parts in squares.items():
+    for groups, parts in squares.items():
         part = torch.stack(parts).sum()
-        if shards is not None:
-            mesh, dims = shards
-            for dim in dims:
-                dist.all_reduce(part, group=mesh.get_group(dim))
+        for group in groups:
+            dist.all_reduce(part, group=group)
         total += part
     if stages is not None:
         dist.all_reduce(total, group=stages)
@@ -86,10 +77,10 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _sharded_over(gradient: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
-    """The mesh and those of its dimensions whose ranks hold different parts; None for a tensor that is whole."""
+def _sharing(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """By dimension of the mesh, the ranks that hold different parts; none for a tensor that is whole."""
     if not isinstance(gradient, DTensor):
-        return None
+        return ()
     assert not any(placement.is_partial() for placement in gradient.placements), "the gradient is not reduced yet"
-    dims = (dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate())
-    return gradient.device_mesh, tuple(dims)
+    dims = [dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+    return tuple(gradient.device_mesh.get_group(dim) for dim in dims)

@@ -37,13 +37,9 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
         if config.enable_profiling:
             idle = config.profile_freq - config.profiler_warmup - config.profiler_active
-            self.trace = torch.profiler.profile(  # of the processor, and of the accelerator where there is one
-                schedule=torch.profiler.schedule(
-                    wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
-                ),
-                on_trace_ready=self._write_trace,
-                record_shapes=True,
-            )
+            steps = torch.profiler.schedule(wait=idle, warmup=config.profiler_warmup, active=config.profiler_active)
+            # Of the processor, and of the accelerator where there is one.
+            self.trace = torch.profiler.profile(schedule=steps, on_trace_ready=self._write_trace, record_shapes=True)
 
     def step(self, step: int) -> None:
         """Tell the profiler that optimizer step `step` has ended."""

@@ -15,7 +15,7 @@ DESCRIPTION_FILES = ("config.toml", "run.json")
 
 
 class RunFolder:
-    """Held by its owner, rank 0, for as long as the run lives; on the other ranks every method does nothing.
+    """Held by its owner, rank 0, for as long as the run lives; only the owner calls the methods.
 
     Raises:
         UserError: the folder cannot be made or written, or another run holds it.
@@ -54,8 +54,6 @@ class RunFolder:
 
     def begin_afresh(self) -> None:
         """Move what an earlier run left to `previous-<n>/`: nothing is overwritten, no curve doubles back."""
-        if not self.owner:
-            return
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
         names |= {folder.parts[0] for folder in output_folders(self.config).values() if not folder.is_absolute()}
         earlier = sorted(name for name in names if (self.path / name).exists())
@@ -71,12 +69,11 @@ class RunFolder:
     def resume_at(self, step: int) -> None:
         """Move logged lines past `step` (and a torn last line) to the superseded file: those steps are taken again."""
         metrics = self.path / METRICS_FILE
-        if not self.owner or not metrics.exists():
+        if not metrics.exists():
             return
-        kept: list[str] = []
-        moved: list[str] = []
-        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            (kept if _logged_step(line) <= step else moved).append(line)
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _logged_step(line) <= step]
+        moved = [line for line in lines if _logged_step(line) > step]
         if not moved:
             return
         with open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8") as superseded:
@@ -88,8 +85,6 @@ class RunFolder:
 
     def describe_run(self, derived: dict[str, Any]) -> None:
         """Write `config.toml` (what was given) and `run.json` (what was derived from it)."""
-        if not self.owner:
-            return
         write_durably(self.path / "config.toml", to_toml(self.config))
         write_durably(self.path / "run.json", json.dumps(derived, indent=2) + "\n")
 

@@ -52,7 +52,6 @@ SHARD_CHARACTERS = 1 << 23
 class Manifest:
     """What a finished cache, or a token file, holds."""
 
-    format: int
     source: str
     files: int
     documents: int | None
@@ -67,6 +66,7 @@ class Manifest:
     """Rows that became no document, by kind."""
     left_out_places: list[str] = field(default_factory=list)
     """The first of them."""
+    format: int = FORMAT
 
     def describe(self) -> str:
         """What is known, in words."""
@@ -129,9 +129,8 @@ def open_token_cache(
     if cache:
         return cache  # and nothing was written, for which this user may have no right
     with locked(folder, name, log) as progress:
-        contents = found_out(
-            corpus.name, seen, partial(corpus_state, corpus), lambda: _read_through(corpus, progress, log)
-        )
+        state, read = partial(corpus_state, corpus), partial(_read_through, corpus, progress, log)
+        contents = found_out(corpus.name, seen, state, read)
         key = _key(contents["fingerprint"], tokenizer)
         target, building = folder / key, folder / f"{name}.building-{key}"
         cache = _open(target, log)
@@ -336,14 +335,14 @@ def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache 
         return None
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def dtype_for(tokenizer: Tokenizer) -> np.dtype:
     """The smallest unsigned type, of two or four bytes, that holds every id."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[int, bytes]:
     """What an `Encode` makes of one shard."""
-    dtype, bos, eos = token_dtype(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
+    dtype, bos, eos = dtype_for(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
     encoded = tokenizer.encode_batch(texts, threads=threads)
     return len(texts), b"".join(np.concatenate((bos, ids, eos)).astype(dtype).tobytes() for ids in encoded)
 
@@ -357,7 +356,7 @@ def _build(
     corpus: Corpus, contents: dict[str, Any], tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
 ) -> None:
     """Tokenise `corpus`, of which `contents` is known, into `building`, going on after the shards that are there."""
-    dtype = token_dtype(tokenizer)
+    dtype = dtype_for(tokenizer)
     documents, tokens = _already_done(building, dtype.itemsize)
     started, start = time.monotonic(), documents
     again = _Contents()
@@ -383,7 +382,6 @@ def _build(
         (building / "progress.json").unlink(missing_ok=True)
         raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
     manifest = Manifest(
-        format=FORMAT,
         source=corpus.name,
         files=len(corpus.files),
         documents=again.documents,
@@ -401,11 +399,7 @@ def _build(
 def _already_done(building: Path, itemsize: int) -> tuple[int, int]:
     """Documents and tokens that an earlier build has finished."""
     done, tokens = _read_json(building / "progress.json"), building / "cache" / "tokens.bin"
-    if (
-        {"documents", "tokens"} <= done.keys()
-        and tokens.exists()
-        and tokens.stat().st_size >= done["tokens"] * itemsize
-    ):
+    if done and tokens.exists() and tokens.stat().st_size >= done["tokens"] * itemsize:
         return done["documents"], done["tokens"]
     return 0, 0
 

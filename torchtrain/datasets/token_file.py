@@ -15,17 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.token_cache import (
-    FORMAT,
-    Manifest,
-    Progress,
-    TokenCache,
-    files_state,
-    found_out,
-    locked,
-    short_hash,
-    token_dtype,
-)
+from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for, files_state, found_out, locked, short_hash
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.utils import UserError, expanded, reading
 
@@ -50,7 +40,7 @@ def open_token_file(
     assert path is not None, "the config check asks for it"
     file = expanded(path)
     with reading(f"the token file {path!r}"):
-        tokens = _map(file, None if dtype is None else np.dtype(dtype), token_dtype(tokenizer))
+        tokens = _map(file, None if dtype is None else np.dtype(dtype), dtype_for(tokenizer))
     facts = _facts(file, tokens, root, log)
     if not 0 <= facts["lowest"] <= facts["highest"] < tokenizer.vocab_size:
         raise UserError(
@@ -60,7 +50,6 @@ def open_token_file(
         )
     return TokenCache(
         Manifest(
-            format=FORMAT,
             source=f"tokens {path}",
             files=1,
             documents=None,
@@ -116,20 +105,16 @@ def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None
     folder = root / "tokens"
     name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
     with locked(folder, name, log) as progress:
-        return found_out(
-            f"the token file {str(file)!r}",
-            folder / f"{name}.seen.json",
-            partial(files_state, [file]),
-            lambda: _read_through(file, tokens, progress),
-        )
+        state, read = partial(files_state, [file]), partial(_read_through, file, tokens, progress.show)
+        return found_out(f"the token file {str(file)!r}", folder / f"{name}.seen.json", state, read)
 
 
-def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:
+def _read_through(file: Path, tokens: np.ndarray, show: Callable[[str], None]) -> dict[str, Any]:
     digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
     lowest, highest = int(tokens[0]), int(tokens[0])
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK]
         digest.update(np.ascontiguousarray(part).data)
         lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
-        progress.show(f"checking {file}: {start / len(tokens):4.0%}")
+        show(f"checking {file}: {start / len(tokens):4.0%}")
     return {"fingerprint": digest.hexdigest(), "lowest": lowest, "highest": highest}

@@ -25,11 +25,6 @@ source code takes up to twice as long), so does its memory, and one text keeps o
 BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to hold as ids."""
 
-WHAT_WORKS = (
-    "What can be read: SentencePiece models (Llama 2's tokenizer.model) and Hugging Face's tokenizer.json; "
-    "`python -m torchtrain.tools.train_tokenizer` makes one of your own text"
-)
-
 
 class SentencePieceTokenizer:
     """A SentencePiece model. Token ids run from 0 to vocab_size - 1; BOS and EOS are for the caller to add."""
@@ -43,7 +38,11 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"tokenizer {name!r} is damaged, or no SentencePiece model. {WHAT_WORKS}") from error
+            raise UserError(
+                f"tokenizer {name!r} is damaged, or no SentencePiece model. What can be read: SentencePiece models "
+                "(Llama 2's tokenizer.model) and Hugging Face's tokenizer.json; "
+                "`python -m torchtrain.tools.train_tokenizer` makes one of your own text"
+            ) from error
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()

@@ -78,14 +78,9 @@ def resolve_shape(name: str, flavor: str, overrides: dict[str, Any]) -> ModelSha
     Raises:
         UserError: unknown family or flavor, named with what exists.
     """
-    if name not in FLAVORS:
-        raise UserError(_unknown("model.name", name, list(FLAVORS)))
-    if flavor not in FLAVORS[name]:
-        raise UserError(_unknown("model.flavor", flavor, list(FLAVORS[name])))
+    for key, given, allowed in (("model.name", name, FLAVORS), ("model.flavor", flavor, FLAVORS.get(name, {}))):
+        if given not in allowed:
+            close = nearest(given, allowed)
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise UserError(f"{key} = {given!r} is unknown; allowed: {', '.join(allowed)}.{hint}")
     return replace(FLAVORS[name][flavor], **{key: value for key, value in overrides.items() if value is not None})
-
-
-def _unknown(key: str, given: str, allowed: list[str]) -> str:
-    close = nearest(given, allowed)
-    hint = f" Did you mean {close!r}?" if close else ""
-    return f"{key} = {given!r} is unknown; allowed: {', '.join(allowed)}.{hint}"

@@ -11,7 +11,6 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Dubey et al. 
 
 import math
 from collections.abc import Callable, Container
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -20,17 +19,6 @@ from torch import Tensor, nn
 
 from torchtrain.models.document_masking import BlockMask, document_mask, masked_attention
 from torchtrain.models.flavors import ModelShape
-
-
-@dataclass(frozen=True)
-class InitialValues:
-    """How a parameter is filled before the first step."""
-
-    kind: Literal["normal", "ones"]
-    std: float = 0.0
-    """Standard deviation of the normal distribution, mean 0, before the cut."""
-    cutoff: float = 3.0
-    """No value lies further from 0 than this many standard deviations."""
 
 
 class Transformer(nn.Module):
@@ -77,22 +65,22 @@ class Transformer(nn.Module):
             h = block(h, rotations, mask)
         return self.output(self.norm(h))
 
-    def initial_values(self, name: str) -> InitialValues:
-        """Of the parameter with this full name.
+    def initial_std(self, name: str) -> float | None:
+        """How the parameter with this full name is filled: with normal values of mean 0 and this deviation, or ones.
 
         Matrices that write into the residual stream shrink with the depth they stand at, so that its variance grows
         slowly (Zhang et al. 2019, arXiv:1908.11365). The output's logits start with a standard deviation near 1. A
         tied embedding starts small, as GPT-2's: at 1, or at dim^-0.5, each token would at first predict itself.
         """
         if name.endswith("norm.weight"):
-            return InitialValues("ones")
+            return None
         if name == "tok_embeddings.weight":
-            return InitialValues("normal", 0.02 if self.shape.tied_embeddings else 1.0)
+            return 0.02 if self.shape.tied_embeddings else 1.0
         if name == "output.weight":
-            return InitialValues("normal", self.shape.dim**-0.5)
+            return self.shape.dim**-0.5
         layer = int(name.split(".")[1])
         writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-        return InitialValues("normal", 0.02 / math.sqrt(2 * (layer + 1)) if writes_residual else 0.02)
+        return 0.02 / math.sqrt(2 * (layer + 1)) if writes_residual else 0.02
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Keep the tie: leaving the meta device (`to_empty`) gives each module a new Parameter of its own."""

@@ -1,9 +1,9 @@
 """The one place that fixes the order in which the techniques are applied."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrain.config_manager import JobConfig, plan_stages
@@ -14,24 +14,19 @@ from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, a
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
-from torchtrain.parallelisms.fsdp import apply_fsdp
+from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
 from torchtrain.parallelisms.parallel_dims import ParallelDims
-from torchtrain.parallelisms.pipeline_parallel import Pipeline, PipelinePlan, StagePositions
+from torchtrain.parallelisms.pipeline_parallel import StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
-from torchtrain.pipeline_stages import SCHEDULES, stages_of
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from torchtrain.pipeline_stages import stages_of
 
 
 def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
     """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
     stages = plan_stages(config.parallelism, shape.pieces)
-    mine = [0]
-    if dims.pp > 1:
-        schedule = config.parallelism.pipeline_parallel_schedule
-        mine = stages_of(mesh["pp"].get_local_rank(), schedule, len(stages), dims.pp)
+    rank = mesh["pp"].get_local_rank() if dims.pp > 1 else 0
     parts = {}
-    for stage in mine:
+    for stage in stages_of(rank, config.parallelism.pipeline_parallel_schedule, len(stages), dims.pp):
         with torch.device("meta"):
             part = Transformer(shape)
         part.keep(stages[stage])
@@ -53,86 +48,26 @@ def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
     }
 
 
-def build_pipeline(
-    parts: dict[int, Transformer],
-    mesh: DeviceMesh,
-    dims: ParallelDims,
-    config: JobConfig,
-    microbatch_size: int,
-    device: torch.device,
-    sequence_losses: Callable[[Tensor, Tensor], Tensor],
-) -> Pipeline:
-    """The pipeline of these stages, over batches of the batch plan's `microbatch_size` sequences.
-
-    Those of a validation are of its own size.
-    """
-    parallelism, shape = config.parallelism, next(iter(parts.values())).shape
-    schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
-    stages = len(plan_stages(parallelism, shape.pieces))
-    compiled = config.compile.enable and "model" in config.compile.components
-
-    def plan(sequences: int, seq_len: int) -> PipelinePlan:
-        mine = seq_len // dims.cp
-        return PipelinePlan(
-            schedule,
-            stages,
-            last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
-            microbatches=sequences // size,
-            microbatch_size=size,
-            seq_len=mine,
-            activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
-            dtype=DTYPES[config.training.mixed_precision_param],
-            whole_backward=SCHEDULES[schedule].splits_backward
-            and (compiled or config.activation_checkpoint.mode != "none"),
-        )
-
-    training, validation = config.training, config.validation
-    sizes = (validation.local_batch_size or microbatch_size, validation.seq_len or training.seq_len)
-    plans = plan(microbatch_size, training.seq_len), plan(*sizes)
-    return Pipeline(parts, *plans, mesh.get_group("pp"), device, sequence_losses)
-
-
 def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:
     """Apply every technique the config asks for, in place, from the innermost to the outermost.
 
     Tensor and context parallelism change what a block computes on a rank, recomputation of chosen operations wraps its
     forward, compilation traces all of that, recomputation of whole blocks and FSDP's hooks go around.
     """
-    parallelism = config.parallelism
-    param_dtype = DTYPES[config.training.mixed_precision_param]
-    if needs_emulation(mesh.device_type, param_dtype):
+    if needs_emulation(mesh.device_type, DTYPES[config.training.mixed_precision_param]):
         logger.info("bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there")
         apply_emulated_bf16(model)
     if dims.tp > 1:
-        apply_tensor_parallel(
-            model,
-            mesh["tp"],
-            sequence_parallel=not parallelism.disable_sequence_parallel,
-            loss_parallel=not parallelism.disable_loss_parallel,
-            async_tp=parallelism.enable_async_tensor_parallel,
-        )
+        apply_tensor_parallel(model, mesh["tp"], config.parallelism)
     if dims.cp > 1:
-        apply_context_parallel(
-            model,
-            mesh["cp"],
-            method=parallelism.context_parallel_method,
-            rotate=parallelism.context_parallel_rotate_method,
-            load_balancer=parallelism.context_parallel_load_balancer,
-        )
+        apply_context_parallel(model, mesh["cp"], config.parallelism)
     apply_within_blocks(model, config.activation_checkpoint)
     if config.compile.enable and "model" in config.compile.components:
         apply_compile(model, config.compile.backend)
     apply_around_blocks(model, config.activation_checkpoint)
-    reshard = parallelism.fsdp_reshard_after_forward
+    reshard = config.parallelism.fsdp_reshard_after_forward
     if dims.pp > 1 and reshard == "default":
         # Gathering again for each microbatch would cost more than a stage's parameters weigh; and where the backward is
         # split, PyTorch's FSDP then trains wrongly, so that the config check refuses "always" there.
         reshard = "never"
-    apply_fsdp(
-        model,
-        dims.fsdp_mesh(mesh),
-        param_dtype=param_dtype,
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        reshard_after_forward=reshard,
-        cpu_offload=config.training.enable_cpu_offload,
-    )
+    apply_fsdp(model, dims.fsdp_mesh(mesh), config.training, reshard)

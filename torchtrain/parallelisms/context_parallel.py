@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtrain.config_manager import Parallelism
 from torchtrain.models.llama import BlockMask, CausalAttention, RotaryPositions, Transformer
 
 aten = torch.ops.aten
@@ -41,55 +42,57 @@ class Ring(NamedTuple):
     gathers: bool
     """All keys and values at once, instead of one rank's at a time."""
 
+    @classmethod
+    def of(cls, cp_mesh: DeviceMesh, parallelism: Parallelism) -> "Ring":
+        """This rank's on a mesh of one dimension, sharing as the config says."""
+        headtail = parallelism.context_parallel_load_balancer == "headtail"
+        gathers = parallelism.context_parallel_rotate_method == "allgather"
+        return cls(cp_mesh.get_group().group_name, cp_mesh.get_local_rank(), cp_mesh.size(), headtail, gathers)
 
-def apply_context_parallel(
-    model: Transformer, cp_mesh: DeviceMesh, *, method: str, rotate: str, load_balancer: str | None
-) -> None:
+
+def apply_context_parallel(model: Transformer, cp_mesh: DeviceMesh, parallelism: Parallelism) -> None:
     """Exchange, in place, every attention kernel and the positions for ones that know of the other shards.
 
     Args:
         model: has no parameter changed, and may hold part of the heads only (tensor parallelism).
         cp_mesh: one-dimensional. Every rank feeds the model its own `shard_sequence` of tokens.
-        method: "ring", or "ulysses", for which the degree must divide the query heads and the key/value heads.
-        rotate: "allgather" or "alltoall"; only the ring asks.
-        load_balancer: "headtail", or "none" (or None) for contiguous shards; the same as given to `shard_sequence`.
+        parallelism: says how. For "ulysses" the degree must divide the query heads and the key/value heads.
     """
-    name = cp_mesh.get_group().group_name
-    ring = Ring(name, cp_mesh.get_local_rank(), cp_mesh.size(), load_balancer == "headtail", rotate == "allgather")
+    ring = Ring.of(cp_mesh, parallelism)
+    ulysses = parallelism.context_parallel_method == "ulysses"
     for module in list(model.modules()):
         for attribute, child in list(module.named_children()):
             if isinstance(child, CausalAttention):  # inside Attention, or inside the wrapper that widens bf16
-                kernel = RingAttention(ring) if method == "ring" else UlyssesAttention(child, ring)
+                kernel = UlyssesAttention(child, ring) if ulysses else RingAttention(ring)
                 setattr(module, attribute, kernel)
-    model.rope = ShardPositions(model.rope, cp_mesh, load_balancer)
+    model.rope = ShardPositions(model.rope, ring)
 
 
-def shard_sequence(x: Tensor, cp_mesh: DeviceMesh, load_balancer: str | None) -> Tensor:
+def shard_sequence(x: Tensor, ring: Ring) -> Tensor:
     """This rank's part of a sequence, tokens and labels alike: [B, S] to [B, S/R].
 
     R divides S; 2R does under "headtail" (the config check sees to it).
     """
-    rank, size = cp_mesh.get_local_rank(), cp_mesh.size()
-    pieces = 2 * size if load_balancer == "headtail" else size
+    pieces = 2 * ring.size if ring.headtail else ring.size
     assert x.shape[1] % pieces == 0, f"{x.shape[1]} positions do not make {pieces} equal chunks"
     chunks = x.chunk(pieces, dim=1)
-    return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) if pieces > size else chunks[rank].contiguous()
+    mine = chunks[ring.rank]
+    return torch.cat((mine, chunks[-1 - ring.rank]), dim=1) if ring.headtail else mine.contiguous()
 
 
 class ShardPositions(RotaryPositions):
     """The rotations of the positions that this rank's shard has in the whole sequence."""
 
-    def __init__(self, whole: RotaryPositions, cp_mesh: DeviceMesh, load_balancer: str | None) -> None:
+    def __init__(self, whole: RotaryPositions, ring: Ring) -> None:
         super().__init__(whole.shape)
-        self.cp_mesh = cp_mesh
-        self.load_balancer = load_balancer
+        self.ring = ring
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """tokens [B, L] of the shard, to rotations [L, 1, C/2], complex64; with `documents` [B, S] [B, L, 1, C/2]."""
-        positions = torch.arange(tokens.shape[1] * self.cp_mesh.size(), device=tokens.device).unsqueeze(0)
+        positions = torch.arange(tokens.shape[1] * self.ring.size, device=tokens.device).unsqueeze(0)
         if documents is not None:
             positions = positions - documents
-        return self.at(shard_sequence(positions, self.cp_mesh, self.load_balancer).squeeze(0))
+        return self.at(shard_sequence(positions, self.ring).squeeze(0))
 
 
 class UlyssesAttention(nn.Module):
@@ -274,7 +277,7 @@ def pass_on(x: Tensor, ring: Ring) -> Tensor:
     return exchange(x, sent, received, ring.group)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, ...]:
     """One partial attention.
 
     Args:
@@ -284,12 +287,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
         causal: whether query i sees keys 0 .. i, Lq = Lk, rather than all.
 
     Returns:
-        The result [B, H, Lq, C] in q's type; the log-sum-exps [B, H, Lq], fp32; and two tensors that CUDA's backward
-        asks for (the random state of a dropout, which is 0).
+        The result [B, H, Lq, C] in q's type; the log-sum-exps [B, H, Lq], fp32; and on CUDA two tensors that its
+        backward asks for (the random state of a dropout, which is 0).
     """
     if q.device.type == "cpu":
-        result, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
-        return result, lse, lse.new_empty(0), lse.new_empty(0)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
     if q.dtype == torch.float32:  # the flash kernel has half precisions only
         k, v = unshared(q, k, v)
         result, lse, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)

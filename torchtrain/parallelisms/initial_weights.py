@@ -13,6 +13,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtrain.models.llama import Transformer
 
+CUTOFF = 3.0
+"""No value lies further from 0 than this many standard deviations."""
+
 
 def materialise(model: Transformer, device: torch.device, seed: int, offload: bool = False) -> None:
     """Give a (sharded) model on the meta device its storage and its initial weights, drawn on `device`.
@@ -27,14 +30,13 @@ def materialise(model: Transformer, device: torch.device, seed: int, offload: bo
 
 def draw(model: Transformer, name: str, shape: torch.Size, device: torch.device, seed: int) -> Tensor:
     """The whole parameter `name` in fp32 on `device`."""
-    spec = model.initial_values(name)
+    std = model.initial_std(name)
     whole = torch.empty(shape, dtype=torch.float32, device=device)
-    if spec.kind == "ones":
+    if std is None:
         return whole.fill_(1.0)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    cut = spec.cutoff * spec.std
-    return nn.init.trunc_normal_(whole, mean=0.0, std=spec.std, a=-cut, b=cut, generator=generator)
+    return nn.init.trunc_normal_(whole, mean=0.0, std=std, a=-CUTOFF * std, b=CUTOFF * std, generator=generator)
 
 
 def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
@@ -47,12 +49,9 @@ def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
     cuts = sorted(enumerate(parameter.placements), key=lambda cut: isinstance(cut[1], _StridedShard))
     for mesh_dim, placement in cuts:
         if isinstance(placement, Shard | _StridedShard):
-            whole = _chunk(whole, placement.dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+            # As DTensor cuts: the first pieces are full, the last may be smaller or empty.
+            length = whole.shape[placement.dim]
+            size = -(-length // mesh.size(mesh_dim))
+            start = min(mesh.get_local_rank(mesh_dim) * size, length)
+            whole = whole.narrow(placement.dim, start, min(size, length - start))
     parameter.to_local().copy_(whole)
-
-
-def _chunk(whole: Tensor, dim: int, ranks: int, rank: int) -> Tensor:
-    """This rank's piece, cut as DTensor cuts: the first pieces are full, the last may be smaller or empty."""
-    size = -(-whole.shape[dim] // ranks)
-    start = min(rank * size, whole.shape[dim])
-    return whole.narrow(dim, start, min(size, whole.shape[dim] - start))

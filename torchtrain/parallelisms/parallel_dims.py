@@ -55,8 +55,7 @@ class ParallelDims:
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """A mesh of the dimensions above 1, and `dp_shard` always."""
-        degrees = asdict(self)
-        kept = {name: degree for name, degree in degrees.items() if degree > 1 or name == "dp_shard"}
+        kept = {name: degree for name, degree in asdict(self).items() if degree > 1 or name == "dp_shard"}
         return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
     def fsdp_mesh(self, mesh: DeviceMesh) -> DeviceMesh:

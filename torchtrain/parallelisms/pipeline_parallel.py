@@ -18,29 +18,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    FULL_BACKWARD,
-    RECV_B,
-    REDUCE_GRAD,
-    SEND_B,
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    _Action,
-    _PipelineScheduleRuntime,
-    get_schedule_class,
-)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _PipelineScheduleRuntime
 
+from torchtrain.config_manager import JobConfig, check_batch, plan_stages
+from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import RotaryPositions, Transformer
-from torchtrain.parallelisms.fsdp import reshard
-from torchtrain.pipeline_stages import stages_of
-
-Order = dict[int, list[_Action | None]]
-"""By rank of the pipeline, what it does in turn."""
+from torchtrain.parallelisms.fsdp import DTYPES, fsdp_modules, reshard
+from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.pipeline_stages import SCHEDULES, stages_of
+from torchtrain.utils import SharedUserError, UserError
 
 
 class StagePositions(RotaryPositions):
@@ -88,37 +76,75 @@ class PipelinePlan:
         )
 
 
+def plan_pipeline(shape: ModelShape, dims: ParallelDims, config: JobConfig, batch: int, seq_len: int) -> PipelinePlan:
+    """How batches of `batch` sequences of `seq_len` tokens pass through the pipeline."""
+    parallelism, size = config.parallelism, config.parallelism.pipeline_parallel_microbatch_size
+    schedule, stages = parallelism.pipeline_parallel_schedule, len(plan_stages(parallelism, shape.pieces))
+    compiled = config.compile.enable and "model" in config.compile.components
+    needs_whole = compiled or config.activation_checkpoint.mode != "none"
+    mine = seq_len // dims.cp
+    return PipelinePlan(
+        schedule,
+        stages,
+        last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
+        microbatches=batch // size,
+        microbatch_size=size,
+        seq_len=mine,
+        activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
+        dtype=DTYPES[config.training.mixed_precision_param],
+        whole_backward=SCHEDULES[schedule].splits_backward and needs_whole,
+    )
+
+
 class Pipeline:
     """This rank's stages and the schedule that runs them. All ranks of the pipeline call the methods together.
 
     Args:
         parts: this rank's stages by their number, as `models.llama.Transformer`s that keep their pieces, parallelized.
-        plan: of training, the same on all ranks.
-        evaluation: its sizes are those of the batches to evaluate.
-        group: the ranks of the pipeline.
+        mesh: has the dimension "pp".
+        dims: of the mesh.
+        config: the same on all ranks. Its validation may have batches of its own size.
+        batch: sequences that pass together, the batch plan's `microbatch_size`.
         device: of the computation.
         sequence_losses: logits [B, S, V] and labels [B, S] to the loss of each sequence, [B].
+
+    Raises:
+        UserError: the schedule cannot run such a batch. The config check has refused what the config says of it, but
+            not what a checkpoint does.
     """
 
     def __init__(
         self,
         parts: dict[int, Transformer],
-        plan: PipelinePlan,
-        evaluation: PipelinePlan,
-        group: dist.ProcessGroup,
+        mesh: DeviceMesh,
+        dims: ParallelDims,
+        config: JobConfig,
+        batch: int,
         device: torch.device,
         sequence_losses: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        self.parts, self.plan, self.group, self.device = parts, plan, group, device
+        training, validation, shape = config.training, config.validation, next(iter(parts.values())).shape
+        self.plan = plan = plan_pipeline(shape, dims, config, batch, training.seq_len)
+        try:
+            check_batch(config.parallelism, batch, plan.stages)
+        except UserError as fault:
+            raise SharedUserError(
+                f"{fault}; with training.global_batch_size = -1 the global batch is the checkpoint's. Change "
+                "parallelism.pipeline_parallel_microbatch_size, training.local_batch_size or the data-parallel degree"
+            ) from None
+        sizes = (validation.local_batch_size or batch, validation.seq_len or training.seq_len)
+        evaluation = plan_pipeline(shape, dims, config, *sizes)
+        self.parts, self.group, self.device = parts, mesh.get_group("pp"), device
         self.sequence_losses = sequence_losses
-        self.has_first, self.has_last = 0 in parts, plan.stages - 1 in parts
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
         self.schedule = self._build_schedule()
         # Of its own stages: buffers belong to a stage, and differ between training and evaluation.
-        self.forward_only = self._runtime(evaluation, in_turn(evaluation, group.size()))
-        self.forward_only.pipeline_order_with_comms = forwards(self.forward_only.pipeline_order_with_comms)
-        self.tied = TiedOutput(parts, plan.stages - 1, plan.last_rank, group)
+        turns = {rank: in_turn(evaluation, rank, dims.pp) for rank in range(dims.pp)}
+        self.forward_only = self._runtime(evaluation, turns)
+        orders = self.forward_only.pipeline_order_with_comms
+        self.forward_only.pipeline_order_with_comms = {rank: forwards(actions) for rank, actions in orders.items()}
+        self.tied = TiedOutput(parts, plan, self.group, device)
 
     def forward_backward(
         self, tokens: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None = None
@@ -134,16 +160,16 @@ class Pipeline:
         Returns:
             [B], each sequence's loss (a sum over its labels) on ranks that have the last stage; zeros on the others.
         """
-        self.tied.take_weight(self.device)
+        self.tied.take_weight()
         self.divisor = valid
         losses = self._pass(self.schedule.step, tokens, labels, documents)
-        self.tied.hand_in_gradient(self.device)
+        self.tied.hand_in_gradient()
         return losses
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """The losses alone, as `forward_backward` returns them, of a batch of the evaluation plan's sizes."""
-        self.tied.take_weight(self.device)
+        self.tied.take_weight()
         losses = self._pass(self.forward_only.eval, tokens, labels, documents)
         reshard(self.parts.values())
         return losses
@@ -151,10 +177,9 @@ class Pipeline:
     def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
         self.losses = []
         for_all_stages = {} if documents is None else {"documents": documents}  # PyTorch cuts it like the tokens
-        run(*((tokens,) if self.has_first else ()), target=labels, return_outputs=False, **for_all_stages)
-        if self.has_last:
-            return torch.cat(self.losses)
-        return torch.zeros(len(tokens), device=self.device)
+        run(*((tokens,) if 0 in self.parts else ()), target=labels, return_outputs=False, **for_all_stages)
+        has_last = self.plan.stages - 1 in self.parts
+        return torch.cat(self.losses) if has_last else torch.zeros(len(tokens), device=self.device)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of a microbatch, for its backward; microbatches reach the last stage in their order."""
@@ -168,29 +193,24 @@ class Pipeline:
             tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
             h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
             logits = h.new_empty(plan.microbatch_size, plan.seq_len, self.parts[min(self.parts)].shape.vocab_size)
-        return [
-            AccumulatingStage(
-                part,
-                stage,
-                plan.stages,
-                self.device,
-                input_args=h if stage > 0 else tokens,
-                output_args=h if stage < plan.stages - 1 else logits,
-                group=self.group,
-            )
-            for stage, part in self.parts.items()
-        ]
+        stages: list[PipelineStage] = []
+        for stage, part in self.parts.items():
+            given, returned = h if stage > 0 else tokens, h if stage < plan.stages - 1 else logits
+            stages.append(AccumulatingStage(part, stage, plan.stages, self.device, given, returned, group=self.group))
+        return stages
 
-    def _build_schedule(self) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def _build_schedule(self) -> schedules.PipelineScheduleSingle | schedules.PipelineScheduleMulti:
         plan = self.plan
-        schedule_class, stages = get_schedule_class(plan.schedule), self._stages(plan)
+        schedule_class, stages = schedules.get_schedule_class(plan.schedule), self._stages(plan)
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
-        if issubclass(schedule_class, PipelineScheduleSingle):
-            return schedule_class(stages[0], plan.microbatches, loss_fn=self._loss, scale_grads=False)
-        schedule = schedule_class(stages, plan.microbatches, loss_fn=self._loss, scale_grads=False)
-        return self._runtime(plan, whole_backwards(schedule.pipeline_order)) if plan.whole_backward else schedule
+        given = stages[0] if issubclass(schedule_class, schedules.PipelineScheduleSingle) else stages
+        schedule = schedule_class(given, plan.microbatches, loss_fn=self._loss, scale_grads=False)
+        if not plan.whole_backward:
+            return schedule
+        return self._runtime(plan, {rank: whole_backwards(order) for rank, order in schedule.pipeline_order.items()})
 
-    def _runtime(self, plan: PipelinePlan, orders: Order) -> _PipelineScheduleRuntime:
+    def _runtime(self, plan: PipelinePlan, orders: dict[int, list[_Action | None]]) -> _PipelineScheduleRuntime:
+        """`orders` say what each rank of the pipeline does in turn."""
         runtime = _PipelineScheduleRuntime(self._stages(plan), plan.microbatches, loss_fn=self._loss, scale_grads=False)
         runtime._prepare_schedule_with_comms(orders)
         return runtime
@@ -201,42 +221,34 @@ def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:
     return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
 
 
-def in_turn(plan: PipelinePlan, ranks: int) -> Order:
+def in_turn(plan: PipelinePlan, rank: int, ranks: int) -> list[_Action | None]:
     """All microbatches forward through each stage of a rank in turn, then back: suits every cut and any batch."""
-    return {
-        rank: [
-            _Action(stage, way, microbatch)
-            for way, order in ((FORWARD, 1), (FULL_BACKWARD, -1))
-            for stage in stages_of(rank, plan.schedule, plan.stages, ranks)[::order]
-            for microbatch in range(plan.microbatches)
-        ]
-        for rank in range(ranks)
-    }
+    stages = stages_of(rank, plan.schedule, plan.stages, ranks)
+    return [
+        _Action(stage, way, microbatch)
+        for way, order in ((schedules.FORWARD, stages), (FULL_BACKWARD, stages[::-1]))
+        for stage in order
+        for microbatch in range(plan.microbatches)
+    ]
 
 
-def forwards(orders: dict[int, list[_Action]]) -> dict[int, list[_Action]]:
+def forwards(actions: list[_Action]) -> list[_Action]:
     """What is left without the backwards. (PyTorch's own evaluation cannot run the V-shaped schedules.)"""
-    backward = (FULL_BACKWARD, SEND_B, RECV_B, REDUCE_GRAD)
-    return {
-        rank: [action for action in steps_of(actions) if action.computation_type not in backward]
-        for rank, actions in orders.items()
-    }
+    backward = (FULL_BACKWARD, schedules.SEND_B, schedules.RECV_B, schedules.REDUCE_GRAD)
+    return [action for action in steps_of(actions) if action.computation_type not in backward]
 
 
-def whole_backwards(orders: Order) -> Order:
+def whole_backwards(actions: list[_Action | None]) -> list[_Action | None]:
     """Each backward whole where its first half was, and no second half.
 
     The halves are separate passes through autograd: a recomputed block would be computed again for each, or fail, and a
     compiled one has a single backward.
     """
-    return {
-        rank: [
-            a._replace(computation_type=FULL_BACKWARD) if a.computation_type == BACKWARD_INPUT else a
-            for a in steps_of(actions)
-            if a.computation_type != BACKWARD_WEIGHT
-        ]
-        for rank, actions in orders.items()
-    }
+    return [
+        a._replace(computation_type=FULL_BACKWARD) if a.computation_type == schedules.BACKWARD_INPUT else a
+        for a in steps_of(actions)
+        if a.computation_type != schedules.BACKWARD_WEIGHT
+    ]
 
 
 class AccumulatingStage(PipelineStage):
@@ -253,14 +265,13 @@ class AccumulatingStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As PyTorch's, and then what FSDP's hook does."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        for module in self.submod.modules():
-            if isinstance(module, FSDPModule):
-                state = module._get_fsdp_state()
-                several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
-                for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
-                    for parameter in group.fsdp_params if group is not None else ():
-                        parameter.accumulate_unsharded_grad_if_needed()
-                        parameter.to_accumulated_grad_if_needed()
+        for module in fsdp_modules(self.submod):
+            state = module._get_fsdp_state()
+            several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
+            for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
 
 
 class TiedOutput:
@@ -271,43 +282,37 @@ class TiedOutput:
     """
 
     def __init__(
-        self, parts: dict[int, Transformer], last_stage: int, last_rank: int, group: dist.ProcessGroup
+        self, parts: dict[int, Transformer], plan: PipelinePlan, group: dist.ProcessGroup, device: torch.device
     ) -> None:
         tied = all(part.shape.tied_embeddings for part in parts.values())
         # The shards that the optimizer updates, kept from here: FSDP puts gathered parameters in their place at times.
         self.embedding = parts[0].tok_embeddings.weight if tied and 0 in parts else None
-        self.copy = parts[last_stage].output.weight if tied and last_stage in parts else None
-        self.last_rank, self.group = last_rank, group
+        self.copy = parts[plan.stages - 1].output.weight if tied and plan.stages - 1 in parts else None
+        self.last_rank, self.group, self.device = plan.last_rank, group, device
 
-    def take_weight(self, device: torch.device) -> None:
+    def take_weight(self) -> None:
         """Make the copy what the embedding is."""
-        self._move(self.embedding, self.copy, 0, self.last_rank, device, Tensor.copy_)
+        self._move(self.embedding, self.copy, 0, self.last_rank, Tensor.copy_)
 
-    def hand_in_gradient(self, device: torch.device) -> None:
+    def hand_in_gradient(self) -> None:
         """Add the copy's gradient to the embedding's, and forget it."""
         gradient = None if self.copy is None else self.copy.grad
         total = None if self.embedding is None else self.embedding.grad
-        self._move(gradient, total, self.last_rank, 0, device, Tensor.add_)
+        self._move(gradient, total, self.last_rank, 0, Tensor.add_)
         if self.copy is not None:
             self.copy.grad = None
 
     @torch.no_grad()
     def _move(
-        self,
-        given: Tensor | None,
-        taken: Tensor | None,
-        source: int,
-        target: int,
-        device: torch.device,
-        put: Callable[[Tensor, Tensor], Tensor],
+        self, given: Tensor | None, taken: Tensor | None, source: int, target: int, put: Callable[..., Tensor]
     ) -> None:
         """Put this rank's part of what rank `source` has into that of rank `target`; travelling on the device."""
         mine, into = (None if x is None else x.to_local() for x in (given, taken))  # type: ignore[attr-defined]
         if mine is not None and into is not None and source == target:
             put(into, mine)
         elif mine is not None and mine.numel() > 0:
-            dist.send(mine.to(device).contiguous(), dist.get_global_rank(self.group, target), self.group)
+            dist.send(mine.to(self.device).contiguous(), dist.get_global_rank(self.group, target), self.group)
         elif into is not None and into.numel() > 0:
-            received = torch.empty_like(into, device=device)
+            received = torch.empty_like(into, device=self.device)
             dist.recv(received, dist.get_global_rank(self.group, source), self.group)
             put(into, received.to(into.device))

@@ -23,13 +23,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.parallel import loss_parallel as vocabulary_sharded_loss
 from torch.distributed.tensor.placement_types import Placement
 
+from torchtrain.config_manager import Parallelism
 from torchtrain.models.llama import Transformer
 from torchtrain.utils import SharedUserError
 
 
-def apply_tensor_parallel(
-    model: Transformer, tp_mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool, async_tp: bool
-) -> None:
+def apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, parallelism: Parallelism) -> None:
     """Split the model's weights over the mesh and let its modules exchange what they must, in place.
 
     All parameters become DTensors on this mesh, the norms' too, so that FSDP lays every one of them on one and the
@@ -40,18 +39,18 @@ def apply_tensor_parallel(
         model: on the meta device, before FSDP. Query and key/value heads and the feed-forward width must be divisible
             by R, and with sequence parallelism the sequence it will be given; the config check has seen to that.
         tp_mesh: of one dimension.
-        sequence_parallel: keep the activations between the products sharded over S.
-        loss_parallel: return the logits as a DTensor [B, S, V] sharded over V, for a loss inside `loss_context`; else
-            they are plain and whole on each rank.
-        async_tp: let the compiler cut the products in pieces and overlap them with their exchange.
+        parallelism: says whether the activations between the products are sharded over S (sequence parallelism);
+            whether the logits are a DTensor [B, S, V] sharded over V, for a loss inside `loss_context` (loss
+            parallelism), or plain and whole on each rank; and whether the compiler is to cut the products in pieces
+            and overlap them with their exchange (async).
 
     Raises:
-        UserError: a vocabulary too small for R ranks; `async_tp` without CUDA.
+        UserError: a vocabulary too small for R ranks; async without CUDA.
     """
-    _check_shares(model, tp_mesh.size())
-    if async_tp:
+    _check_vocabulary(model, tp_mesh.size())
+    if parallelism.enable_async_tensor_parallel:
         _enable_async(tp_mesh)
-    between: Placement = Shard(1) if sequence_parallel else Replicate()
+    between: Placement = Replicate() if parallelism.disable_sequence_parallel else Shard(1)
     styles = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "norm": NormThenGather(between),
@@ -70,7 +69,7 @@ def apply_tensor_parallel(
     # by hand loses its gradient; an operation on it waits, and keeps it.
     if model.keeps("tok_embeddings"):
         model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
-    if model.keeps("output") and not loss_parallel:
+    if model.keeps("output") and parallelism.disable_loss_parallel:
         # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in its outputs.
         model.output.register_forward_hook(lambda module, inputs, logits: logits.full_tensor().clone())
 
@@ -102,15 +101,13 @@ class NormThenGather(ParallelStyle):
         return output.redistribute(mesh, [Replicate()])
 
 
-def _check_shares(model: Transformer, ranks: int) -> None:
+def _check_vocabulary(model: Transformer, ranks: int) -> None:
     """Vocabulary and FSDP's cuts may be uneven; an empty share of the vocabulary would hang the loss."""
-    shape = model.shape
-    for count in (shape.n_heads, shape.n_kv_heads, shape.ffn_hidden_dim):
-        assert count % ranks == 0, f"{count} cannot be split over {ranks} ranks"
-    rows = -(-shape.vocab_size // ranks)
-    if rows * (ranks - 1) >= shape.vocab_size:
+    vocab_size = model.shape.vocab_size
+    rows = -(-vocab_size // ranks)
+    if rows * (ranks - 1) >= vocab_size:
         raise SharedUserError(
-            f"a vocabulary of {shape.vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
+            f"a vocabulary of {vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
             f"parallelism.tensor_parallel_degree = {ranks}, or pad with model.vocab_size = {rows * ranks}"
         )
 
