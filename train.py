@@ -501,19 +501,10 @@ def open_metrics(trainer: Trainer, folder: RunFolder, facts: dict[str, Any]) -> 
     """Rank 0's metrics; the other ranks have none."""
     if not folder.owner:
         return None
-    config = trainer.config
-    peak = peak_flops(trainer.device, DTYPES[config.training.mixed_precision_param])
-    return MetricsLogger(
-        config.metrics,
-        folder.path,
-        total_steps=config.training.steps,
-        resumed_step=trainer.step,
-        tokens_per_step=facts["tokens_per_step"],
-        flops_per_token=flops_per_token(trainer.shape, config.training.seq_len),
-        peak_flops=None if peak is None else peak * dist.get_world_size(),
-        log_lr=config.lr_scheduler.log_lr,
-        wandb_config={**config.model_dump(mode="json"), "run": facts},
-    )
+    training = trainer.config.training
+    peak = peak_flops(trainer.device, DTYPES[training.mixed_precision_param])
+    peak = None if peak is None else peak * dist.get_world_size()
+    return MetricsLogger(trainer.config, folder.path, facts, flops_per_token(trainer.shape, training.seq_len), peak)
 
 
 def main(config: JobConfig) -> int:
@@ -524,19 +515,15 @@ def main(config: JobConfig) -> int:
     faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where every thread of a rank stands
     try:
         run(config, join_process_group(config.comm.init_timeout_seconds))
-    except UserError as fault:
-        if rank == 0 or not isinstance(fault, SharedUserError):
+    except (UserError, NonFinite) as fault:
+        if rank == 0 or not isinstance(fault, (SharedUserError, NonFinite)):
             logger.error(str(fault))
-        return 2
+        return 2 if isinstance(fault, UserError) else 1
     except PeerFault as fault:
         return 2 if fault.is_user_error else 1
     except Stopped as stopped:
         logger.warning(str(stopped))
         return 128 + stopped.signal_number
-    except NonFinite as fault:
-        if rank == 0:
-            logger.error(str(fault))
-        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BaseException:

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchtrain.config_manager import (
-    HELP_SHOWN,
     SECTIONS,
     UNSUPPORTED_KEYS,
     UNSUPPORTED_SECTIONS,
@@ -21,9 +20,9 @@ from torchtrain.config_manager import (
     Training,
     check,
     data_parallel_degree,
-    main,
     model_shape,
     options,
+    parse_or_exit,
     plan_batch,
     to_toml,
     tokenizer_path,
@@ -611,48 +610,47 @@ def test_help_lists_every_field(capsys):
 
 
 def test_launchers_check(capsys):
-    assert main(["--world-size", "2", "--", "--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]) == 0
+    parse_or_exit(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")], 2)
     assert capsys.readouterr() == ("", "")
-    assert main(["--world-size", "5", "--", "--training.global_batch_size", "24"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        parse_or_exit(["--training.global_batch_size", "24"], 5)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "over 5 data-parallel ranks" in captured.err
-    assert main(["--world-size", "5", "--", "-h"]) == HELP_SHOWN
+    with pytest.raises(SystemExit, match="0"):
+        parse_or_exit(["-h"], 5)
     assert "--training.steps" in capsys.readouterr().out
-    for args in ([], ["--world-size", "0", "--"], ["--world-size", "x", "--"], ["--world-size", "2", "--help"]):
-        assert main(args) == 2
-        assert "usage:" in capsys.readouterr().err
 
 
-def run_check(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "torchtrain.config_manager", *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+CHECK = "import sys, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); sys.exit('torch' in sys.modules)"
+
+
+def check_command(*args: str) -> list[str]:
+    """A process that does what the launcher does first, and ends with 1 if it has imported torch for that."""
+    return [sys.executable, "-c", CHECK, *args]
 
 
 def test_as_a_command_a_fault_is_a_report_and_status_2():
-    ended = run_check("--world-size", "2", "--", "--job.config_file", "no.toml", "--x")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = check_command("--job.config_file", "no.toml", "--x")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("The configuration has 2 faults:\n  no.toml: ")
     assert "Traceback" not in ended.stderr
 
 
 def test_neither_help_nor_check_imports_torch():
-    code = "import sys, torchtrain.config_manager as c; c.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    args = ["--world-size", "2", "--", "--help"]
+    check = check_command("--job.config_file", str(ROOT / "train_configs" / "debug_model.toml"))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, env=env)
-    assert ended.returncode == 0, ended.stderr
-    assert "--training.steps" in ended.stdout
+    for command in (check, [part.replace("c.parse_or_exit(sys.argv[1:], 2)", "c.print_help()") for part in check]):
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+        assert ended.returncode == 0, ended.stderr
+        assert ("--training.steps" in ended.stdout) == (command != check)
 
 
 def test_help_into_a_closed_pipe_is_no_fault():
     process = subprocess.Popen(
-        [sys.executable, "-m", "torchtrain.config_manager", "--world-size", "2", "--", "--help"],
+        check_command("--help"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -660,4 +658,4 @@ def test_help_into_a_closed_pipe_is_no_fault():
     process.stdout.close()
     error = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(timeout=60), error) == (HELP_SHOWN, b"")
+    assert (process.wait(timeout=60), error) == (0, b"")

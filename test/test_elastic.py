@@ -58,7 +58,7 @@ def datasets(tmp_path_factory):
 
     def build(kind: str, seed: int = 0, seq_len: int = SEQ_LEN):
         if kind == "stream in files":
-            return StreamDataset(hub, "text", tokenizer, seq_len, 3)
+            return StreamDataset(hub, tokenizer, seq_len, 3)
         training, data = given[kind]
         data = Data(cache_folder=str(folder / "cache"), **data)
         return build_dataset(Training(seq_len=seq_len, **training), data, tokenizer, seed, log=lambda line: None)

@@ -38,17 +38,11 @@ def summary(step, **changes):
     return StepSummary(**{**values, **changes})
 
 
-def metrics_logger(folder, config=None, **changes):
-    values = {
-        "total_steps": 6,
-        "resumed_step": 0,
-        "tokens_per_step": 100,
-        "flops_per_token": 10.0,
-        "peak_flops": None,
-        "log_lr": True,
-        "wandb_config": {},
-    }
-    return MetricsLogger(config or Metrics(), folder, **{**values, **changes})
+def metrics_logger(folder, metrics=None, *, resumed_step=0, peak_flops=None, log_lr=True):
+    config = JobConfig(metrics=metrics or Metrics())
+    config.training.steps, config.lr_scheduler.log_lr = 6, log_lr
+    facts = {"first_step": resumed_step + 1, "tokens_per_step": 100}
+    return MetricsLogger(config, folder, facts, flops_per_token=10.0, peak_flops=peak_flops)
 
 
 @pytest.fixture

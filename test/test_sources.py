@@ -461,10 +461,10 @@ def test_a_run_trains_on_a_dataset_of_the_users_own(logs, custom):
 
 def test_the_config_check_needs_no_torch_for_it(logs):
     code = (
-        "import sys, torchtrain.config_manager as c; assert c.main(sys.argv[1:]) == 0; sys.exit('torch' in sys.modules)"
+        "import sys, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); sys.exit('torch' in sys.modules)"
     )
     options = ["--experimental.custom_import=my_custom", "--training.dataset=my-logs", "--training.dataset_path=logs"]
-    command = [sys.executable, "-c", code, "--world-size", "2", "--", *options]
+    command = [sys.executable, "-c", code, *options]
     ended = subprocess.run(command, cwd=logs, env=environment(2), capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 

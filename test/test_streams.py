@@ -10,7 +10,7 @@ import pytest
 from launching import data_loader, metrics, train, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training
-from torchtrain.datasets.corpora import Corpus, Document, open_corpus
+from torchtrain.datasets.corpora import Corpus, Document, custom_corpus, open_corpus
 from torchtrain.datasets.loader import STEPS_AHEAD, DataLoader, build_dataset
 from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def stream(dataset: str, path: str | None, streams: int, seq_len: int = 8, **dat
 
 def made_up(rows, streams: int = 1, **facts) -> StreamDataset:
     """Of what the function `rows` yields."""
-    return StreamDataset(Corpus("made up", [], [rows], **facts), "text", TOKENIZER, 8, streams)
+    return StreamDataset(Corpus("made up", [], [rows], **facts), TOKENIZER, 8, streams)
 
 
 def documents(texts):
@@ -109,19 +109,32 @@ def test_order_depends_on_nothing_but_corpus_tokenizer_length_and_streams(tmp_pa
     first = stream("text", str(folder), 2)
     assert first.fingerprint == stream("text", str(copy), 2).fingerprint, "wherever the files lie"
     (copy / "000.txt").write_text("another size")
+    lines = write_lines(tmp_path / "c" / "c.jsonl", TEXTS)
     others = [
         stream("text", str(copy), 2),
+        stream("mixed", str(folder), 2),
         stream("text", str(folder), 3),
         stream("text", str(folder), 2, seq_len=9),
-        stream("text", str(folder), 2, text_key="body"),
+        stream("jsonl", lines, 2),
+        stream("jsonl", lines, 2, text_key="body"),
+        stream(f"{tmp_path}/c", None, 2),
     ]
-    assert len({dataset.fingerprint for dataset in [first, *others]}) == 5
+    assert len({dataset.fingerprint for dataset in [first, *others]}) == 8
+
+
+def test_files_of_a_custom_source_may_be_named_from_here(tmp_path, monkeypatch):
+    def texts(path):
+        yield from TEXTS
+
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "logs", documents=1)
+    StreamDataset(custom_corpus("mine", texts, "logs"), TOKENIZER, 8, 2)
 
 
 def test_fingerprint_of_a_hub_is_its_name_and_revision():
     def identity(name, revision):
         corpus = Corpus(name, [], [lambda: documents(TEXTS)], revision=revision)
-        return StreamDataset(corpus, "text", TOKENIZER, 8, 1).identity()["corpus"]
+        return StreamDataset(corpus, TOKENIZER, 8, 1).identity()["corpus"]
 
     assert len({identity("x", "1"), identity("x", "2"), identity("y", "1"), identity("x", None)}) == 4
 
@@ -146,7 +159,7 @@ def test_a_position_leads_to_the_next_sample_without_reading_what_came_before(tm
 
     def build():
         corpus = Corpus("made up", [], [partial(part, number) for number in range(3)])
-        return StreamDataset(corpus, "text", TOKENIZER, 8, 2)
+        return StreamDataset(corpus, TOKENIZER, 8, 2)
 
     expected = read_rows(build(), range(60))
     before = build()
@@ -251,8 +264,8 @@ def test_a_bad_row_stops_the_run_or_is_named(tmp_path, capsys):
         == rows_of(tokens_of(["fine", "fine too"] * 9), 8)[:5]
     )
     printed = capsys.readouterr().out
-    assert f"stream 0 of 1: left out {path}:2 (no text field)" in printed
-    assert f"stream 0 of 1: left out {path}:3 (not a string)" in printed
+    assert f"jsonl {path} [text]: left out {path}:2 (no text field)" in printed
+    assert f"jsonl {path} [text]: left out {path}:3 (not a string)" in printed
     assert "stream 0 of 1: epoch 2 begins" in printed
 
 

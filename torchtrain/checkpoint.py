@@ -49,7 +49,7 @@ from torch.optim import Optimizer
 
 from torchtrain.config_manager import Checkpoint
 from torchtrain.logging_utils import logger
-from torchtrain.ranks import on_rank_zero, patient_group, together
+from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
 from torchtrain.utils import SharedUserError, UserError, expanded, fsync_folder, write_durably
 
 FORMAT = 1
@@ -137,8 +137,8 @@ class Checkpointer:
         """
         if not self.config.enable or self.config.load_only:
             return
-        tensors = {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer)}
-        sizes = self._gather({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
+        tensors = _state_tensors(weights, optimizer)
+        sizes = gathered({name: tensor.nbytes for name, tensor in tensors.items()}, self.group)
         needed = 2 * sum({name: size for part in sizes for name, size in part.items()}.values())
         probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
@@ -162,8 +162,8 @@ class Checkpointer:
             logger.info(f"{self._path(progress.step)} is already there, complete: not written again")
             return
         try:
-            tensors = self._together(lambda: _all_tensors(weights, optimizer))
-            parts = self._gather(self._write(temporary, tensors))
+            tensors = self._together(lambda: {**_state_tensors(weights, optimizer), **_rng_tensors(weights)})
+            parts = gathered(self._write(temporary, tensors), self.group)
             files = {name: record for part in parts for name, record in part.items()}
             self._on_rank_zero(lambda: self._commit(temporary, progress, files))
         except BaseException:
@@ -231,7 +231,7 @@ class Checkpointer:
         started = time.monotonic()
         optimizer = None if source.model_only else optimizer
         metadata = self._together(lambda: _read_index(source))
-        everyones = set().union(*self._gather(list(weights)))
+        everyones = set().union(*gathered(list(weights), self.group))
         tensors = self._together(lambda: _tensors_to_load(source, metadata, weights, everyones, optimizer))
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         with _plain_faults(f"reading {source.path}"):
@@ -255,12 +255,6 @@ class Checkpointer:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
-
-    def _gather(self, mine: T) -> list[T]:
-        """Everyone's value, by rank."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, mine, group=self.group)
-        return values
 
     def _list(self) -> tuple[list[int], list[str]]:
         """Steps that have a folder, newest first, and all names that were a checkpoint once, those set aside too."""
@@ -369,7 +363,7 @@ class Checkpointer:
         if isinstance(marker, str):
             return marker
         share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
-        for fault in self._gather(self._together(lambda: _first_altered(path, share, marker))):
+        for fault in gathered(self._together(lambda: _first_altered(path, share, marker)), self.group):
             if fault is not None:
                 return fault
         progress = self._on_rank_zero(lambda: _read_state(path))
@@ -393,15 +387,12 @@ class Checkpointer:
 # Tensors and their names
 
 
-def _model_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Sharing their memory."""
-    return {f"model/{name}": weight.detach() for name, weight in weights.items()}
-
-
-def _optimizer_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Adam's states by parameter; those not there yet are made as Adam's first step would make them."""
+def _state_tensors(weights: Weights, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """The weights, sharing their memory, and Adam's states; those not there yet are made as its first step would."""
+    tensors = {f"model/{name}": weight.detach() for name, weight in weights.items()}
+    if optimizer is None:
+        return tensors
     names = {parameter: name for name, parameter in weights.items()}
-    tensors = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -425,17 +416,11 @@ def _random(kind: str) -> Any:
     return torch if kind == "cpu" else torch.get_device_module(kind)
 
 
-def _all_tensors(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {**_model_tensors(weights), **_optimizer_tensors(weights, optimizer), **_rng_tensors(weights)}
-
-
 def _tensors_to_load(
     source: Source, metadata: Metadata, weights: Weights, everyones: set[str], optimizer: Optimizer | None
 ) -> dict[str, Tensor]:
     """The tensors to read into, after checking that the checkpoint has them, all of them and none that no rank has."""
-    tensors, kinds = _model_tensors(weights), ["model"]
-    if optimizer is not None:
-        tensors, kinds = {**tensors, **_optimizer_tensors(weights, optimizer)}, ["model", "optimizer"]
+    tensors, kinds = _state_tensors(weights, optimizer), ["model"] if optimizer is None else ["model", "optimizer"]
     entries = _tensor_entries(metadata)
     saved = {key for key in entries if key.split("/")[0] in kinds}
     parameter = re.compile(r"model/(.*)|optimizer/(.*)/[^/]*")

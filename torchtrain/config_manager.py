@@ -29,7 +29,6 @@ from torchtrain.datasets.registry import DATASETS, find_dataset, import_custom
 from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
 from torchtrain.utils import UserError, nearest
 
-HELP_SHOWN = 3  # exit status of `python -m torchtrain.config_manager` after --help: all is well, but start nothing
 DEBUG_TOKENIZER = Path(__file__).parent / "datasets" / "debug_tokenizer.model"
 
 
@@ -589,24 +588,14 @@ def _in_words(schema: dict[str, Any]) -> str:
         return "a list with at least one of " + ", ".join(schema["items"]["enum"])
     if schema["type"] == "array":
         return f"a list of {'lists of names' if schema['items']['type'] == 'array' else 'texts'}, none empty"
-    words = {
-        "integer": "a whole number",
-        "number": "a finite number",
-        "boolean": "true or false",
-        "string": "UTF-8 text",
-    }[schema["type"]]
+    numbers = {"integer": "a whole number", "number": "a finite number"}
+    words = {**numbers, "boolean": "true or false", "string": "UTF-8 text"}[schema["type"]]
     if "minLength" in schema:
         words += ", not empty"
-    minimum = schema.get("minimum")
     if "not" in schema:
-        words, minimum = f"{minimum}, or {words}", 1
-    bounds = {
-        ">=": minimum,
-        ">": schema.get("exclusiveMinimum"),
-        "<=": schema.get("maximum"),
-        "<": schema.get("exclusiveMaximum"),
-    }
-    limits = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound is not None]
+        words, schema = f"{schema['minimum']}, or {words}", {**schema, "minimum": 1}
+    bounds = {">=": "minimum", ">": "exclusiveMinimum", "<=": "maximum", "<": "exclusiveMaximum"}
+    limits = [f"{sign} {schema[bound]:,}" for sign, bound in bounds.items() if bound in schema]
     return f"{words} {' and '.join(limits)}".rstrip()
 
 
@@ -900,10 +889,8 @@ def _check_data(config: JobConfig) -> Iterator[Fault]:
     data, validation = config.data, config.validation
     keys: tuple[str, ...] = ("training.dataset", "training.dataset_path")
     if data.mixture is not None:
-        yield from _no_effect(
-            config, "training", "dataset dataset_path", ": data.mixture names the sources", "data.mixture"
-        )
-        keys = ("data.mixture",)
+        keys, how = ("data.mixture",), ": data.mixture names the sources"
+        yield from _no_effect(config, "training", "dataset dataset_path", how, *keys)
     try:
         sources = plan_sources(config.training, data)
     except UserError as fault:
@@ -915,12 +902,10 @@ def _check_data(config: JobConfig) -> Iterator[Fault]:
         except UserError as fault:
             yield Fault(keys, f"data.mixture: {shown(source.name)}: {fault}" if data.mixture else str(fault))
     token_files = [source.name for source in sources if source.dataset == "tokens"]
-    if validation.enable and validation.dataset is None and token_files:
-        yield Fault(
-            ("validation.dataset", *keys),
-            f"validation.enable = true: of {shown(token_files[0])}, a token file, no documents can be held out; name "
-            "others in validation.dataset",
-        )
+    if validation.enable and validation.dataset is None and (token_files or data.streaming):
+        what = f"{shown(token_files[0])}, a token file," if token_files else "what data.streaming = true reads once"
+        text = f"validation.enable = true: of {what} no documents can be held out; name others in validation.dataset"
+        yield Fault(("validation.dataset", "data.streaming", *keys), text)
     if not token_files and validation.dataset != "tokens":
         yield from _no_effect(config, "data", "token_dtype", ': no source is a token file (dataset "tokens")', *keys)
     if data.streaming:
@@ -933,19 +918,11 @@ def _check_streaming(config: JobConfig, token_files_only: bool, sources: tuple[s
     if config.data.packing == "best_fit":
         text = 'data.packing = "best_fit" looks at all documents before the first step; data.streaming = true does not'
         yield Fault(("data.packing", "data.streaming"), text)
-    if config.validation.enable and config.validation.dataset is None:
-        yield Fault(
-            ("validation.dataset", "data.streaming"),
-            "validation.enable = true: under data.streaming = true no documents can be held out, since the whole "
-            "corpus would have to be read first; name others in validation.dataset",
-        )
-    limit, timeout = config.data.stall_timeout_seconds, config.comm.train_timeout_seconds
+    keys = ("data.stall_timeout_seconds", "comm.train_timeout_seconds")
+    limit, timeout = (_value(config, key) for key in keys)
     if limit >= timeout:
-        yield Fault(
-            ("data.stall_timeout_seconds", "comm.train_timeout_seconds"),
-            f"data.stall_timeout_seconds = {limit} must be less than comm.train_timeout_seconds = {timeout}, at which "
-            "the ranks that wait give up",
-        )
+        text = f"{keys[0]} = {limit} must be less than {keys[1]} = {timeout}, at which the ranks that wait give up"
+        yield Fault(keys, text)
 
 
 def _check_validation(config: JobConfig) -> Iterator[Fault]:
@@ -1324,34 +1301,10 @@ def _toml_value(value: Any) -> str:
     raise TypeError(f"no TOML for {type(value).__name__}")
 
 
-def parse_or_exit() -> JobConfig:
-    """This process's config; a fault is reported on stderr and ends the process with status 2, help with 0."""
+def parse_or_exit(args_list: list[str] | None = None, world_size: int | None = None) -> JobConfig:
+    """As `JobConfig.parse_args`; a fault is reported on stderr and ends the process with status 2, help with 0."""
     try:
-        return JobConfig().parse_args()
+        return JobConfig().parse_args(args_list, world_size)
     except ConfigError as fault:
         print(fault, file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def main(args: list[str]) -> int:
-    """Check a run that is about to start: `--world-size N -- <trainer options>`, the report going to stderr.
-
-    Returns:
-        The exit status: 0 good, 2 a fault, HELP_SHOWN when the options ask for the help, which is printed.
-    """
-    if len(args) < 3 or args[0] != "--world-size" or not args[1].isdecimal() or int(args[1]) < 1 or args[2] != "--":
-        print("usage: python -m torchtrain.config_manager --world-size N -- [trainer options]", file=sys.stderr)
-        return 2
-    if wants_help(args[3:]):
-        print_help()
-        return HELP_SHOWN
-    try:
-        JobConfig().parse_args(args[3:], world_size=int(args[1]))
-    except ConfigError as fault:
-        print(fault, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

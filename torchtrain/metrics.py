@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torchtrain.config_manager import Metrics
+from torchtrain.config_manager import JobConfig
 from torchtrain.logging_utils import BLUE, BOLD, DIM, GREEN, RESET, YELLOW, logger, use_colour
 from torchtrain.utils import METRICS_FILE, UserError
 
@@ -114,31 +114,24 @@ class MetricsLogger:
     """Rank 0's voice. A window is the steps since the last full line; a process's first step is never in one,
     since it warms up (allocation, autotuning, compilation)."""
 
-    config: Metrics
+    config: JobConfig
     run_folder: Path
     """Where metrics.jsonl, `tb/` and `wandb/` go."""
-    total_steps: int
-    """The step that ends the run."""
-    resumed_step: int
-    """The last step already taken; TensorBoard drops what it holds past it."""
-    tokens_per_step: int
-    """Of the global batch."""
+    facts: dict[str, Any]
+    """What run.json says of the run: tokens_per_step, and first_step, the one after those already taken."""
     flops_per_token: float
     """Of the model, forward and backward."""
     peak_flops: float | None
     """Of all devices of the job, FLOP/s; None leaves MFU out."""
-    log_lr: bool
-    """Whether lines carry the learning rate."""
-    wandb_config: dict[str, Any]
-    """Handed to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        self.colour = use_colour(self.config.disable_color_printing)
-        self.first_step = self.resumed_step + 1
+        self.section, self.log_lr = self.config.metrics, self.config.lr_scheduler.log_lr
+        self.total_steps, self.first_step = self.config.training.steps, self.facts["first_step"]
+        self.colour = use_colour(self.section.disable_color_printing)
         self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
         self.jsonl = open(self.run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self.tensorboard = self._open_tensorboard() if self.config.enable_tensorboard else None
-        self.wandb = self._open_wandb() if self.config.enable_wandb else None
+        self.tensorboard = self._open_tensorboard() if self.section.enable_tensorboard else None
+        self.wandb = self._open_wandb() if self.section.enable_wandb else None
 
     def log(self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]) -> None:
         """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
@@ -148,7 +141,7 @@ class MetricsLogger:
         step_time = stopwatch.elapsed()
         if summary.step != self.first_step:
             self.window.append((step_time, summary.data_time_s))
-        if summary.step % self.config.log_freq and summary.step != self.total_steps and not validated:
+        if summary.step % self.section.log_freq and summary.step != self.total_steps and not validated:
             if self.log_lr:
                 logger.info(self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")]))
             return
@@ -177,7 +170,7 @@ class MetricsLogger:
         """The line of metrics.jsonl; throughput is null where only the first step could tell."""
         steps = self.window or [(step_time, summary.data_time_s)]
         total_time, data_time = sum(step for step, _ in steps), sum(data for _, data in steps)
-        tokens_per_second = self.tokens_per_step * len(steps) / total_time if self.window else None
+        tokens_per_second = self.facts["tokens_per_step"] * len(steps) / total_time if self.window else None
         mfu = None
         if tokens_per_second is not None and self.peak_flops is not None:
             mfu = tokens_per_second * self.flops_per_token / self.peak_flops
@@ -213,7 +206,7 @@ class MetricsLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
-        return SummaryWriter(str(self.run_folder / self.config.save_tb_folder), purge_step=self.first_step)
+        return SummaryWriter(str(self.run_folder / self.section.save_tb_folder), purge_step=self.first_step)
 
     def _open_wandb(self) -> Any:
         try:
@@ -226,4 +219,5 @@ class MetricsLogger:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
         # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
-        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=self.wandb_config)
+        config = {**self.config.model_dump(mode="json"), "run": self.facts}
+        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config)

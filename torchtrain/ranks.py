@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,11 +53,9 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         device = torch.device(accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(seconds=timeout_seconds)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timeout, **({} if "WORLD_SIZE" in os.environ else alone))
     return device
 
 

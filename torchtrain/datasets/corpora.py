@@ -66,12 +66,15 @@ class LeftOut:
     """By kind."""
     places: list[str] = field(default_factory=list)
     """The first of them."""
+    told: Callable[[str], None] = lambda text: None
+    """Called with each of these at once."""
 
     def add(self, kind: str, place: str) -> None:
         """Count one."""
         self.counts[kind] += 1
         if len(self.places) < PLACES_NAMED:
             self.places.append(f"{place} ({kind})")
+            self.told(f"left out {self.places[-1]}")
 
     def describe(self) -> str:
         """One line."""

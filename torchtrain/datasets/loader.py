@@ -51,7 +51,7 @@ def build_dataset(
 
     def build(source: DataSource) -> Dataset:
         if data.streaming and source.dataset != "tokens":  # whose files need no cache
-            return StreamDataset(open_source(source, data), data.text_key, tokenizer, seq_len, data.streams)
+            return StreamDataset(open_source(source, data), tokenizer, seq_len, data.streams)
         cache = open_tokens(source, data, tokenizer, log)
         best_fit = data.packing == "best_fit"
         if training.document_masking or best_fit:
@@ -249,20 +249,19 @@ class DataLoader:
         changes = self._differences(saved, self.state(step))
         if not changes:
             return
-        heading = f"the data of step {step} in the checkpoint (from {saved.get('source')})"
+        source = f"the data of step {step} in the checkpoint (from {saved.get('source')})"
+        text = "\n".join([f"{source} is not what this run reads:", *changes])
         if not accept_changes:
             raise UserError(
-                "\n".join([f"{heading} can't be continued:", *changes])
-                + "\nGive the run what it had, start a new one in another job.dump_folder, or go on all the same with "
-                "checkpoint.accept_changed_data = true"
+                f"{text}\nGive the run what it had, start a new one in another job.dump_folder, or go on all the same "
+                "with checkpoint.accept_changed_data = true"
             )
         self._origin_step, self._origin_sample = step, consumed
-        lines = [f"{heading} is not what this run reads, which checkpoint.accept_changed_data allows:", *changes]
-        lines.append(
-            f"  Step {step + 1} reads on from global sample {consumed:,} of the new order ({self.dataset.name}): "
-            "what earlier steps have read may come again, and some of this epoch be left out"
+        logger.warning(
+            f"{text}\ncheckpoint.accept_changed_data allows it. Step {step + 1} reads on from global sample "
+            f"{consumed:,} of the new order ({self.dataset.name}): what earlier steps have read may come again, and "
+            "some of this epoch be left out"
         )
-        logger.warning("\n".join(lines))
 
     def _differences(self, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         names = {

@@ -16,11 +16,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.corpora import BadRow, Corpus, Document, Rows
+from torchtrain.datasets.corpora import Corpus, LeftOut, Rows
 from torchtrain.datasets.samples import Dataset, Position
 from torchtrain.datasets.token_cache import short_hash
 from torchtrain.datasets.tokenizer import Tokenizer
@@ -35,15 +36,12 @@ class StreamDataset(Dataset):
     same, so a rank should take as few streams as it can, see `stream_of`.
     """
 
-    def __init__(self, corpus: Corpus, text_key: str, tokenizer: Tokenizer, seq_len: int, streams: int) -> None:
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, streams: int) -> None:
         """Deal `corpus` out to so many `streams`; nothing is read yet."""
         self.name = corpus.name
-        self._identity = {
-            "corpus": _corpus_identity(corpus, text_key),
-            "tokenizer": tokenizer.fingerprint,
-            "seq_len": seq_len,
-            "streams": streams,
-        }
+        self._identity: dict[str, Any] = {"corpus": _corpus_identity(corpus), "streams": streams}
+        self._identity |= {"tokenizer": tokenizer.fingerprint, "seq_len": seq_len}
+        corpus = replace(corpus, left_out=LeftOut(told=lambda row: logger.warning(f"{corpus.name}: {row}")))
         self._by_part = corpus.even_parts and len(corpus.parts) % streams == 0
         self._streams = [_Stream(corpus, tokenizer, seq_len, v, streams, self._by_part) for v in range(streams)]
 
@@ -145,17 +143,18 @@ class _Stream:
 
     def _from(self, place: Position) -> Iterator[tuple[Position, np.ndarray]]:
         """The place (epoch, part, rows in the parts before, row) and the tokens of every document from `place` on."""
+        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
         epoch, first_part, before, first_row = place
         found = any(place)  # whether this epoch has had a document
         while True:
             for part in range(first_part, len(self.parts)):
                 row = -1
                 for row, content in enumerate(self._rows(part)):
-                    if row >= first_row and (before + row - self._number) % self._every == 0:
-                        document = self._document(content)
-                        if document is not None:
-                            found = True
-                            yield [epoch, part, before, row], self._encoded(document)
+                    is_mine = row >= first_row and (before + row - self._number) % self._every == 0
+                    if is_mine and (document := self._corpus.accepted(content)):
+                        found = True
+                        (ids,) = self._tokenizer.encode_batch([document.text])
+                        yield [epoch, part, before, row], np.concatenate([bos, ids, eos], dtype=np.int32)
                 before += row + 1
                 first_row = 0
             if not found:
@@ -173,24 +172,13 @@ class _Stream:
                 return
             yield row
 
-    def _document(self, row: Document | BadRow) -> Document | None:
-        left_out = self._corpus.left_out
-        named = len(left_out.places)
-        document = self._corpus.accepted(row)
-        if len(left_out.places) > named:
-            logger.warning(f"{self._name}: left out {left_out.places[-1]}")
-        return document
 
-    def _encoded(self, document: Document) -> np.ndarray:
-        (ids,) = self._tokenizer.encode_batch([document.text])
-        return np.concatenate([[self._tokenizer.bos_id], ids, [self._tokenizer.eos_id]], dtype=np.int32)
-
-
-def _corpus_identity(corpus: Corpus, text_key: str) -> str:
-    """Of a hub's dataset the name and revision; of files their names, from the folder that holds all, and sizes."""
+def _corpus_identity(corpus: Corpus) -> str:
+    """Of a hub's dataset the name and revision; of files their names and sizes, wherever they lie: nothing is read."""
     if not corpus.files:
         return f"{corpus.name} {corpus.revision or ''}".strip()
-    root = os.path.commonpath([file.parent for file in corpus.files])
+    files = [file.absolute() for file in corpus.files]
+    root = os.path.commonpath([file.parent for file in files])
     with reading(corpus.name):
-        files = [f"{os.path.relpath(file, root)} {os.stat(file).st_size}" for file in corpus.files]
-    return short_hash([text_key, *files])
+        sizes = [f"{os.path.relpath(file, root)} {os.stat(file).st_size}" for file in files]
+    return short_hash([corpus.name.replace(root, ""), *sizes])

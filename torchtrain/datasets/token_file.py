@@ -48,19 +48,8 @@ def open_token_file(
             f"{tokens.dtype}, but the tokenizer's are 0 to {tokenizer.vocab_size - 1:,}. Set model.tokenizer_path to "
             "the tokenizer that made the file, and data.token_dtype to the type it was written in"
         )
-    return TokenCache(
-        Manifest(
-            source=f"tokens {path}",
-            files=1,
-            documents=None,
-            bytes=None,
-            tokens=len(tokens),
-            dtype=tokens.dtype.name,
-            corpus_fingerprint=facts["fingerprint"],
-            tokenizer_fingerprint=tokenizer.fingerprint,
-        ),
-        tokens,
-    )
+    fingerprints = facts["fingerprint"], tokenizer.fingerprint
+    return TokenCache(Manifest(f"tokens {path}", 1, None, None, len(tokens), tokens.dtype.name, *fingerprints), tokens)
 
 
 def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:

@@ -15,8 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from torchtrain.config_manager import main as check_config
-from torchtrain.config_manager import print_help, wants_help
+from torchtrain.config_manager import parse_or_exit, print_help, wants_help
 from torchtrain.utils import cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,8 +68,8 @@ def main(trainer_args: list[str]) -> int:
     if gpus and int(processes) > gpus:
         print(f"NGPU = {processes}, but only {gpus} GPUs are visible to this process", file=sys.stderr)
         return 2
-    status = check_config(["--world-size", str(ranks), "--", *trainer_args])
-    return status or launch(int(processes), trainer_args, on_cpu=not gpus)
+    parse_or_exit(trainer_args, ranks)
+    return launch(int(processes), trainer_args, on_cpu=not gpus)
 
 
 def default_config_file() -> str:
