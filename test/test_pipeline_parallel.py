@@ -7,13 +7,18 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, metrics, options, run_cases, train
+import torch.distributed as dist
+from forking import on_ranks, train
+from launching import ROOT, launched, metrics, options
+from torch.distributed.tensor import DTensor
 
+import train as trainer_module
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.models.flavors import FLAVORS, ModelShape
 from torchtrain.models.llama import Transformer
@@ -28,6 +33,7 @@ from torchtrain.pipeline_stages import (
     default_stages,
     stages_of,
 )
+from torchtrain.ranks import join_process_group
 from torchtrain.utils import UserError
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
@@ -210,29 +216,66 @@ def test_pipeline_options_reach_the_schedule(data, monkeypatch):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, data):
-    """What two ranks found under each schedule, and in bf16 under those that differ in their backward."""
+    """found(name): what two ranks find under that schedule, in bf16 under those that differ in their backward."""
     folder = tmp_path_factory.mktemp("pipelines")
     cases = {name: {SCHEDULE: name} for name in SCHEDULES}
     cases |= {f"{name} bf16": {SCHEDULE: name, **BF16} for name in ("1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")}
     cases["tied"] = {SCHEDULE: "DualPipeV", "model.tied_embeddings": True}
-    listed = [{"overrides": {**data, **PP, **extra}, "results": str(folder / name)} for name, extra in cases.items()]
-    run_cases(folder, 2, listed, worker="pipeline.py")
-    return {name: torch.load(folder / name) for name in cases}
+
+    @cache
+    def result(name):
+        on_ranks(2, evaluate_and_train, options({**data, **PP, **cases[name]}), folder / name)
+        return torch.load(folder / name)
+
+    return result
+
+
+def evaluate_and_train(arguments, results):
+    """A rank that evaluates a batch and trains on it, three times; rank 0 saves what was found."""
+    trainer = trainer_module.set_up(JobConfig().parse_args(arguments), join_process_group(60))
+    batch = trainer.loader.step_batches(1)[0]
+    valid = torch.ones((), dtype=torch.int64)
+    found = {"evaluated": [], "trained": []}
+    for _ in range(3):
+        before = {name: weight.to_local().clone() for name, weight in trainer.weights.items()}
+        found["evaluated"].append(summed(trainer.pipeline.evaluate(batch.tokens, batch.labels)))
+        assert all(weight.grad is None for weight in trainer.weights.values()), "an evaluation left a gradient"
+        found["trained"].append(summed(trainer.pipeline.forward_backward(batch.tokens, batch.labels, valid)))
+        assert all(torch.equal(before[name], weight.to_local()) for name, weight in trainer.weights.items())
+        gradients = {
+            name: weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+            for name, weight in trainer.weights.items()
+        }
+        found.setdefault("gradients", gradients)
+        trainer_module.optimizer_step(trainer)
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, found["gradients"])
+    found["gradients"] = {name: gradient for theirs in everyones for name, gradient in theirs.items()}
+    if dist.get_rank() == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+def summed(losses):
+    """The last stage's, on all ranks."""
+    losses = losses.double()
+    dist.all_reduce(losses)
+    return losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCHEDULES, "tied"])
 def test_evaluation_gives_the_training_forwards_losses_and_changes_nothing(found, name):
-    for evaluated, trained in zip(found[name]["evaluated"], found[name]["trained"], strict=True):
+    for evaluated, trained in zip(found(name)["evaluated"], found(name)["trained"], strict=True):
         assert evaluated.shape == (8,)
         assert torch.equal(evaluated, trained)
-    assert found[name]["evaluated"][2].sum() < found[name]["evaluated"][0].sum(), "nothing was learned"
+    assert found(name)["evaluated"][2].sum() < found(name)["evaluated"][0].sum(), "nothing was learned"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_losses_come_in_the_order_of_the_batch_under_every_schedule(found, name):
-    for mine, reference in zip(found[name]["trained"], found["GPipe"]["trained"], strict=True):
+    for mine, reference in zip(found(name)["trained"], found("GPipe")["trained"], strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
 
 
@@ -240,8 +283,8 @@ def test_losses_come_in_the_order_of_the_batch_under_every_schedule(found, name)
 @pytest.mark.parametrize("name", ["InterleavedZeroBubble bf16", "ZBVZeroBubble bf16"])
 def test_gradients_of_a_split_backward_add_up_in_fp32_too(found, name):
     """Summed over microbatches in bf16 they would be off by 4e-3."""
-    for parameter, gradient in found[name]["gradients"].items():
-        reference = found["1F1B bf16"]["gradients"][parameter]
+    for parameter, gradient in found(name)["gradients"].items():
+        reference = found("1F1B bf16")["gradients"][parameter]
         assert gradient.dtype == torch.float32
         assert ((gradient - reference).norm() / reference.norm()).item() < 1e-6, parameter
 
@@ -279,7 +322,7 @@ def test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process(tmp_path, 
 @pytest.mark.slow
 def test_the_start_says_how_the_model_is_cut(tmp_path, data):
     overrides = {**data, **PP, "job.dump_folder": tmp_path, "training.steps": 1, SCHEDULE: "Interleaved1F1B"}
-    output = train(2, overrides)
+    output = launched(2, overrides)
     assert "pipeline parallel: 2 ranks share the layers" in output
     assert "pipeline schedule Interleaved1F1B: 4 stages, 8 microbatches of 1" in output
     facts = json.loads(Path(tmp_path / "run.json").read_text())
