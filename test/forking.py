@@ -67,6 +67,10 @@ class Ranks:
         """Of each rank, None while it runs."""
         return [process.exitcode for process in self.processes]
 
+    def alive(self):
+        """Whether no rank has ended."""
+        return all(status is None for status in self.statuses)
+
     def finish(self, timeout_s):
         """Wait for the end of all, or, once one has failed or time is up, end them. Returns their exit statuses."""
         deadline = time.monotonic() + timeout_s

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from forking import running, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import kill_group, metrics, running, train, write_corpus
+from launching import metrics, write_corpus
 
 from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training, plan_batch
 from torchtrain.datasets.loader import DataLoader, build_dataset
@@ -185,18 +186,18 @@ def test_killed_on_2_ranks_then_on_4_then_finished_on_1_is_the_uninterrupted_run
     train(1, saving(kinds[kind], tmp_path / "whole"))
     folder = tmp_path / "killed"
     for number, step in ((2, 2), (4, 4)):
-        with running(number, saving(kinds[kind], folder)) as process:
-            wait_for_checkpoint(process, folder, step)
-            kill_group(process)
+        with running(number, saving(kinds[kind], folder)) as run:
+            wait_for_checkpoint(run, folder, step)
+            run.kill()
     train(1, saving(kinds[kind], folder))
     assert [line["step"] for line in metrics(folder)] == list(range(1, 7))
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-def wait_for_checkpoint(process, folder, step: int) -> None:
+def wait_for_checkpoint(run, folder, step: int) -> None:
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint" / f"step-{step}").exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert run.alive(), run.printed
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forking import on_ranks, train
-from launching import ROOT, launched, metrics, options
+from launching import ROOT, metrics, options
 from torch.distributed.tensor import DTensor
 
 import train as trainer_module
@@ -322,7 +322,7 @@ def test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process(tmp_path, 
 @pytest.mark.slow
 def test_the_start_says_how_the_model_is_cut(tmp_path, data):
     overrides = {**data, **PP, "job.dump_folder": tmp_path, "training.steps": 1, SCHEDULE: "Interleaved1F1B"}
-    output = launched(2, overrides)
+    output = train(2, overrides)
     assert "pipeline parallel: 2 ranks share the layers" in output
     assert "pipeline schedule Interleaved1F1B: 4 stages, 8 microbatches of 1" in output
     facts = json.loads(Path(tmp_path / "run.json").read_text())
