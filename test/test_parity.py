@@ -94,10 +94,10 @@ FAULTY = {
     "tied-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}, "tied"),
     "stages-scaled": Layout(2, pipeline("1F1B")),
     "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
-    "raises": Layout(2),
     "killed": Layout(2),
     "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
-    "good": Layout(2),
+    "good": Layout(2),  # on the ranks that took up the rest
+    "raises": Layout(2),
 }
 
 

@@ -4,10 +4,9 @@ That a pipeline trains as one process does, under every schedule and with every 
 """
 
 import json
-import subprocess
-import sys
 from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from forking import on_ranks, train
-from launching import ROOT, metrics, options
+from launching import metrics, options
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train as trainer_module
 from torchtrain.config_manager import JobConfig, plan_stages
@@ -98,49 +101,41 @@ def test_every_stage_has_one_rank(schedule, ranks):
     assert v_shaped == (SCHEDULES[schedule].stages_a_rank == "two")
 
 
-TORCH_ACCEPTS = """
-import json, sys, torch, torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.testing._internal.distributed.fake_pg import FakeStore
-ranks = int(sys.argv[1])
-dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-x = torch.empty(1, 2, device="meta")
-accepted = []
-for name, counts in json.loads(sys.argv[2]).items():
-    cls = get_schedule_class(name)
-    for stages, mine in counts:
-        for microbatches in range(1, 14):
-            built = [PipelineStage(torch.nn.Linear(2, 2), s, stages, torch.device("cpu"), input_args=x, output_args=x)
-                     for s in mine]
-            stage = built[0] if issubclass(cls, PipelineScheduleSingle) else built
-            try:
-                cls(stage, microbatches, loss_fn=lambda a, b: a)
-            except ValueError:
-                continue
-            accepted.append([name, stages, microbatches])
-print(json.dumps(accepted))
-"""
+def what_torch_accepts(ranks, counts, results):
+    """Each schedule, number of stages and number of microbatches that it can be built with on rank 0 of these ranks."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    x = torch.empty(1, 2, device="meta")
+    accepted = []
+    for name, cuts in counts.items():
+        schedule = get_schedule_class(name)
+        for (stages, mine), microbatches in product(cuts, MICROBATCHES):
+            cpu = torch.device("cpu")
+            built = [PipelineStage(nn.Linear(2, 2), s, stages, cpu, input_args=x, output_args=x) for s in mine]
+            stage = built[0] if issubclass(schedule, PipelineScheduleSingle) else built
+            with suppress(ValueError):
+                schedule(stage, microbatches, loss_fn=lambda a, b: a)
+                accepted.append([name, stages, microbatches])
+    results.write_text(json.dumps(accepted))
+
+
+MICROBATCHES = range(1, 14)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_microbatches_that_are_refused_are_those_that_pytorch_refuses(ranks):
+def test_the_microbatches_that_are_refused_are_those_that_pytorch_refuses(tmp_path, ranks):
     counts = {}
     for name, schedule in SCHEDULES.items():
         numbers = (2 * ranks, 3 * ranks) if schedule.stages_a_rank == "several" else (default_stages(name, ranks),)
         counts[name] = [(stages, stages_of(0, name, stages, ranks)) for stages in numbers]
-    command = [sys.executable, "-c", TORCH_ACCEPTS, str(ranks), json.dumps(counts)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+    on_ranks(1, what_torch_accepts, ranks, counts, tmp_path / "accepted.json")
     mine = []
     for name, cuts in counts.items():
-        for stages, _ in cuts:
-            for microbatches in range(1, 14):
-                with suppress(UserError):
-                    check_microbatches(name, microbatches, stages, ranks)
-                    mine.append([name, stages, microbatches])
-    assert mine == json.loads(process.stdout.splitlines()[-1])
+        for (stages, _), microbatches in product(cuts, MICROBATCHES):
+            with suppress(UserError):
+                check_microbatches(name, microbatches, stages, ranks)
+                mine.append([name, stages, microbatches])
+    assert mine == json.loads((tmp_path / "accepted.json").read_text())
 
 
 def test_the_schedules_of_the_config_are_those_known():
