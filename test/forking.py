@@ -75,19 +75,22 @@ class Ranks:
     def finish(self, timeout_s):
         """Wait for the end of all, or, once one has failed or time is up, end them. Returns their exit statuses."""
         deadline = time.monotonic() + timeout_s
-        while None in self.statuses and (left := deadline - time.monotonic()) > 0:
-            wait([process.sentinel for process in self.processes if process.exitcode is None], left)
-            if any(self.statuses):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-        return self.kill()
+        failed = False
+        try:
+            while None in self.statuses and (left := deadline - time.monotonic()) > 0:
+                wait([process.sentinel for process in self.processes if process.exitcode is None], left)
+                if any(self.statuses) and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+        finally:
+            self.kill()
+        return self.statuses
 
     def kill(self):
-        """SIGKILL to all that still run."""
+        """SIGKILL to all that still run; returns when they are gone."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
-        return self.statuses
 
 
 @contextmanager
@@ -103,10 +106,7 @@ def running(world_size, overrides):
 def on_ranks(world_size, action, *arguments, expect=0, timeout_s=TIMEOUT_S):
     """Run `action(*arguments)`, a function of a module, on each rank, to the end. Returns what was printed."""
     ranks = Ranks(world_size, action, *arguments)
-    try:
-        statuses = ranks.finish(timeout_s)
-    finally:
-        ranks.kill()
+    statuses = ranks.finish(timeout_s)
     assert statuses == [expect] * world_size, f"exit statuses {statuses}, expected {expect}:\n{ranks.printed}"
     return ranks.printed
 
