@@ -1,6 +1,14 @@
 import pytest
 from launching import write_corpus
 
+# Those that last longest begin first: one that began last would keep a worker busy when the others are done.
+LONGEST = ("test_parity.py", "test_launch.py", "test_validation.py", "test_resume.py", "test_elastic.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The order of files; xdist's --no-loadscope-reorder keeps it."""
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):

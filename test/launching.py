@@ -100,7 +100,7 @@ def kill_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def train(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
+def launched(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
     """Run to the end and return what was printed."""
     with running(ranks, overrides, **extra) as process:
         output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -111,27 +111,3 @@ def train(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
 def metrics(folder: Path) -> list[dict]:
     """The logged lines of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_cases(scratch: Path, ranks: int, cases: list[dict], worker: str = "cases.py") -> str:
-    """Run this of test/workers/ on `ranks` ranks; a case's "overrides" become its options. Returns what was printed."""
-    listed = [{**case, "options": options(case["overrides"])} for case in cases]
-    for case in listed:
-        case.pop("overrides")
-    file = scratch / f"cases-{ranks}.json"
-    file.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    process = subprocess.Popen(
-        [*command, str(ROOT / "test" / "workers" / worker), str(file)],
-        env=environment(ranks),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        kill_group(process)
-    assert process.returncode == 0, output
-    return output

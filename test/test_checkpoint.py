@@ -4,16 +4,13 @@ import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import signal
 import stat
 import sys
 import time
-import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from forking import in_group
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
@@ -118,49 +116,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoint").iterdir())
 
 
-# Several ranks: processes forked from a clean server that has imported torch once
-
-
-def _rank_main(rank: int, world_size: int, port_file: Path, faults, action, arguments) -> None:
-    try:
-        torch.set_num_threads(1)
-        store = dist.FileStore(str(port_file), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        action(*arguments)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        faults.put(f"rank {rank}: {traceback.format_exc()}")
-        os._exit(1)
-    os._exit(0)  # as train.py ends: gloo's threads can abort the interpreter's own tear-down
-
-
-def on_ranks(world_size: int, scratch: Path, action, *arguments, timeout_s: float = 90, expect: int = 0) -> None:
-    """Run `action(*arguments)` on that many gloo ranks and fail with the ranks' tracebacks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torchtrain.checkpoint"])
-    faults = context.SimpleQueue()
-    store = scratch / f"store-{random.getrandbits(64):x}"
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, world_size, store, faults, action, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + timeout_s
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        said = []
-        while not faults.empty():
-            said.append(faults.get())
-        statuses = [process.exitcode for process in ranks]
-        assert statuses == [expect] * world_size, "\n".join([f"exit statuses {statuses}", *said])
-    finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-                process.join()
+# Several ranks
 
 
 def _save_on_two(run: Path) -> None:
@@ -209,17 +165,17 @@ def _load(run: Path, mesh_shape: tuple[int, ...] = (), save_step: int | None = N
 
 @pytest.mark.slow
 def test_saved_on_two_ranks_loads_bitwise_on_any_layout(tmp_path):
-    on_ranks(2, tmp_path, _save_on_two, tmp_path)
+    in_group(2, _save_on_two, tmp_path)
     assert names(tmp_path) == ["step-3"]
     marker = json.loads((tmp_path / "checkpoint/step-3" / MARKER).read_text())
     assert set(marker["files"]) == {"__0_0.distcp", "__1_0.distcp", INDEX, STATE}
     for name, record in marker["files"].items():
         content = (tmp_path / "checkpoint/step-3" / name).read_bytes()
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    on_ranks(1, tmp_path, _load, tmp_path)
-    on_ranks(2, tmp_path, _load, tmp_path)
-    on_ranks(4, tmp_path, _load, tmp_path)
-    on_ranks(4, tmp_path, _load, tmp_path, (2, 2))
+    in_group(1, _load, tmp_path)
+    in_group(2, _load, tmp_path)
+    in_group(4, _load, tmp_path)
+    in_group(4, _load, tmp_path, (2, 2))
 
 
 def _raises_everywhere(action, said: str) -> None:
@@ -292,7 +248,7 @@ def _elsewhere(run: Path):
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all_and_leaves_earlier_checkpoints(tmp_path):
-    on_ranks(2, tmp_path, _faults_on_one_rank, tmp_path)
+    in_group(2, _faults_on_one_rank, tmp_path)
 
 
 # One rank, in this process
@@ -772,7 +728,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path, alone):
     for operations in (6, 11, 19, 22):  # among the tensors, before the marker, while the old one is removed
         folder = tmp_path / f"run-{operations}"
         shutil.copytree(tmp_path / "start", folder)
-        on_ranks(1, tmp_path, _killed_while_saving, folder, operations, expect=-signal.SIGKILL)
+        in_group(1, _killed_while_saving, folder, operations, expect=-signal.SIGKILL)
         step, state = loaded(folder)
         assert_bitwise(state, {1: run.states[1], 2: after}[step])
         outcomes.add(step)

@@ -1,27 +1,24 @@
 """The largest models on their hundreds of GPUs, set up without any: a fake process group, the meta device."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+from forking import on_ranks
 from launching import ROOT
-
-SET_UP = """
-import json, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
 from torchtrain.config_manager import JobConfig, model_shape, plan_batch
 from torchtrain.loss import sequence_losses
 from torchtrain.parallelisms.apply import build_parts, named_weights
 from torchtrain.parallelisms.parallel_dims import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
 
-file, ranks = sys.argv[1], int(sys.argv[2])
-config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false"], ranks)
-dims = ParallelDims.from_config(config.parallelism, ranks)
 
-
-def facts(rank):
+def facts(config, ranks, rank):
+    """What this one of so many ranks has of the model."""
+    dims = ParallelDims.from_config(config.parallelism, ranks)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     mesh = dims.build_mesh("cpu")
     parts = build_parts(model_shape(config.model), mesh, dims, config)
@@ -42,22 +39,16 @@ def facts(rank):
     }
 
 
-print(json.dumps([facts(rank) for rank in json.loads(sys.argv[3])]))
-"""
+def find_facts(file, ranks, of, results):
+    config = JobConfig().parse_args(["--job.config_file", file, "--compile.enable=false"], ranks)
+    results.write_text(json.dumps([facts(config, ranks, rank) for rank in of]))
 
 
-def facts_of(file, ranks, of):
+def facts_of(folder, file, ranks, of):
     """Of these ranks, as they would see the model."""
     toml = str(ROOT / "train_configs" / f"{file}.toml")
-    process = subprocess.run(
-        [sys.executable, "-c", SET_UP, toml, str(ranks), json.dumps(of)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    on_ranks(1, find_facts, toml, ranks, of, folder / "facts.json")
+    return json.loads((folder / "facts.json").read_text())
 
 
 @pytest.mark.slow
@@ -65,26 +56,26 @@ def facts_of(file, ranks, of):
     ("file", "ranks", "parameters"),
     [("llama2_70b", 256, 68_976_648_192), ("llama3_70b", 256, 70_553_706_496)],
 )
-def test_70b_is_laid_out_evenly(file, ranks, parameters):
-    (facts,) = facts_of(file, ranks, [0])
-    assert facts["mesh"] == [["dp_shard", "tp"], [ranks // 8, 8]]
-    assert facts["whole"] == parameters
-    assert facts["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
+def test_70b_is_laid_out_evenly(tmp_path, file, ranks, parameters):
+    (found,) = facts_of(tmp_path, file, ranks, [0])
+    assert found["mesh"] == [["dp_shard", "tp"], [ranks // 8, 8]]
+    assert found["whole"] == parameters
+    assert found["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
     # Norms are whole on each rank of tensor parallelism, so a rank holds a little more than its even share.
-    assert parameters / ranks <= facts["local"] < 1.01 * parameters / ranks
+    assert parameters / ranks <= found["local"] < 1.01 * parameters / ranks
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_405b_is_cut_into_stages_that_together_are_the_model():
+def test_405b_is_cut_into_stages_that_together_are_the_model(tmp_path):
     ranks, pipeline, parameters = 512, 8, 405_853_388_800
-    each = facts_of("llama3_405b", ranks, [stage * ranks // pipeline for stage in range(pipeline)])
-    assert all(facts["mesh"] == [["pp", "dp_shard", "tp"], [8, 8, 8]] for facts in each)
-    assert sum(facts["whole"] for facts in each) == parameters
-    names = [name for facts in each for name in facts["names"]]
+    each = facts_of(tmp_path, "llama3_405b", ranks, [stage * ranks // pipeline for stage in range(pipeline)])
+    assert all(stage["mesh"] == [["pp", "dp_shard", "tp"], [8, 8, 8]] for stage in each)
+    assert sum(stage["whole"] for stage in each) == parameters
+    names = [name for stage in each for name in stage["names"]]
     assert len(names) == len(set(names)) == 126 * 9 + 3
-    for facts in each:
-        assert facts["dims"] == [2]
-        assert facts["microbatches"] >= pipeline
+    for stage in each:
+        assert stage["dims"] == [2]
+        assert stage["microbatches"] >= pipeline
         # Layers differ by two between stages, norms are whole on each rank of tensor parallelism.
-        assert facts["local"] == pytest.approx(parameters / ranks, rel=0.15)
+        assert stage["local"] == pytest.approx(parameters / ranks, rel=0.15)

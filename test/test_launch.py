@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forking
 import pytest
-from launching import ROOT, TIMEOUT_S, environment, kill_group, metrics, options, running, train
+from forking import train
+from launching import ROOT, TIMEOUT_S, environment, kill_group, launched, metrics, options, running
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +50,26 @@ def ranks_of(process):
     return children
 
 
+def run_with_a_stopped_rank(folder, data):
+    """Exit status and output of a run of which one rank is stopped."""
+    overrides = {**data, "job.dump_folder": folder, "training.steps": 100000, "comm.train_timeout_seconds": 5}
+    with running(2, overrides) as process:
+        while not (folder / "metrics.jsonl").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(ranks_of(process)[1], signal.SIGSTOP)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped(tmp_path_factory, data):
+    """That run, beside all the others: torchrun waits for half a minute before it kills a rank that is stopped."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(run_with_a_stopped_rank, tmp_path_factory.mktemp("stopped") / "run", data)
+
+
 def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
     copy = tmp_path / "a path with spaces"
     copy.mkdir()
@@ -65,6 +88,7 @@ def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
     )
     assert status == 0, output
     assert len(metrics(tmp_path / "run here")) == 4
+    assert "[rank" not in output, "one rank speaks unless more are asked for"
     status, output = launch_script(copy / "run_llama_train.sh", ["--training.stepz", "3"], tmp_path)
     assert status == 2
     assert output.count("stepz") == 1
@@ -72,7 +96,7 @@ def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
 
 
 def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
-    train(1, {**data, "job.dump_folder": tmp_path / "launched"})
+    train(1, {**data, "job.dump_folder": tmp_path / "one-rank"})
     subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *options({**data, "job.dump_folder": tmp_path / "plain"})],
         env={k: v for k, v in environment(1).items() if k != "NGPU"},
@@ -81,7 +105,7 @@ def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
         capture_output=True,
     )
     assert [line["loss"] for line in metrics(tmp_path / "plain")] == [
-        line["loss"] for line in metrics(tmp_path / "launched")
+        line["loss"] for line in metrics(tmp_path / "one-rank")
     ]
 
 
@@ -99,7 +123,7 @@ def test_log_rank_must_name_ranks(tmp_path):
 
 
 def test_config_fault_is_one_message_before_any_rank_exists(tmp_path, data):
-    output = train(3, {**data, "job.dump_folder": tmp_path / "run", "training.global_batch_size": 8}, expect=2)
+    output = launched(3, {**data, "job.dump_folder": tmp_path / "run", "training.global_batch_size": 8}, expect=2)
     assert "Traceback" not in output
     assert output.count("global_batch_size") >= 1
     assert not (tmp_path / "run").exists()
@@ -109,7 +133,7 @@ def test_fault_found_by_the_ranks_is_one_message_too(tmp_path, data):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": 3}\n')
     overrides = {**data, "training.dataset": "jsonl", "training.dataset_path": bad, "job.dump_folder": tmp_path / "run"}
-    output = train(2, overrides, expect=2)
+    output = launched(2, overrides, expect=2)
     assert "bad.jsonl:2" in output
     assert output.count("bad.jsonl:2") == 1
     assert "Traceback" not in output
@@ -122,9 +146,9 @@ def test_fault_found_by_the_ranks_is_one_message_too(tmp_path, data):
 
 def test_folder_in_use_is_refused(tmp_path, data):
     endless = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with running(1, endless) as process:
+    with forking.running(1, endless) as run:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()[0]
+            assert run.alive(), run.printed
             time.sleep(0.1)
         output = train(1, endless, expect=2)
         assert "in use by process" in output
@@ -144,25 +168,6 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
     assert "in train" in output, "no stack on SIGUSR1"
 
 
-def test_a_stopped_rank_ends_the_run_within_the_training_timeout(tmp_path, data):
-    overrides = {
-        **data,
-        "job.dump_folder": tmp_path / "run",
-        "training.steps": 100000,
-        "comm.train_timeout_seconds": 5,
-    }
-    with running(2, overrides) as process:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
-        time.sleep(1)
-        stopped = ranks_of(process)[1]
-        os.kill(stopped, signal.SIGSTOP)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode not in (0, None)
-    assert "rank 0 failed" in output
-
-
 def test_ranks_die_with_their_launcher(tmp_path, data):
     with running(2, {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}) as process:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
@@ -178,7 +183,7 @@ def test_ranks_die_with_their_launcher(tmp_path, data):
 
 
 def test_log_rank_chooses_who_speaks(tmp_path, data):
-    output = train(2, {**data, "job.dump_folder": tmp_path / "run"}, LOG_RANK="1")
+    output = launched(2, {**data, "job.dump_folder": tmp_path / "run"}, LOG_RANK="1")
     assert "[rank 1]" in output
     output = train(2, {**data, "job.dump_folder": tmp_path / "run"})
     assert "[rank" not in output
@@ -188,8 +193,14 @@ def test_log_rank_chooses_who_speaks(tmp_path, data):
 
 def test_non_finite_loss_stops_before_the_weights(tmp_path, data):
     overrides = {**data, "job.dump_folder": tmp_path / "run", "optimizer.lr": 1e30, "training.max_norm": 1e30}
-    output = train(2, overrides, expect=1)
+    output = launched(2, overrides, expect=1)
     assert "gradient norm" in output
     assert "global samples" in output
     assert output.count("detect_anomaly") == 1
     assert "Traceback" not in output
+
+
+def test_a_stopped_rank_ends_the_run_within_the_training_timeout(stopped):
+    status, output = stopped.result()
+    assert status not in (0, None)
+    assert "rank 0 failed" in output

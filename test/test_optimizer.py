@@ -1,12 +1,10 @@
 """The optimizer against its written-out update, and the gradient norm against the whole gradient's."""
 
 import math
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from forking import in_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -155,8 +153,7 @@ def whole_gradients():
     return [torch.randn(size, generator=generator) for size in SIZES]
 
 
-def clip_sharded(rank, port):
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=4)
+def clip_sharded():
     square, line = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), init_device_mesh("cpu", (4,))
     layouts = [*((square, layout) for layout in LAYOUTS), (line, (Shard(0),)), (None, ())]
     wholes = [*whole_gradients(), torch.full((9, 2), 0.5), torch.full((2, 2), 0.25)]
@@ -172,12 +169,8 @@ def clip_sharded(rank, port):
     for parameter, whole in zip(parameters, wholes, strict=True):
         gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         torch.testing.assert_close(gradient, whole / 2, rtol=1e-6, atol=0)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_the_norm_counts_each_element_of_every_shard_once():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(clip_sharded, args=(port,), nprocs=4)
+    in_group(4, clip_sharded)

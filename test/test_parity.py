@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+from unittest.mock import patch
 
 import pytest
 import torch
+from forking import Ranks
 from launching import ROOT
 
 from torchtrain.config_manager import JobConfig
-from torchtrain.tools import parity
+from torchtrain.tools import parity, parity_ranks
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout, pipeline
 
 # Every technique once, most of them in company; the whole table is the tool's own business.
@@ -56,12 +59,39 @@ def small(data):
     return {**data, "training.steps": 3}
 
 
+def work(cases_file, on_gpus):
+    """A forked rank of the tool."""
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    parity_ranks.work(cases_file)
+
+
+def forked_cases(plan, ranks, cases, folder):
+    """`parity.run_cases` on forked ranks. How the tool starts its own is shown by the layouts with a fault."""
+    waiting = dict(cases)
+    while waiting:
+        file = folder / f"cases-{ranks}.json"
+        file.write_text(json.dumps({"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())}))
+        forked = Ranks(ranks, work, file, plan.on_gpus)
+        forked.finish(timeout_s=500)
+        for line in forked.printed.splitlines():
+            if line.startswith(parity.DONE):
+                name = line.removeprefix(parity.DONE).strip()
+                del waiting[name]
+                yield name, ""
+        if waiting:
+            name = next(iter(waiting))
+            del waiting[name]
+            yield name, parity.first_fault(folder, name) or forked.printed
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory, small):
     """The tool's exit status and the rows it wrote, by layout."""
     file = tmp_path_factory.mktemp("parity") / "table.json"
     given = [f"--{name}={value}" for name, value in small.items()]
-    status = parity.main(["--layouts", ",".join(SUBSET), "--json", str(file), *given])
+    with patch.object(parity, "run_cases", forked_cases):
+        status = parity.main(["--layouts", ",".join(SUBSET), "--json", str(file), *given])
     return status, {row["layout"]: row for row in json.loads(file.read_text())["layouts"]}
 
 
@@ -94,10 +124,10 @@ FAULTY = {
     "tied-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}, "tied"),
     "stages-scaled": Layout(2, pipeline("1F1B")),
     "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
-    "raises": Layout(2),
     "killed": Layout(2),
     "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
-    "good": Layout(2),
+    "good": Layout(2),  # on the ranks that took up the rest
+    "raises": Layout(2),
 }
 
 

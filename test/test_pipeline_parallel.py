@@ -4,16 +4,24 @@ That a pipeline trains as one process does, under every schedule and with every 
 """
 
 import json
-import subprocess
-import sys
 from contextlib import suppress
+from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, metrics, options, run_cases, train
+import torch.distributed as dist
+from forking import on_ranks, train
+from launching import metrics, options
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import train as trainer_module
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.models.flavors import FLAVORS, ModelShape
 from torchtrain.models.llama import Transformer
@@ -28,6 +36,7 @@ from torchtrain.pipeline_stages import (
     default_stages,
     stages_of,
 )
+from torchtrain.ranks import join_process_group
 from torchtrain.utils import SharedUserError, UserError
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
@@ -92,49 +101,41 @@ def test_every_stage_has_one_rank(schedule, ranks):
     assert v_shaped == (SCHEDULES[schedule].stages_a_rank == "two")
 
 
-TORCH_ACCEPTS = """
-import json, sys, torch, torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.testing._internal.distributed.fake_pg import FakeStore
-ranks = int(sys.argv[1])
-dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-x = torch.empty(1, 2, device="meta")
-accepted = []
-for name, counts in json.loads(sys.argv[2]).items():
-    cls = get_schedule_class(name)
-    for stages, mine in counts:
-        for microbatches in range(1, 14):
-            built = [PipelineStage(torch.nn.Linear(2, 2), s, stages, torch.device("cpu"), input_args=x, output_args=x)
-                     for s in mine]
-            stage = built[0] if issubclass(cls, PipelineScheduleSingle) else built
-            try:
-                cls(stage, microbatches, loss_fn=lambda a, b: a)
-            except ValueError:
-                continue
-            accepted.append([name, stages, microbatches])
-print(json.dumps(accepted))
-"""
+def what_torch_accepts(ranks, counts, results):
+    """Each schedule, number of stages and number of microbatches that it can be built with on rank 0 of these ranks."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    x = torch.empty(1, 2, device="meta")
+    accepted = []
+    for name, cuts in counts.items():
+        schedule = get_schedule_class(name)
+        for (stages, mine), microbatches in product(cuts, MICROBATCHES):
+            cpu = torch.device("cpu")
+            built = [PipelineStage(nn.Linear(2, 2), s, stages, cpu, input_args=x, output_args=x) for s in mine]
+            stage = built[0] if issubclass(schedule, PipelineScheduleSingle) else built
+            with suppress(ValueError):
+                schedule(stage, microbatches, loss_fn=lambda a, b: a)
+                accepted.append([name, stages, microbatches])
+    results.write_text(json.dumps(accepted))
+
+
+MICROBATCHES = range(1, 14)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_microbatches_that_are_refused_are_those_that_pytorch_refuses(ranks):
+def test_the_microbatches_that_are_refused_are_those_that_pytorch_refuses(tmp_path, ranks):
     counts = {}
     for name, schedule in SCHEDULES.items():
         numbers = (2 * ranks, 3 * ranks) if schedule.stages_a_rank == "several" else (default_stages(name, ranks),)
         counts[name] = [(stages, stages_of(0, name, stages, ranks)) for stages in numbers]
-    command = [sys.executable, "-c", TORCH_ACCEPTS, str(ranks), json.dumps(counts)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+    on_ranks(1, what_torch_accepts, ranks, counts, tmp_path / "accepted.json")
     mine = []
     for name, cuts in counts.items():
-        for stages, _ in cuts:
-            for microbatches in range(1, 14):
-                with suppress(UserError):
-                    check_microbatches(name, microbatches, stages, ranks)
-                    mine.append([name, stages, microbatches])
-    assert mine == json.loads(process.stdout.splitlines()[-1])
+        for (stages, _), microbatches in product(cuts, MICROBATCHES):
+            with suppress(UserError):
+                check_microbatches(name, microbatches, stages, ranks)
+                mine.append([name, stages, microbatches])
+    assert mine == json.loads((tmp_path / "accepted.json").read_text())
 
 
 def test_the_schedules_of_the_config_are_those_known():
@@ -227,29 +228,66 @@ def test_a_resumed_batch_that_does_not_pass_is_refused(data, resumed, text):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, data):
-    """What two ranks found under each schedule, and in bf16 under those that differ in their backward."""
+    """found(name): what two ranks find under that schedule, in bf16 under those that differ in their backward."""
     folder = tmp_path_factory.mktemp("pipelines")
     cases = {name: {SCHEDULE: name} for name in SCHEDULES}
     cases |= {f"{name} bf16": {SCHEDULE: name, **BF16} for name in ("1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")}
     cases["tied"] = {SCHEDULE: "DualPipeV", "model.tied_embeddings": True}
-    listed = [{"overrides": {**data, **PP, **extra}, "results": str(folder / name)} for name, extra in cases.items()]
-    run_cases(folder, 2, listed, worker="pipeline.py")
-    return {name: torch.load(folder / name) for name in cases}
+
+    @cache
+    def result(name):
+        on_ranks(2, evaluate_and_train, options({**data, **PP, **cases[name]}), folder / name)
+        return torch.load(folder / name)
+
+    return result
+
+
+def evaluate_and_train(arguments, results):
+    """A rank that evaluates a batch and trains on it, three times; rank 0 saves what was found."""
+    trainer = trainer_module.set_up(JobConfig().parse_args(arguments), join_process_group(60))
+    batch = trainer.loader.step_batches(1)[0]
+    valid = torch.ones((), dtype=torch.int64)
+    found = {"evaluated": [], "trained": []}
+    for _ in range(3):
+        before = {name: weight.to_local().clone() for name, weight in trainer.weights.items()}
+        found["evaluated"].append(summed(trainer.pipeline.evaluate(batch.tokens, batch.labels)))
+        assert all(weight.grad is None for weight in trainer.weights.values()), "an evaluation left a gradient"
+        found["trained"].append(summed(trainer.pipeline.forward_backward(batch.tokens, batch.labels, valid)))
+        assert all(torch.equal(before[name], weight.to_local()) for name, weight in trainer.weights.items())
+        gradients = {
+            name: weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+            for name, weight in trainer.weights.items()
+        }
+        found.setdefault("gradients", gradients)
+        trainer_module.optimizer_step(trainer)
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, found["gradients"])
+    found["gradients"] = {name: gradient for theirs in everyones for name, gradient in theirs.items()}
+    if dist.get_rank() == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+def summed(losses):
+    """The last stage's, on all ranks."""
+    losses = losses.double()
+    dist.all_reduce(losses)
+    return losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCHEDULES, "tied"])
 def test_evaluation_gives_the_training_forwards_losses_and_changes_nothing(found, name):
-    for evaluated, trained in zip(found[name]["evaluated"], found[name]["trained"], strict=True):
+    for evaluated, trained in zip(found(name)["evaluated"], found(name)["trained"], strict=True):
         assert evaluated.shape == (8,)
         assert torch.equal(evaluated, trained)
-    assert found[name]["evaluated"][2].sum() < found[name]["evaluated"][0].sum(), "nothing was learned"
+    assert found(name)["evaluated"][2].sum() < found(name)["evaluated"][0].sum(), "nothing was learned"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_losses_come_in_the_order_of_the_batch_under_every_schedule(found, name):
-    for mine, reference in zip(found[name]["trained"], found["GPipe"]["trained"], strict=True):
+    for mine, reference in zip(found(name)["trained"], found("GPipe")["trained"], strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
 
 
@@ -257,8 +295,8 @@ def test_losses_come_in_the_order_of_the_batch_under_every_schedule(found, name)
 @pytest.mark.parametrize("name", ["InterleavedZeroBubble bf16", "ZBVZeroBubble bf16"])
 def test_gradients_of_a_split_backward_add_up_in_fp32_too(found, name):
     """Summed over microbatches in bf16 they would be off by 4e-3."""
-    for parameter, gradient in found[name]["gradients"].items():
-        reference = found["1F1B bf16"]["gradients"][parameter]
+    for parameter, gradient in found(name)["gradients"].items():
+        reference = found("1F1B bf16")["gradients"][parameter]
         assert gradient.dtype == torch.float32
         assert ((gradient - reference).norm() / reference.norm()).item() < 1e-6, parameter
 

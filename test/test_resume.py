@@ -6,9 +6,12 @@ import shutil
 import signal
 import time
 
+import forking
+import launching
 import pytest
 import torch
-from launching import kill_group, metrics, running, train
+from forking import train
+from launching import metrics
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 pytestmark = pytest.mark.slow
@@ -48,10 +51,10 @@ def saving(data, folder, **overrides):
     }
 
 
-def wait_for_step(process, folder, step, timeout=120):
+def wait_for_step(alive, folder, step, timeout=120):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
+        assert alive(), f"ended before step {step}"
         path = folder / "metrics.jsonl"
         if path.exists() and any(
             json.loads(line)["step"] >= step for line in path.read_text().splitlines(True) if line.endswith("\n")
@@ -86,9 +89,9 @@ def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole,
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
     folder = tmp_path / "run"
-    with running(ranks, saving(data, folder)) as process:
-        wait_for_step(process, folder, 6)
-        kill_group(process)
+    with forking.running(ranks, saving(data, folder)) as run:
+        wait_for_step(run.alive, folder, 6)
+        run.kill()
     train(ranks, saving(data, folder))
     assert curve(folder) == curve(whole[ranks])
     assert_same_state(folder, whole[ranks], STEPS, tmp_path)
@@ -133,8 +136,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, data, whole):
     folder = tmp_path / "run"
-    with running(2, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
-        wait_for_step(process, folder, 2)
+    with launching.running(2, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
+        wait_for_step(lambda: process.poll() is None, folder, 2)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output

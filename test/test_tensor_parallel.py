@@ -4,13 +4,12 @@ All cases run one after the other on one set of four gloo ranks, and their refer
 whole, from rank 0.
 """
 
-import socket
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forking import in_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -119,10 +118,6 @@ def largest_drift(model):
     return drift
 
 
-def join(rank, world, port):
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
-
-
 def start(case):
     model = build(case)
     return model, build_optimizer(model.parameters(), OptimizerConfig(lr=1e-3))
@@ -132,8 +127,7 @@ def checkpointer(scratch, name):
     return Checkpointer(Checkpoint(enable=True), scratch / "runs" / name)
 
 
-def four_ranks(rank, port, scratch):
-    join(rank, 4, port)
+def four_ranks(scratch):
     found = {}
     for name, case in CASES.items():
         model, optimizer = start(case)
@@ -142,14 +136,12 @@ def four_ranks(rank, port, scratch):
         if name in RESUMED:
             checkpointer(scratch, name).save(dict(model.named_parameters()), optimizer, Progress(STEPS, 0, {}, {}))
             found[f"{name}, continued"] = train(case, model, optimizer, first=STEPS)
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(found, scratch / "four.pt")
-    dist.destroy_process_group()
 
 
-def one_rank(rank, port, scratch):
+def one_rank(scratch):
     """The references, by shape and precision; and what four ranks saved, continued."""
-    join(rank, 1, port)
     found = {}
     for name, case in CASES.items():
         alone = reference(case)
@@ -163,7 +155,6 @@ def one_rank(rank, port, scratch):
         if alone not in found:
             found[alone] = {"initial": whole(model.named_parameters()), **train(alone, model, optimizer)}
     torch.save({str(key): result for key, result in found.items()}, scratch / "one.pt")
-    dist.destroy_process_group()
 
 
 def reference(case):
@@ -174,11 +165,8 @@ def reference(case):
 def results(tmp_path_factory):
     """What four ranks found, and what one did."""
     scratch = tmp_path_factory.mktemp("tensor-parallel")
-    for function, ranks in ((four_ranks, 4), (one_rank, 1)):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(function, args=(port, scratch), nprocs=ranks)
+    in_group(4, four_ranks, scratch)
+    in_group(1, one_rank, scratch)
     return [torch.load(scratch / f"{ranks}.pt", weights_only=True) for ranks in ("four", "one")]
 
 

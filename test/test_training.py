@@ -1,8 +1,17 @@
 """One loss curve: whatever the number of ranks, the accumulation or the layout, the same losses, gradients, weights."""
 
+from functools import cache
+
 import pytest
 import torch
-from launching import metrics, run_cases, train
+import torch.distributed as dist
+from forking import on_ranks, train
+from launching import launched, metrics, options
+
+import train as trainer_module
+from torchtrain.config_manager import JobConfig
+from torchtrain.optimizer import clip_grad_norm_
+from torchtrain.ranks import join_process_group
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
 
@@ -29,22 +38,53 @@ FIRST_STEPS = {"one": (1, {}), "two": (2, MICROBATCH_1), "four-hsdp": (4, REPLIC
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, data):
-    """All runs of this file, made on three sets of ranks."""
-    scratch = tmp_path_factory.mktemp("training")
-    for ranks in (1, 2, 4):
-        cases = [
-            {"overrides": {**data, "job.dump_folder": str(scratch / name), "training.steps": 20, **overrides}}
-            for name, (wanted, overrides, _) in CURVES.items()
-            if wanted == ranks
-        ]
-        for name, (wanted, overrides) in FIRST_STEPS.items():
-            for mask in (False, True):
-                if wanted == ranks:
-                    out = str(scratch / f"{name}-{mask}.pt")
-                    cases.append({"overrides": {**data, **overrides}, "first_step": out, "mask": mask})
-        run_cases(scratch, ranks, cases)
-    return scratch
+def curve(tmp_path_factory, data):
+    """curve(name): the logged lines of that run, which is made when first asked for."""
+    folder = tmp_path_factory.mktemp("curves")
+
+    @cache
+    def lines(name):
+        ranks, overrides, _ = CURVES[name]
+        train(ranks, {**data, "job.dump_folder": folder / name, "training.steps": 20, **overrides})
+        return metrics(folder / name)
+
+    return lines
+
+
+@pytest.fixture(scope="module")
+def first_step(tmp_path_factory, data):
+    """first_step(name, mask): what was whole after the first step of that run."""
+    folder = tmp_path_factory.mktemp("first-steps")
+
+    @cache
+    def result(name, mask):
+        ranks, overrides = FIRST_STEPS[name]
+        on_ranks(ranks, step_once, options({**data, **overrides}), folder / f"{name}-{mask}.pt", mask)
+        return torch.load(folder / f"{name}-{mask}.pt", weights_only=True)
+
+    return result
+
+
+def step_once(arguments, out, mask):
+    """A rank's first step, and its weights, gradients, loss and gradient norm, whole; `mask` hides labels unevenly."""
+    trainer = trainer_module.set_up(JobConfig().parse_args(arguments), join_process_group(60))
+    weights = {name: p.detach().full_tensor().clone() for name, p in trainer.weights.items()}
+    batches = [masked(batch) if mask else batch for batch in trainer.loader.step_batches(1)]
+    loss, _ = trainer_module.forward_backward(trainer, batches)
+    dist.all_reduce(loss)
+    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.weights.items()}
+    norm = clip_grad_norm_(trainer.weights.values(), 1e9)
+    if dist.get_rank() == 0:
+        torch.save({"weights": weights, "gradients": gradients, "loss": loss, "norm": norm}, out)
+    dist.destroy_process_group()
+
+
+def masked(microbatch):
+    """Hide a number of labels that depends on the sample alone: some samples keep none, some all."""
+    for row, sample in enumerate(microbatch.sample_ids):
+        hidden = (sample * 13) % (microbatch.labels.shape[1] + 1)
+        microbatch.labels[row, :hidden] = -100
+    return microbatch
 
 
 def relative(a, b):
@@ -52,9 +92,9 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, reference) in CURVES.items() if reference])
-def test_the_curve_is_the_same(folder, name):
+def test_the_curve_is_the_same(curve, name):
     reference = CURVES[name][2]
-    lines, expected = metrics(folder / name), metrics(folder / reference)
+    lines, expected = curve(name), curve(reference)
     assert [line["step"] for line in lines] == list(range(1, 21))
     for mine, theirs in zip(lines, expected, strict=True):
         assert mine["tokens_seen"] == theirs["tokens_seen"]
@@ -64,16 +104,16 @@ def test_the_curve_is_the_same(folder, name):
         assert relative(mine["grad_norm"], theirs["grad_norm"]) <= NORM, mine["step"]
 
 
-def test_the_loss_falls(folder):
-    lines = metrics(folder / "one")
+def test_the_loss_falls(curve):
+    lines = curve("one")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all labels", "unequal numbers of valid labels"])
 @pytest.mark.parametrize("name", [name for name in FIRST_STEPS if name != "one"])
-def test_initial_weights_are_bitwise_equal_and_gradients_agree(folder, name, mask):
-    reference = torch.load(folder / f"one-{mask}.pt", weights_only=True)
-    result = torch.load(folder / f"{name}-{mask}.pt", weights_only=True)
+def test_initial_weights_are_bitwise_equal_and_gradients_agree(first_step, name, mask):
+    reference = first_step("one", mask)
+    result = first_step(name, mask)
     assert result["weights"].keys() == reference["weights"].keys()
     assert relative(result["loss"].item(), reference["loss"].item()) <= LOSS
     assert relative(result["norm"].item(), reference["norm"].item()) <= NORM
@@ -83,13 +123,13 @@ def test_initial_weights_are_bitwise_equal_and_gradients_agree(folder, name, mas
         assert (mine - theirs).norm() <= GRADIENT * theirs.norm(), parameter
 
 
-def test_masking_labels_changes_the_loss(folder):
-    losses = [torch.load(folder / f"one-{mask}.pt", weights_only=True)["loss"].item() for mask in (False, True)]
+def test_masking_labels_changes_the_loss(first_step):
+    losses = [first_step("one", mask)["loss"].item() for mask in (False, True)]
     assert losses[0] != losses[1]
 
 
-def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(folder):
-    fp32, one, two = (metrics(folder / name) for name in ("one", "one-bf16", "two-bf16"))
+def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(curve):
+    fp32, one, two = (curve(name) for name in ("one", "one-bf16", "two-bf16"))
     # 8 bits of mantissa round each product by up to 2^-8; over a model's depth the loss moves by well under 1e-2, and
     # two ranks differ from one only in the order of sums of bf16 gradients.
     assert all(relative(a["loss"], b["loss"]) < 1e-2 for a, b in zip(one, fp32, strict=True))
@@ -97,8 +137,8 @@ def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(folder):
     assert any(a["loss"] != b["loss"] for a, b in zip(one, fp32, strict=True)), "bf16 changed nothing"
 
 
-def test_the_launched_run_is_the_same_to_the_bit(tmp_path, data, folder):
-    train(2, {**data, "job.dump_folder": tmp_path / "launched", "training.steps": 20})
+def test_the_launched_run_is_the_same_to_the_bit(tmp_path, data, curve):
+    launched(2, {**data, "job.dump_folder": tmp_path / "launched", "training.steps": 20})
     keys = ("step", "loss", "max_loss", "grad_norm", "lr")
-    launched, inside = metrics(tmp_path / "launched"), metrics(folder / "two")
-    assert [[line[key] for key in keys] for line in launched] == [[line[key] for key in keys] for line in inside]
+    lines, forked = metrics(tmp_path / "launched"), curve("two")
+    assert [[line[key] for key in keys] for line in lines] == [[line[key] for key in keys] for line in forked]

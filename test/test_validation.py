@@ -4,7 +4,9 @@ disturbed."""
 import hashlib
 import json
 import math
+from functools import cache
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import metrics, options, run_cases, write_corpus
+from launching import metrics, options, write_corpus
 
 import train
 from torchtrain import ranks
@@ -326,35 +328,27 @@ QUIET = ("fsdp4", "pp2-fsdp2")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, data):
-    """A run of three steps in each layout. The few are 3 sequences, so that of 4 ranks one has none."""
+def run_of(tmp_path_factory, data):
+    """run_of(layout): lines of its run of three steps. The few are 3 sequences, so that of 4 ranks one has none."""
     scratch = tmp_path_factory.mktemp("layouts")
     np.random.default_rng(0).integers(3, 2000, 81).astype(np.uint16).tofile(scratch / "few.bin")
     few = {"validation.enable": True, "validation.dataset": "tokens", "validation.dataset_path": scratch / "few.bin"}
-    for count in (1, 2, 4):
-        cases = [
-            {
-                "overrides": {
-                    **data,
-                    "job.dump_folder": str(scratch / name),
-                    "training.steps": 3,
-                    "validation.freq": 2,
-                    **{key: str(value) if "path" in key else value for key, value in (given or few).items()},
-                    **layout,
-                }
-            }
-            for name, (of_layout, given, layout) in LAYOUTS.items()
-            if of_layout == count
-        ]
-        run_cases(scratch, count, cases)
-    return scratch
+
+    @cache
+    def lines(name):
+        count, given, layout = LAYOUTS[name]
+        common = {**data, "job.dump_folder": scratch / name, "training.steps": 3, "validation.freq": 2}
+        forking.train(count, {**common, **(given or few), **layout})
+        return metrics(scratch / name)
+
+    return lines
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.endswith("quiet")])
-def test_the_numbers_are_the_same_on_every_layout(folder, name):
+def test_the_numbers_are_the_same_on_every_layout(run_of, name):
     reference = "one-few" if name.endswith("few") else "one"
-    found, expected = (metrics(folder / run) for run in (name, reference))
+    found, expected = run_of(name), run_of(reference)
     assert validated(found).keys() == {2, 3}
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -367,8 +361,8 @@ def test_the_numbers_are_the_same_on_every_layout(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", QUIET)
-def test_training_on_ranks_is_not_disturbed(folder, layout):
-    quiet, validating = (metrics(folder / f"{layout}-{kind}") for kind in ("quiet", "few"))
+def test_training_on_ranks_is_not_disturbed(run_of, layout):
+    quiet, validating = (run_of(f"{layout}-{kind}") for kind in ("quiet", "few"))
     for key in ("loss", "max_loss", "grad_norm"):
         assert [line[key] for line in validating] == [line[key] for line in quiet], key
 
