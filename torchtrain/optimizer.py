@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchtrain.config_manager import Optimizer as OptimizerConfig
@@ -57,15 +58,15 @@ def total_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None)
     and is off by 1e-5 at a million elements and 1e-3 at twenty million, and in bf16 it keeps three digits. Here fp32
     sums run over one row each, and fp64 takes it from there.
     """
-    squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    squares: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         rows = torch.linalg.vector_norm(_local(gradient), dim=-1, dtype=torch.float32)
-        squares[_sharing(gradient)].append(rows.double().square().sum())
+        squares[_sharded_over(gradient)].append(rows.double().square().sum())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
-    for groups, parts in squares.items():
+    for shards, parts in squares.items():
         part = torch.stack(parts).sum()
-        for group in groups:
-            dist.all_reduce(part, group=group)
+        for mesh, dim in shards:
+            dist.all_reduce(part, group=mesh.get_group(dim))
         total += part
     if stages is not None:
         dist.all_reduce(total, group=stages)
@@ -77,10 +78,13 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _sharing(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """By dimension of the mesh, the ranks that hold different parts; none for a tensor that is whole."""
+def _sharded_over(gradient: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
+    """The mesh, with each of its dimensions whose ranks hold different parts; none for a tensor that is whole.
+
+    Not their process groups: those are equal by identity alone, so that ranks could come to different numbers of sums.
+    """
     if not isinstance(gradient, DTensor):
         return ()
     assert not any(placement.is_partial() for placement in gradient.placements), "the gradient is not reduced yet"
     dims = [dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
-    return tuple(gradient.device_mesh.get_group(dim) for dim in dims)
+    return tuple((gradient.device_mesh, dim) for dim in dims)

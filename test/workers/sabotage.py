@@ -44,7 +44,7 @@ def scaling_stages(stage, factor):
     reduce_gradients(stage, len(stage.args_recv_info))
 
 
-def forgetting(tied, device):
+def forgetting(tied):
     if tied.copy is not None:
         tied.copy.grad = None
 
