@@ -136,13 +136,22 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
 
 
 def read_batches(loader: DataLoader, step: int, stopwatch: Stopwatch) -> list[Microbatch]:
-    """This rank's microbatches of `step`; a fault of any rank's stream is raised on all."""
+    """This rank's microbatches of `step`; a fault of any rank's stream is raised on all.
 
-    def read() -> list[Microbatch]:
+    A stream may be slow, or have many documents to skip where a run goes on. Meanwhile the ranks keep hearing from each
+    other, so that none is taken for lost.
+    """
+
+    def has_come() -> bool:
         with stopwatch.waiting_for_data():
-            return loader.step_batches(step)
+            return loader.read_ahead(step)
 
-    return together(read) if loader.streaming else read()
+    waiting = torch.tensor(int(loader.streaming))
+    while waiting.item():
+        waiting = torch.tensor(int(not together(has_come)))
+        dist.all_reduce(waiting)
+    with stopwatch.waiting_for_data():
+        return loader.step_batches(step)
 
 
 def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
@@ -415,8 +424,6 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     accept = trainer.config.checkpoint.accept_changed_data
     together(lambda: trainer.loader.resume(saved.data, saved.step, accept))
     checkpointer.load(source, trainer.weights, trainer.optimizer)
-    if trainer.loader.streaming:  # to find the documents a stream may have to skip many
-        together(lambda: trainer.loader.read_ahead(saved.step + 1), patient_group())
     trainer.step, trainer.tokens_seen = saved.step, saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
     for change in schedule_changes(trainer.config, saved):

@@ -141,10 +141,6 @@ BAD_TOML = {
         "[data]\nstreaming = true\n[validation]\nenable = true",
         ["no documents can be held out", "validation.dataset"],
     ),
-    "stall beyond the collectives": (
-        "[data]\nstreaming = true\nstall_timeout_seconds = 20\n[comm]\ntrain_timeout_seconds = 20",
-        ["data.stall_timeout_seconds = 20 must be less than comm.train_timeout_seconds = 20"],
-    ),
     "type of no token file": ('[data]\ntoken_dtype = "uint16"', ["data.token_dtype", "has no effect"]),
     "changes of no checkpoint": ("[checkpoint]\naccept_changed_data = true", ["accept_changed_data", "enable = false"]),
     "two tokenizers": ('[model]\ntokenizer_path = "a"\nhf_assets_path = "b"', ['"a"', '"b"', "give one of them"]),

@@ -543,16 +543,17 @@ def test_path_of_an_unknown_user_is_one_that_is_not_there():
         open_corpus("text", "~no-such-user/texts", "text")
 
 
-def test_fault_while_the_users_source_is_read_is_one_message(tmp_path):
+@pytest.mark.parametrize("fault", ["KeyError('x')", "SystemExit('x')"])
+def test_fault_while_the_users_source_is_read_is_one_message(tmp_path, fault):
     (tmp_path / "custom.py").write_text(
         "from torchtrain.datasets.registry import register_corpus\n"
         "@register_corpus('faulty')\n"
         "def faulty(path):\n"
         "    yield 'one'\n"
-        "    raise KeyError('x')\n"
+        f"    raise {fault}\n"
     )
     import_custom(str(tmp_path / "custom.py"))
-    with pytest.raises(UserError, match=r"faulty, after document 1: .*custom\.py:5: KeyError: 'x'"):
+    with pytest.raises(UserError, match=r"faulty, after document 1: .*custom\.py:5: (KeyError: 'x'|SystemExit: x)"):
         texts(open_corpus("faulty", None, "text"))
 
 

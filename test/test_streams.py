@@ -111,11 +111,13 @@ def test_a_dataset_saved_to_disk_streams(tmp_path):
     assert rows == rows_of(tokens_of([text for text in TEXTS if text]) * 9, 8)[:9]
 
 
-def test_order_depends_on_nothing_but_corpus_tokenizer_length_and_streams(tmp_path):
+def test_order_depends_on_nothing_but_corpus_tokenizer_length_and_streams(tmp_path, monkeypatch):
     folder = write_corpus(tmp_path / "a", documents=3)
-    copy = write_corpus(tmp_path / "b", documents=3)
+    copy = write_corpus(tmp_path / "b" / "deep" / "er", documents=3)
     first = stream("text", str(folder), 2)
-    assert first.fingerprint == stream("text", str(copy), 2).fingerprint, "wherever the files lie"
+    monkeypatch.chdir(tmp_path / "b")
+    for place in (f"{tmp_path}/b", f"{tmp_path}/b/", str(copy), ".", "deep/er"):
+        assert first.fingerprint == stream("text", place, 2).fingerprint, "wherever the files lie"
     (copy / "000.txt").write_text("another size")
     lines = write_lines(tmp_path / "c" / "c.jsonl", TEXTS)
     others = [
@@ -335,6 +337,9 @@ def faulty(path):
     if os.environ.get("RANK") == "1":
         if path == "stalls":
             time.sleep(600)
+        for number in range(200 if path == "crawls" else 0):
+            time.sleep(0.02)
+            yield "x"
         raise OSError("the tape is torn")
 """
 
@@ -343,7 +348,8 @@ def faulty(path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raises", r"faulty, after document 100: \S*my_faulty\.py:12: OSError: the tape is torn"),
+        ("raises", r"faulty, after document 100: \S*my_faulty\.py:15: OSError: the tape is torn"),
+        ("crawls", r"faulty, after document 300: \S*my_faulty\.py:15: OSError: the tape is torn"),
         ("stalls", r"faulty stalls, stream [4-7] of 8: no document has come for 2 s \(data\.stall_timeout_seconds"),
     ],
 )
@@ -359,6 +365,7 @@ def test_what_is_wrong_with_one_rank_s_source_ends_all_ranks_with_that_error(tmp
             "training.steps": 1000,
             "data.streaming": True,
             "data.stall_timeout_seconds": 2,
+            "comm.train_timeout_seconds": 3,  # a step of the source that crawls takes longer
             "job.dump_folder": tmp_path / "out",
         },
         expect=2,

@@ -244,7 +244,7 @@ class Data(Section):
     streams: Count = 8
     """Rows of documents in which a streamed corpus is read; they fix the order, whatever the number of ranks."""
     stall_timeout_seconds: Count = 60
-    """How long a streamed corpus may give no document before the run ends; less than comm.train_timeout_seconds."""
+    """How long a streamed corpus may give no document before the run ends."""
 
 
 class Parallelism(Section):
@@ -918,11 +918,6 @@ def _check_streaming(config: JobConfig, token_files_only: bool, sources: tuple[s
     if config.data.packing == "best_fit":
         text = 'data.packing = "best_fit" looks at all documents before the first step; data.streaming = true does not'
         yield Fault(("data.packing", "data.streaming"), text)
-    keys = ("data.stall_timeout_seconds", "comm.train_timeout_seconds")
-    limit, timeout = (_value(config, key) for key in keys)
-    if limit >= timeout:
-        text = f"{keys[0]} = {limit} must be less than {keys[1]} = {timeout}, at which the ranks that wait give up"
-        yield Fault(keys, text)
 
 
 def _check_validation(config: JobConfig) -> Iterator[Fault]:

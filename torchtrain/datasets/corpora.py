@@ -94,6 +94,8 @@ class Corpus:
     """What it consists of, in order: each reads one from its start; UserError at a file that cannot be opened."""
     even_parts: bool = False
     """Whether all parts are of about the same size, and better read by few."""
+    how: str = ""
+    """Of files, what says how they are read: their kind, the field of the text."""
     revision: str | None = None
     """Where there are no files, what changes whenever the documents may have; None if nobody can know."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -225,8 +227,8 @@ def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
             return partial(_parquet_rows, file, text_key)
         return partial(_whole_file, file)
 
-    name = f"{dataset} {path}" + ("" if dataset == "text" else f" [{text_key}]")
-    return Corpus(name, files, [part(file) for file in files])
+    key = "" if dataset == "text" else f" [{text_key}]"
+    return Corpus(f"{dataset} {path}{key}", files, [part(file) for file in files], how=dataset + key)
 
 
 def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
@@ -246,11 +248,11 @@ def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
                 yield _checked(text, f"{name}:{number}", "what it yields")
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = f"{user_place(error)}: {type(error).__name__}: {error}"
             raise UserError(f"{name}, after document {number}: {problem}") from error
 
-    return Corpus(" ".join(filter(None, [name, dataset_path])), files, [rows])
+    return Corpus(" ".join(filter(None, [name, dataset_path])), files, [rows], how=name)
 
 
 def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: bool = False) -> Corpus:
@@ -266,7 +268,8 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
     here = expanded(source.repository)
     local = path or (here if here.is_dir() else None)
     where = str(local or source.repository)
-    name = f"{where} {source.config or 'default'} {source.split} [{text_key}]"
+    how = f"{source.config or 'default'} {source.split} [{text_key}]"
+    name = f"{where} {how}"
     files = files_under(local) if local else []
     revision = None if local else _hub_revision(source)
 
@@ -299,7 +302,7 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
         count = dataset.num_shards
         shards = [partial(dataset.shard, count, shard) for shard in range(count)]
         parts = [partial(rows, shard, f"{where} {source.split}, file {n}") for n, shard in enumerate(shards, start=1)]
-    return Corpus(name, files, parts, streaming, None if revision is None else f"{where}@{revision}")
+    return Corpus(name, files, parts, streaming, how, None if revision is None else f"{where}@{revision}")
 
 
 def _hub_revision(source: HubSource) -> str | None:

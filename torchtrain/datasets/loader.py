@@ -155,30 +155,33 @@ class DataLoader:
         self._log_epochs(step)
         if not self.streaming:
             return self._read(step)[1]
-        self.read_ahead(step)
+        while not self.read_ahead(step):
+            pass
         read, batches, self._positions = self._ahead.popleft().result()
         assert read == step, "streams are read step by step"
         return batches
 
-    def read_ahead(self, step: int) -> None:
-        """Of streams, read `step` and begin to read those after it.
+    def read_ahead(self, step: int) -> bool:
+        """Of streams, begin to read `step` and those after it; whether `step` has come, within a second.
 
         Raises:
-            UserError: no document has come for the time allowed.
+            UserError: whatever is wrong with a stream, or that no document has come for the time allowed.
         """
         if not self.streaming:
-            return
+            return True
         while len(self._ahead) <= STEPS_AHEAD:
             self._ahead.append(self._reader.submit(self._read, step + len(self._ahead)))
-        while not self._ahead[0].done():
-            since, stream = self.dataset.waiting()
-            left = self._stall_timeout_s - max(0.0, time.monotonic() - since)
-            if left <= 0:
-                raise UserError(
-                    f"{stream}: no document has come for {self._stall_timeout_s:.0f} s "
-                    "(data.stall_timeout_seconds allows no more)"
-                )
-            wait([self._ahead[0]], timeout=min(1.0, left))
+        wait([self._ahead[0]], timeout=1.0)
+        if self._ahead[0].done():
+            self._ahead[0].result()
+            return True
+        since, stream = self.dataset.waiting()
+        if time.monotonic() - since >= self._stall_timeout_s:
+            raise UserError(
+                f"{stream}: no document has come for {self._stall_timeout_s:.0f} s "
+                "(data.stall_timeout_seconds allows no more)"
+            )
+        return False
 
     def _read(self, step: int) -> tuple[int, list[Microbatch], dict[str, Position]]:
         """The step, its microbatches, and where the streams are after it."""

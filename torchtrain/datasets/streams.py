@@ -181,4 +181,4 @@ def _corpus_identity(corpus: Corpus) -> str:
     root = os.path.commonpath([file.parent for file in files])
     with reading(corpus.name):
         sizes = [f"{os.path.relpath(file, root)} {os.stat(file).st_size}" for file in files]
-    return short_hash([corpus.name.replace(root, ""), *sizes])
+    return short_hash([corpus.how, *sizes])
