@@ -76,8 +76,9 @@ def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iter
             "kept: start again, with fewer --workers if need be"
         ) from error
     finally:
-        held.close()  # ends the workers, whatever they are at, just as the end of this process does
+        # First the shards in hand are finished: a worker that ends while it hands one over would leave the pool waiting.
         pool.shutdown(cancel_futures=True)
+        held.close()  # ends the workers, whatever they are at, just as the end of this process does
 
 
 def _begin_work(watched: Connection) -> None:
