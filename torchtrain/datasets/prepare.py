@@ -76,7 +76,7 @@ def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iter
             "kept: start again, with fewer --workers if need be"
         ) from error
     finally:
-        # First the shards in hand are finished: a worker that ends while it hands one over would leave the pool waiting.
+        # First the shards in hand are finished: a worker that ends while it hands one over leaves the pool waiting.
         pool.shutdown(cancel_futures=True)
         held.close()  # ends the workers, whatever they are at, just as the end of this process does
 
