@@ -167,8 +167,6 @@ class DataLoader:
         Raises:
             UserError: whatever is wrong with a stream, or that no document has come for the time allowed.
         """
-        if not self.streaming:
-            return True
         while len(self._ahead) <= STEPS_AHEAD:
             self._ahead.append(self._reader.submit(self._read, step + len(self._ahead)))
         wait([self._ahead[0]], timeout=1.0)
