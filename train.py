@@ -30,28 +30,36 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrain import __version__
-from torchtrain.checkpoint import Checkpointer, Progress, Source
-from torchtrain.config_manager import BatchPlan, LRScheduler, model_shape, plan_batch, to_toml, tokenizer_path
+from torchtrain.catalog.models import ModelShape
+from torchtrain.checkpoint.checkpointer import Checkpointer, Progress, Source
+from torchtrain.config_manager import (
+    BatchPlan,
+    LRScheduler,
+    model_shape,
+    plan_batch,
+    to_toml,
+    tokenizer_path,
+)
 from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.lr_scheduling import build_schedule, differences, get_lr_scheduler, set_step
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops, peak_memory_gib
-from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer, flops_per_token
-from torchtrain.optimizer import build_optimizer, clip_grad_norm_
+from torchtrain.optimizers.build import build_optimizer
+from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.apply import DTYPES, build_parts, named_weights
 from torchtrain.parallelisms.context_parallel import Ring, shard_sequence
 from torchtrain.parallelisms.initial_weights import materialise
-from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.mesh import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
-    PeerFault,
     end_with_launcher,
     gathered,
     join_process_group,
@@ -62,7 +70,6 @@ from torchtrain.ranks import (
     together,
 )
 from torchtrain.run_folder import RunFolder
-from torchtrain.utils import SharedUserError, UserError
 from torchtrain.validation import ValidationSet, Validator
 
 
@@ -106,7 +113,9 @@ class Trainer:
         return self.mesh.get_group("pp") if self.pipeline is not None else None
 
 
-def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None, profiler: Profiler) -> None:
+def train(
+    trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None, profiler: Profiler
+) -> None:
     """The training loop: from the step after `trainer.step` to `training.steps`, or until a signal asks to stop."""
     config = trainer.config
     collector = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
@@ -117,12 +126,18 @@ def train(trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger |
             stopwatch = Stopwatch()
             microbatches = read_batches(trainer.loader, step, stopwatch)
             loss, max_loss = forward_backward(trainer, microbatches)
-            grad_norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
+            grad_norm = clip_grad_norm_(
+                trainer.weights.values(), config.training.max_norm, trainer.stage_group
+            )
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
             check_finite(summary, trainer.loader)
             optimizer_step(trainer)
-            with stopwatch.paused():  # a stop does not wait for a validation: the time to save may be short
-                validated = validate(trainer) if trainer.validator.is_due(step) and not stopped_by else {}
+            with (
+                stopwatch.paused()
+            ):  # a stop does not wait for a validation: the time to save may be short
+                validated = (
+                    validate(trainer) if trainer.validator.is_due(step) and not stopped_by else {}
+                )
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if checkpointer.should_save(step, config.training.steps, stopped_by != 0):
@@ -172,7 +187,9 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     valid //= trainer.dims.ranks_a_sample  # each of which has counted
     if valid.item() == 0:
         step = trainer.step + 1
-        raise SharedUserError(f"step {step}: no valid label in the global batch, {sample_range(trainer.loader, step)}")
+        raise SharedUserError(
+            f"step {step}: no valid label in the global batch, {sample_range(trainer.loader, step)}"
+        )
 
     losses_by_sequence = []
     for batch in batches:
@@ -215,14 +232,24 @@ def optimizer_step(trainer: Trainer) -> None:
 
 
 def combine_ranks(
-    trainer: Trainer, loss: Tensor, max_loss: Tensor, grad_norm: Tensor, stopwatch: Stopwatch, stop: "StopRequest"
+    trainer: Trainer,
+    loss: Tensor,
+    max_loss: Tensor,
+    grad_norm: Tensor,
+    stopwatch: Stopwatch,
+    stop: "StopRequest",
 ) -> tuple[StepSummary, int]:
     """The step seen by the whole job, and the signal that asked any rank to stop, or 0: one small collective a step.
 
     The terms are gathered and added in rank order, so the sum does not depend on the order of arrival.
     """
     local = [peak_memory_gib(trainer.device), stopwatch.data_time_s, float(stop.signal_number)]
-    mine = torch.cat([torch.stack([loss, max_loss]), torch.tensor(local, dtype=torch.float64, device=loss.device)])
+    mine = torch.cat(
+        [
+            torch.stack([loss, max_loss]),
+            torch.tensor(local, dtype=torch.float64, device=loss.device),
+        ]
+    )
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     by_rank = torch.stack(gathered)  # [R, 5]
@@ -233,7 +260,8 @@ def combine_ranks(
         max_loss=worst[1],
         grad_norm=grad_norm.item(),
         lr=trainer.optimizer.param_groups[0]["lr"],
-        tokens_seen=trainer.tokens_seen + trainer.batch.global_batch_size * trainer.config.training.seq_len,
+        tokens_seen=trainer.tokens_seen
+        + trainer.batch.global_batch_size * trainer.config.training.seq_len,
         memory_gib=worst[2],
         data_time_s=worst[3],
     )
@@ -253,18 +281,6 @@ def check_finite(summary: StepSummary, loader: DataLoader) -> None:
         f"{sample_range(loader, summary.step)}. The weights are still those of step {summary.step - 1}. "
         "Find the operation with --debug.detect_anomaly; a lower optimizer.lr or a longer warm-up often helps."
     )
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient is infinite or not a number."""
-
-
-class Stopped(RuntimeError):
-    """A signal asked the run to stop, and it did so after a whole step."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
-        self.signal_number = signal_number
 
 
 class StopRequest:
@@ -295,13 +311,17 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     tokenizer = together(lambda: load_tokenizer(tokenizer_path(config.model)))
     # On a host whose token cache is warm the ranks wait for one that builds it.
     dataset, validation_set = together(lambda: open_data(config, tokenizer), patient_group())
-    require_equal(f"{dataset.fingerprint}; {validation_set.fingerprint}", "the corpus, as each rank reads it,")
+    require_equal(
+        f"{dataset.fingerprint}; {validation_set.fingerprint}", "the corpus, as each rank reads it,"
+    )
     shape = together(lambda: shape_for(config, tokenizer.vocab_size))
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     mesh = dims.build_mesh(device.type)
     training = config.training
     if saved is not None and training.global_batch_size == -1:
-        training = training.model_copy(update={"global_batch_size": saved.data["global_batch_size"]})
+        training = training.model_copy(
+            update={"global_batch_size": saved.data["global_batch_size"]}
+        )
     batch = together(lambda: plan_batch(training, dims.data_parallel))
     data_rank = dims.data_rank(dist.get_rank())
     separators = (tokenizer.bos_id, tokenizer.eos_id) if training.document_masking else None
@@ -350,7 +370,9 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
 def open_data(config: JobConfig, tokenizer: Tokenizer) -> tuple[Dataset, ValidationSet]:
     """What the run trains on, and what it validates on; either is tokenised if need be."""
     training, seed = config.training, config.debug.seed
-    dataset = build_dataset(training, config.data, tokenizer, seed, config.validation, log=logger.info)
+    dataset = build_dataset(
+        training, config.data, tokenizer, seed, config.validation, log=logger.info
+    )
     return dataset, ValidationSet(config, tokenizer, logger.info)
 
 
@@ -371,7 +393,9 @@ def configure_numerics(config: JobConfig) -> None:
     """Process-wide switches of [debug] and [training] that must be set before the first kernel runs."""
     torch.manual_seed(config.debug.seed)
     if config.debug.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True, warn_only=config.debug.deterministic_warn_only)
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
 
@@ -386,20 +410,30 @@ def run(config: JobConfig, device: torch.device) -> None:
     source = checkpointer.find()
     own = source if source is not None and source.path.parent == checkpointer.folder else None
     if own is not None and own.progress.step >= config.training.steps:
-        logger.info(f"nothing to do: {own.path} already holds all {config.training.steps} steps of this run")
+        logger.info(
+            f"nothing to do: {own.path} already holds all {config.training.steps} steps of this run"
+        )
         return
 
-    if source is not None and not source.model_only and source.progress.step >= config.training.steps:
+    if (
+        source is not None
+        and not source.model_only
+        and source.progress.step >= config.training.steps
+    ):
         raise SharedUserError(
             f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, and "
             f"training.steps = {config.training.steps} leaves nothing to do. Raise it, or take the weights alone."
         )
 
-    trainer = set_up(config, device, None if source is None or source.model_only else source.progress)
+    trainer = set_up(
+        config, device, None if source is None or source.model_only else source.progress
+    )
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
-    on_rank_zero(lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh())
+    on_rank_zero(
+        lambda: folder.resume_at(trainer.step) if own is not None else folder.begin_afresh()
+    )
     checkpointer.prepare(trainer.weights, trainer.optimizer)
     facts = describe(trainer)
     on_rank_zero(lambda: folder.describe_run(facts))
@@ -412,7 +446,9 @@ def run(config: JobConfig, device: torch.device) -> None:
     finally:
         if metrics is not None:
             metrics.close()
-    logger.info(f"done: {trainer.step} steps, {trainer.tokens_seen:,} tokens; outputs in {folder.path}")
+    logger.info(
+        f"done: {trainer.step} steps, {trainer.tokens_seen:,} tokens; outputs in {folder.path}"
+    )
 
 
 def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
@@ -432,7 +468,11 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
 
 def schedule_changes(config: JobConfig, saved: Progress) -> list[str]:
     """How the current schedule, which is the one that counts, differs from the one the checkpoint was made under."""
-    known = {key: value for key, value in saved.config["lr_scheduler"].items() if key in LRScheduler.model_fields}
+    known = {
+        key: value
+        for key, value in saved.config["lr_scheduler"].items()
+        if key in LRScheduler.model_fields
+    }
     before = build_schedule(LRScheduler(**known), saved.config["training"]["steps"])
     now = build_schedule(config.lr_scheduler, config.training.steps)
     changes = differences(asdict(before), now)
@@ -463,13 +503,21 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(shape).parameters())
     tokens_per_step = batch.global_batch_size * config.training.seq_len
-    device_name = "cpu" if trainer.device.type == "cpu" else torch.get_device_module(trainer.device).get_device_name()
+    device_name = (
+        "cpu"
+        if trainer.device.type == "cpu"
+        else torch.get_device_module(trainer.device).get_device_name()
+    )
     logger.info(
         f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
         f"{dist.get_world_size()} x {device_name}, outputs in {config.job.dump_folder}"
     )
-    logger.info(f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters: {shape.describe()}")
-    layout = [trainer.dims.describe()] + ([trainer.pipeline.plan.describe()] if trainer.pipeline is not None else [])
+    logger.info(
+        f"model      {config.model.name} {config.model.flavor}, {parameters:,} parameters: {shape.describe()}"
+    )
+    layout = [trainer.dims.describe()] + (
+        [trainer.pipeline.plan.describe()] if trainer.pipeline is not None else []
+    )
     logger.info(f"layout     {'; '.join(layout)}")
     logger.info(
         f"batch      {batch.global_batch_size} sequences x {config.training.seq_len} tokens = {tokens_per_step:,} "
@@ -504,20 +552,26 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def open_metrics(trainer: Trainer, folder: RunFolder, facts: dict[str, Any]) -> MetricsLogger | None:
+def open_metrics(
+    trainer: Trainer, folder: RunFolder, facts: dict[str, Any]
+) -> MetricsLogger | None:
     """Rank 0's metrics; the other ranks have none."""
     if not folder.owner:
         return None
     training = trainer.config.training
     peak = peak_flops(trainer.device, DTYPES[training.mixed_precision_param])
     peak = None if peak is None else peak * dist.get_world_size()
-    return MetricsLogger(trainer.config, folder.path, facts, flops_per_token(trainer.shape, training.seq_len), peak)
+    return MetricsLogger(
+        trainer.config, folder.path, facts, flops_per_token(trainer.shape, training.seq_len), peak
+    )
 
 
 def main(config: JobConfig) -> int:
     """Exit status: 0 done; 1 a crash; 2 something the user can mend; 128 + n stopped by signal n."""
     rank = int(os.environ.get("RANK", "0"))
-    init_logging(rank, int(os.environ.get("WORLD_SIZE", "1")), config.metrics.disable_color_printing)
+    init_logging(
+        rank, int(os.environ.get("WORLD_SIZE", "1")), config.metrics.disable_color_printing
+    )
     end_with_launcher()
     faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where every thread of a rank stands
     try:

@@ -1,8 +1,14 @@
 import pytest
-from launching import write_corpus
+from helpers.launching import write_corpus
 
 # Those that last longest begin first: one that began last would keep a worker busy when the others are done.
-LONGEST = ("test_parity.py", "test_launch.py", "test_validation.py", "test_resume.py", "test_elastic.py")
+LONGEST = (
+    "test_parity.py",
+    "test_launch.py",
+    "test_validation.py",
+    "test_resume.py",
+    "test_elastic.py",
+)
 
 
 def pytest_collection_modifyitems(items):

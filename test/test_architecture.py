@@ -1,48 +1,72 @@
-"""The floor plan: a room imports only rooms of a lower floor; what must be instant imports no torch."""
+"""The floor plan and the sizes: imports go down, files stay small, nothing is folded."""
 
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from launching import ROOT
+from helpers.launching import ROOT
 
-# A module's room is its longest prefix here. Inside floor 0 the order is a line: config_manager on top of the data.
+# A module's room is its longest prefix here. A room imports only rooms of a lower floor.
 FLOORS = {
     "torchtrain": 0.0,
-    "torchtrain.utils": 0.0,
-    "torchtrain.models.flavors": 0.1,
-    "torchtrain.datasets.registry": 0.1,
-    "torchtrain.pipeline_stages": 0.1,
-    "torchtrain.logging_utils": 0.1,
-    "torchtrain.ranks": 0.1,
-    "torchtrain.config_manager": 0.2,
+    "torchtrain.errors": 0.0,
+    "torchtrain.utils": 0.01,
+    "torchtrain.logging_utils": 0.02,
+    "torchtrain.ranks": 0.03,
+    "torchtrain.catalog": 0.1,
+    "torchtrain.config": 0.2,
+    "torchtrain.config_manager": 0.3,
     "torchtrain.models": 1,
     "torchtrain.datasets": 1,
+    "torchtrain.optimizers": 1,
     "torchtrain.lr_scheduling": 1,
-    "torchtrain.optimizer": 1,
     "torchtrain.loss": 1,
     "torchtrain.metrics": 1,
     "torchtrain.profiling": 1,
     "torchtrain.run_folder": 1,
-    "torchtrain.checkpoint": 2,
     "torchtrain.parallelisms": 2,
-    "torchtrain.validation": 2.1,
-    "train": 3,
+    "torchtrain.checkpoint": 2,
+    "torchtrain.validation": 2,
+    "torchtrain.set_up": 3,
+    "train": 3.1,
     "torchtrain.tools": 4,
 }
-INSTANT = (
-    "torchtrain.utils",
-    "torchtrain.models.flavors",
-    "torchtrain.datasets.registry",
-    "torchtrain.pipeline_stages",
-    "torchtrain.config_manager",
+INSTANT = ("torchtrain.errors", "torchtrain.utils", "torchtrain.catalog", "torchtrain.config")
+HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
+
+# Lines of code: blank lines, comments and docstrings do not count.
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 7500, 2000, 300, 45
+FOLDER_LIMITS = {
+    "config": 1000,
+    "datasets": 1800,
+    "parallelisms": 1800,
+    "checkpoint": 700,
+    "models": 800,
+    "optimizers": 400,
+}
+# What a reader must read to know how training works.
+SPINE = (
+    "train.py",
+    "torchtrain/models",
+    "torchtrain/optimizers",
+    "torchtrain/loss.py",
+    "torchtrain/lr_scheduling.py",
+    "torchtrain/parallelisms/apply.py",
+    "torchtrain/parallelisms/fsdp.py",
+    "torchtrain/parallelisms/initial_weights.py",
+    "torchtrain/parallelisms/mesh.py",
+    "torchtrain/datasets/loader.py",
 )
-LIMIT_CORE, LIMIT_FUNCTION = 5000, 80
 
 
 def sources():
     return [ROOT / "train.py", *sorted((ROOT / "torchtrain").rglob("*.py"))]
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def module_name(path):
@@ -55,89 +79,174 @@ def room(module):
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     if module == "torchtrain":
         return module
-    return next((prefix for prefix in prefixes if prefix in FLOORS and prefix != "torchtrain"), None)
+    return next((name for name in prefixes if name in FLOORS and name != "torchtrain"), None)
 
 
-def imported_modules(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported_modules(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "relative import"
             for alias in node.names:  # `from package import module` names a module too
                 whole = f"{node.module}.{alias.name}"
                 yield whole if room(whole) != room(node.module) else node.module
 
 
-def test_imports_go_down_the_floors():
+def rising_arrows(trees):
+    """The imports in `trees` (module name to syntax tree) that go up or sideways."""
     arrows = []
-    for path in sources():
-        here = room(module_name(path))
-        assert here in FLOORS, f"{path} belongs to no room"
-        for target in imported_modules(path):
+    for module, tree in trees.items():
+        here = room(module)
+        assert here in FLOORS, f"{module} belongs to no room"
+        for target in imported_modules(tree):
             there = room(target)
             if there is not None and there != here and FLOORS[there] >= FLOORS[here]:
-                arrows.append(f"{module_name(path)} imports {target}")
-    assert not arrows
+                arrows.append(f"{module} imports {target}")
+    return arrows
 
 
-def test_an_arrow_going_up_is_seen():
-    assert room("torchtrain.models.llama") == "torchtrain.models"
-    assert room("torchtrain.models.flavors") == "torchtrain.models.flavors"
-    assert FLOORS[room("torchtrain.checkpoint")] > FLOORS[room("torchtrain.models.llama")]
+def test_imports_go_down_the_floors():
+    assert not rising_arrows({module_name(path): parsed(path) for path in sources()})
 
 
-@pytest.mark.parametrize("module", INSTANT)
-def test_instant_modules_import_no_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("torchtrain.models.llama", "from torchtrain.parallelisms.fsdp import apply_fsdp"),
+        ("torchtrain.config.schema", "import torchtrain.config_manager"),
+        ("torchtrain.checkpoint.state", "from torchtrain.parallelisms import mesh"),
+        ("torchtrain.set_up", "def f():\n    import train"),
+    ],
+)
+def test_an_arrow_going_up_or_sideways_is_seen(module, line):
+    assert len(rising_arrows({module: ast.parse(line)})) == 1
+
+
+def test_files_do_not_import_each_other_in_circles():
+    names = {module_name(path): path for path in sources()}
+    imports = {}
+    for name, path in names.items():
+        targets = set()
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom):
+                targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            elif isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+        imports[name] = targets & names.keys() - {name}
+    while leaves := [name for name, targets in imports.items() if not targets & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"files in circles, or above one: {sorted(imports)}"
+
+
+def instant_modules():
+    return [name for name in map(module_name, sources()) if name.startswith(INSTANT)]
+
+
+def test_instant_modules_import_no_torch():
+    code = f"import sys, {', '.join(instant_modules())}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["datasets", "tensorboard", "matplotlib", "tokenizers", "wandb"])
+@pytest.mark.parametrize("name", HEAVY)
 def test_heavy_packages_are_imported_where_used(name):
     for path in sources():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] != name for alias in node.names), path
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] != name, path
 
 
-def code_lines(tree, text):
+def numbers_of_code_lines(path):
+    text = path.read_text(encoding="utf-8")
     strings = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+    for node in ast.walk(ast.parse(text)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             strings.update(range(node.lineno, node.end_lineno + 1))
     lines = enumerate(text.splitlines(), 1)
-    return sum(1 for n, line in lines if line.strip() and not line.strip().startswith("#") and n not in strings)
+    return {
+        n
+        for n, line in lines
+        if line.strip() and not line.strip().startswith("#") and n not in strings
+    }
 
 
-def test_core_stays_small_enough_to_read():
-    total = 0
+def code_lines(*paths):
+    return sum(len(numbers_of_code_lines(path)) for path in paths)
+
+
+def core():
+    return [path for path in sources() if "tools" not in path.relative_to(ROOT).parts]
+
+
+def test_the_core_and_the_spine_stay_small_enough_to_read():
+    assert code_lines(*core()) < LIMIT_CORE
+    spine = [path for path in core() if path.relative_to(ROOT).as_posix().startswith(SPINE)]
+    assert len(spine) > len(SPINE)
+    assert code_lines(*spine) < LIMIT_SPINE
+
+
+@pytest.mark.parametrize("folder", FOLDER_LIMITS)
+def test_a_folder_stays_under_its_limit(folder):
+    assert code_lines(*(ROOT / "torchtrain" / folder).rglob("*.py")) <= FOLDER_LIMITS[folder]
+
+
+def test_files_and_functions_stay_short():
+    too_long = []
     for path in sources():
-        text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        if "tools" not in path.parts:
-            total += code_lines(tree, text)
-        for node in ast.walk(tree):
+        code = numbers_of_code_lines(path)
+        if len(code) > LIMIT_FILE and path in core():
+            too_long.append(f"{path.name}: {len(code)} lines")
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < LIMIT_FUNCTION, f"{path}: {node.name} is too long to read"
-    assert total < LIMIT_CORE
+                lines = code.intersection(range(node.lineno, node.end_lineno + 1))
+                if len(lines) > LIMIT_FUNCTION:
+                    too_long.append(f"{path.name}: {node.name} has {len(lines)} lines")
+    assert not too_long
+
+
+def splits_of_constants(tree):
+    """Calls of `split()` on a literal, or on a constant by its upper-case name."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        target = node.func.value
+        while isinstance(target, ast.Subscript):
+            target = target.value
+        name = getattr(target, "id", getattr(target, "attr", ""))
+        is_constant = isinstance(target, (ast.Constant, ast.JoinedStr)) or name.isupper()
+        if node.func.attr in ("split", "splitlines") and is_constant:
+            yield node.lineno
+
+
+def test_no_constant_is_a_text_to_be_split():
+    assert list(splits_of_constants(ast.parse('KEYS = "a b"\nfor key in KEYS.split(): pass')))
+    for path in [*sources(), *(ROOT / "test").rglob("*.py")]:
+        if path != Path(__file__):
+            assert not list(splits_of_constants(parsed(path))), path
 
 
 def test_models_know_nothing_of_processes_environment_or_config():
+    forbidden = ("torch.distributed", "torchtrain.config", "os")
     for path in (ROOT / "torchtrain" / "models").glob("*.py"):
-        for target in imported_modules(path):
-            assert not target.startswith(("torch.distributed", "torchtrain.config_manager", "os")), f"{path}: {target}"
+        for target in imported_modules(parsed(path)):
+            assert not target.startswith(forbidden), f"{path}: {target}"
 
 
 def test_nothing_committed_names_this_machine_or_a_registry():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in listed.stdout.split("\n"):
         path = ROOT / name
-        if not name or path.suffix == ".model" or path == ROOT / "test" / "test_architecture.py":
+        if not name or path.suffix == ".model" or path == Path(__file__) or not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
         for word in ("/work/", "../shared", "pypi.org", "files.pythonhosted", "/opt/"):

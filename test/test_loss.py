@@ -24,7 +24,11 @@ def by_hand(logits, labels):
     """Token by token, in double precision."""
     sums = []
     for row, row_labels in zip(logits.detach().double(), labels, strict=True):
-        terms = [math.log(x.exp().sum()) - x[y] for x, y in zip(row, row_labels, strict=True) if y != IGNORE_INDEX]
+        terms = [
+            math.log(x.exp().sum()) - x[y]
+            for x, y in zip(row, row_labels, strict=True)
+            if y != IGNORE_INDEX
+        ]
         sums.append(float(sum(terms)))
     return torch.tensor(sums, dtype=torch.float64)
 
@@ -42,7 +46,9 @@ def test_each_sequence_is_the_sum_of_its_valid_tokens(dtype):
 def test_gradient_is_that_of_the_summed_cross_entropy():
     logits, labels = example()
     (ours,) = torch.autograd.grad(sequence_losses(logits, labels).sum(), logits)
-    whole = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    whole = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+    )
     (theirs,) = torch.autograd.grad(whole, logits)
     assert torch.equal(ours, theirs)
     assert (ours[labels == IGNORE_INDEX] == 0).all()
@@ -60,7 +66,9 @@ def test_gradient_in_bf16_is_the_rounded_fp32_gradient():
 def test_microbatches_add_up_whatever_their_valid_labels():
     logits, labels = example()
     whole = sequence_losses(logits, labels)
-    parts = torch.cat([sequence_losses(logits[:1], labels[:1]), sequence_losses(logits[1:], labels[1:])])
+    parts = torch.cat(
+        [sequence_losses(logits[:1], labels[:1]), sequence_losses(logits[1:], labels[1:])]
+    )
     assert torch.equal(parts, whole)
     assert count_valid(labels).tolist() == [5, 0, S]
     assert count_valid(labels).dtype == torch.int64

@@ -77,8 +77,14 @@ def test_past_the_end_the_rate_stays():
         ({"decay_ratio": 0.0}, {5: [0.5, 1, 1, 1, 1]}),
         ({"decay_ratio": 0.4}, {5: [0.5, 1, 1, 0.55, 0.1]}),
         ({"decay_ratio": 1.0}, {5: [0.5, 1, 0.7, 0.4, 0.1]}),
-        ({"warmup_steps": 1, "decay_type": "sqrt"}, {5: [1, 0.55, 1 - 0.9 * 0.5**0.5, 1 - 0.9 * 0.75**0.5, 0.1]}),
-        ({"warmup_steps": 1, "decay_type": "cosine"}, {4: [1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1]}),
+        (
+            {"warmup_steps": 1, "decay_type": "sqrt"},
+            {5: [1, 0.55, 1 - 0.9 * 0.5**0.5, 1 - 0.9 * 0.75**0.5, 0.1]},
+        ),
+        (
+            {"warmup_steps": 1, "decay_type": "cosine"},
+            {4: [1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1]},
+        ),
         ({"warmup_steps": 1, "min_lr_factor": 0.0}, {3: [1, 0.5, 0]}),
         ({"warmup_steps": 1, "min_lr_factor": 1.0}, {3: [1, 1, 1]}),
     ],
@@ -118,7 +124,11 @@ def test_every_schedule_rises_stays_falls(steps, **options):
     assert min(warmup, stable, decay) >= 0
     assert warmup + stable + decay == steps
     values = factors(steps, **options)
-    rising, flat, falling = values[:warmup], values[warmup : warmup + stable], values[warmup + stable :]
+    rising, flat, falling = (
+        values[:warmup],
+        values[warmup : warmup + stable],
+        values[warmup + stable :],
+    )
     assert rising == [step / warmup for step in range(1, warmup + 1)]
     assert flat == [1.0] * stable
     assert sorted(falling, reverse=True) == falling
@@ -136,7 +146,9 @@ def test_resuming_gives_the_rates_of_the_run_that_was_not_stopped(resumed_at):
     for group in optimizer.param_groups:
         group["lr"] = 123.0  # what a loaded optimizer state may bring along
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PyTorch warns of a scheduler out of step with its optimizer
+        warnings.simplefilter(
+            "error"
+        )  # PyTorch warns of a scheduler out of step with its optimizer
         set_step(scheduler, resumed_at)
         rest = []
         for _ in range(resumed_at, 14):
@@ -156,14 +168,29 @@ def test_a_changed_schedule_takes_its_rate_from_the_new_config():
 def test_differences_are_named_one_by_one():
     saved = json.loads(json.dumps(asdict(build_schedule(LRScheduler(), 10))))
     assert differences(saved, build_schedule(LRScheduler(), 10)) == []
-    changed = differences(saved, build_schedule(LRScheduler(decay_type="cosine", warmup_steps=3), 10))
-    assert changed == ["warmup_steps was 2, is 3", "decay_steps was 8, is 7", "decay_type was linear, is cosine"]
+    changed = differences(
+        saved, build_schedule(LRScheduler(decay_type="cosine", warmup_steps=3), 10)
+    )
+    assert changed == [
+        "warmup_steps was 2, is 3",
+        "decay_steps was 8, is 7",
+        "decay_type was linear, is cosine",
+    ]
     del saved["decay_type"]
-    assert differences(saved, build_schedule(LRScheduler(), 10)) == ["decay_type was None, is linear"]
+    assert differences(saved, build_schedule(LRScheduler(), 10)) == [
+        "decay_type was None, is linear"
+    ]
 
 
 def test_the_start_line_states_the_schedule():
     line = describe(build_schedule(LRScheduler(decay_ratio=0.5, decay_type="sqrt"), 100), 8e-4)
     assert "\n" not in line
-    for part in ("max 0.0008", "min 8e-05", "10 steps of warm-up", "40 stable", "50 of sqrt decay", "step 100"):
+    for part in (
+        "max 0.0008",
+        "min 8e-05",
+        "10 steps of warm-up",
+        "40 stable",
+        "50 of sqrt decay",
+        "step 100",
+    ):
         assert part in line

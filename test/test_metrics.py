@@ -7,10 +7,10 @@ import re
 import pytest
 
 from torchtrain.config_manager import JobConfig, Metrics
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch
 from torchtrain.run_folder import RunFolder
-from torchtrain.utils import UserError
 
 
 class FixedStopwatch(Stopwatch):
@@ -56,7 +56,11 @@ def log(metrics, steps, **changes):
     init_logging()  # here, since pytest gives each phase of a test a stdout of its own
     for step in steps:
         # The first step of a process takes long: it warms up.
-        metrics.log(summary(step, **changes), FixedStopwatch(50.0 if step == metrics.first_step else 2.0), {})
+        metrics.log(
+            summary(step, **changes),
+            FixedStopwatch(50.0 if step == metrics.first_step else 2.0),
+            {},
+        )
     metrics.close()
 
 
@@ -84,7 +88,9 @@ def test_a_line_a_step_with_everything_in_it(tmp_path, lines):
     assert "eta 0:00:06" in third
 
 
-def test_metrics_file_has_the_contract_keys_and_leaves_the_first_step_out_of_the_throughput(tmp_path, lines):
+def test_metrics_file_has_the_contract_keys_and_leaves_the_first_step_out_of_the_throughput(
+    tmp_path, lines
+):
     log(metrics_logger(tmp_path, peak_flops=1e4), range(1, 4))
     first, second, _ = records(tmp_path)
     assert set(second) == {
@@ -168,14 +174,20 @@ def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkey
 
     monkeypatch.setitem(__import__("sys").modules, "wandb", Package)
     for resumed in (0, 1):
-        log(metrics_logger(tmp_path, Metrics(enable_wandb=True), resumed_step=resumed), [resumed + 1])
+        log(
+            metrics_logger(tmp_path, Metrics(enable_wandb=True), resumed_step=resumed),
+            [resumed + 1],
+        )
     assert logged == [(1, 6.9), (2, 6.8)]
     assert calls[0] == calls[2]
     assert calls[1] == calls[3] == "finish"
 
 
 def run_folder(path, *arguments):
-    return RunFolder(JobConfig().parse_args(["--job.dump_folder", str(path), *arguments], world_size=1), owner=True)
+    return RunFolder(
+        JobConfig().parse_args(["--job.dump_folder", str(path), *arguments], world_size=1),
+        owner=True,
+    )
 
 
 def test_lines_past_the_resumed_step_are_moved_aside_and_a_torn_one_too(tmp_path):
@@ -209,7 +221,9 @@ def test_a_run_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
 def test_config_toml_can_be_given_back(tmp_path):
     folder = run_folder(tmp_path, "--training.steps", "7")
     folder.describe_run({"world_size": 1})
-    again = JobConfig().parse_args(["--job.config_file", str(tmp_path / "config.toml")], world_size=4)
+    again = JobConfig().parse_args(
+        ["--job.config_file", str(tmp_path / "config.toml")], world_size=4
+    )
     assert again.training.steps == 7
     assert again.training.global_batch_size == -1
     assert json.loads((tmp_path / "run.json").read_text()) == {"world_size": 1}

@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from forking import on_ranks, train
-from launching import launched, metrics, options
+from helpers.forking import on_ranks, train
+from helpers.launching import launched, metrics, options
 
 import train as trainer_module
 from torchtrain.config_manager import JobConfig
-from torchtrain.optimizer import clip_grad_norm_
+from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.ranks import join_process_group
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
@@ -34,7 +34,11 @@ CURVES = {
     "four-hsdp": (4, REPLICATE_2 | MICROBATCH_1, "one"),
 }
 
-FIRST_STEPS = {"one": (1, {}), "two": (2, MICROBATCH_1), "four-hsdp": (4, REPLICATE_2 | MICROBATCH_1)}
+FIRST_STEPS = {
+    "one": (1, {}),
+    "two": (2, MICROBATCH_1),
+    "four-hsdp": (4, REPLICATE_2 | MICROBATCH_1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,9 @@ def first_step(tmp_path_factory, data):
     @cache
     def result(name, mask):
         ranks, overrides = FIRST_STEPS[name]
-        on_ranks(ranks, step_once, options({**data, **overrides}), folder / f"{name}-{mask}.pt", mask)
+        on_ranks(
+            ranks, step_once, options({**data, **overrides}), folder / f"{name}-{mask}.pt", mask
+        )
         return torch.load(folder / f"{name}-{mask}.pt", weights_only=True)
 
     return result
@@ -109,7 +115,9 @@ def test_the_loss_falls(curve):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["all labels", "unequal numbers of valid labels"])
+@pytest.mark.parametrize(
+    "mask", [False, True], ids=["all labels", "unequal numbers of valid labels"]
+)
 @pytest.mark.parametrize("name", [name for name in FIRST_STEPS if name != "one"])
 def test_initial_weights_are_bitwise_equal_and_gradients_agree(first_step, name, mask):
     reference = first_step("one", mask)
@@ -134,11 +142,15 @@ def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(curve):
     # two ranks differ from one only in the order of sums of bf16 gradients.
     assert all(relative(a["loss"], b["loss"]) < 1e-2 for a, b in zip(one, fp32, strict=True))
     assert all(relative(a["loss"], b["loss"]) < 1e-3 for a, b in zip(two, one, strict=True))
-    assert any(a["loss"] != b["loss"] for a, b in zip(one, fp32, strict=True)), "bf16 changed nothing"
+    assert any(a["loss"] != b["loss"] for a, b in zip(one, fp32, strict=True)), (
+        "bf16 changed nothing"
+    )
 
 
 def test_the_launched_run_is_the_same_to_the_bit(tmp_path, data, curve):
     launched(2, {**data, "job.dump_folder": tmp_path / "launched", "training.steps": 20})
     keys = ("step", "loss", "max_loss", "grad_norm", "lr")
     lines, forked = metrics(tmp_path / "launched"), curve("two")
-    assert [[line[key] for key in keys] for line in lines] == [[line[key] for key in keys] for line in forked]
+    assert [[line[key] for key in keys] for line in lines] == [
+        [line[key] for key in keys] for line in forked
+    ]

@@ -6,15 +6,15 @@ import json
 import math
 from functools import cache
 
-import forking
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import forking
+from helpers.launching import metrics, options, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import metrics, options, write_corpus
 
 import train
 from torchtrain import ranks
@@ -22,10 +22,10 @@ from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig, plan_validatio
 from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
 from torchtrain.datasets.tokenizer import load_tokenizer
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.metrics import Stopwatch
 from torchtrain.models.llama import Transformer
-from torchtrain.utils import UserError
 
 ON = {"validation.enable": True, "validation.held_out_share": 0.1}
 
@@ -35,7 +35,11 @@ def digest(text):
 
 
 def corpus_of(*rows):
-    return Corpus("made up", [], [lambda: (Document(row, "here") if isinstance(row, str) else row for row in rows)])
+    return Corpus(
+        "made up",
+        [],
+        [lambda: (Document(row, "here") if isinstance(row, str) else row for row in rows)],
+    )
 
 
 def sides(share, *rows):
@@ -91,7 +95,10 @@ def test_the_border_is_known_without_reading_all_of_a_large_corpus():
 
 def test_rows_that_are_no_documents_are_trainings():
     bad = BadRow("broken JSON", "file:3", "not JSON")
-    assert [document.text for document in split_corpus(corpus_of("a", bad, "b"), 0.5, "validation").documents()]
+    assert [
+        document.text
+        for document in split_corpus(corpus_of("a", bad, "b"), 0.5, "validation").documents()
+    ]
     with pytest.raises(UserError, match="file:3: not JSON"):
         list(split_corpus(corpus_of("a", bad, "b"), 0.5, "training").documents())
 
@@ -102,9 +109,14 @@ def test_held_out_documents_are_part_of_the_fingerprint_and_of_the_cache(data, t
         dataset, validation_set = train.open_data(config, load_tokenizer(DEBUG_TOKENIZER))
         return dataset.identity()["corpus"], validation_set.fingerprint
 
-    shares = [fingerprint(**{**ON, **extra}) for extra in ({}, {"validation.held_out_share": 0.3}, {})]
+    shares = [
+        fingerprint(**{**ON, **extra}) for extra in ({}, {"validation.held_out_share": 0.3}, {})
+    ]
     assert shares[0] == shares[2]
-    assert len({shares[0], shares[1], fingerprint(), fingerprint(**{**ON, "validation.seq_len": 16})}) == 4
+    assert (
+        len({shares[0], shares[1], fingerprint(), fingerprint(**{**ON, "validation.seq_len": 16})})
+        == 4
+    )
     assert fingerprint()[1] == ""
     named = {"validation.enable": True, "validation.dataset": "text"}
     named["validation.dataset_path"] = data["training.dataset_path"]
@@ -124,7 +136,10 @@ def test_each_source_of_a_mixture_gives_a_part(tmp_path):
     half = validation_set.n_samples // 2
     order = np.concatenate([validation_set.read(np.arange(at, at + 1))[0] for at in range(half)])
     first = {
-        row.tobytes() for row in validation_set.datasets[0].read(np.arange(validation_set.datasets[0].n_samples))[0]
+        row.tobytes()
+        for row in validation_set.datasets[0].read(np.arange(validation_set.datasets[0].n_samples))[
+            0
+        ]
     }
     from_first = sum(row.tobytes() in first for row in order)
     assert 0.25 * half < from_first < 0.75 * half, "the first sequences come from both"
@@ -151,15 +166,25 @@ def device():
 def by_hand(trainer, texts, seq_len):
     """Loss and bits per byte of `texts` in a row, by a plain model without anything of torchtrain's around it."""
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
-    ids = torch.tensor([id for text in texts for id in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)])
+    ids = torch.tensor(
+        [
+            id
+            for text in texts
+            for id in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)
+        ]
+    )
     model = Transformer(trainer.shape)
-    model.load_state_dict({name: weight.full_tensor() for name, weight in trainer.weights.items()}, strict=False)
+    model.load_state_dict(
+        {name: weight.full_tensor() for name, weight in trainer.weights.items()}, strict=False
+    )
     losses = []
     for start in range(0, len(ids) - 1, seq_len):
         tokens, labels = ids[start : start + seq_len], ids[start + 1 : start + seq_len + 1]
         logits = model(tokens[: len(labels)].unsqueeze(0))[0]
         losses += F.cross_entropy(logits.double(), labels, reduction="none").tolist()
-    return sum(losses) / len(losses), sum(losses) / math.log(2) / sum(len(text.encode()) for text in texts)
+    return sum(losses) / len(losses), sum(losses) / math.log(2) / sum(
+        len(text.encode()) for text in texts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +195,21 @@ def accented(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["held out", "named"])
-@pytest.mark.parametrize("length", [{}, {"validation.seq_len": 48, "validation.local_batch_size": 3}])
+@pytest.mark.parametrize(
+    "length", [{}, {"validation.seq_len": 48, "validation.local_batch_size": 3}]
+)
 def test_numbers_equal_those_by_hand(data, device, accented, kind, length):
-    named = {"validation.enable": True, "validation.dataset": "text", "validation.dataset_path": accented}
+    named = {
+        "validation.enable": True,
+        "validation.dataset": "text",
+        "validation.dataset_path": accented,
+    }
     given = {**data, **(ON if kind == "held out" else named), **length}
     config = JobConfig().parse_args(options(given), world_size=1)
     trainer = train.set_up(config, device)
-    files = sorted((accented if kind == "named" else write_corpus(accented.parent / "again")).iterdir())
+    files = sorted(
+        (accented if kind == "named" else write_corpus(accented.parent / "again")).iterdir()
+    )
     texts = [file.read_text(encoding="utf-8") for file in files]
     if kind == "held out":
         texts = [text for text in texts if digest(text) < 0.1 * 2**64]
@@ -191,7 +224,11 @@ def test_numbers_equal_those_by_hand(data, device, accented, kind, length):
 
 def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
     np.arange(3, 500, dtype=np.uint16).tofile(tmp_path / "ids.bin")
-    given = {"validation.enable": True, "validation.dataset": "tokens", "validation.dataset_path": tmp_path / "ids.bin"}
+    given = {
+        "validation.enable": True,
+        "validation.dataset": "tokens",
+        "validation.dataset_path": tmp_path / "ids.bin",
+    }
     trainer = train.set_up(JobConfig().parse_args(options({**data, **given}), world_size=1), device)
     found = train.validate(trainer)
     assert found["val_bits_per_byte"] is None
@@ -200,11 +237,16 @@ def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
 
 @pytest.mark.parametrize(("steps", "sequences"), [(-1, 177), (1, 8), (2, 16), (1000, 177)])
 def test_steps_are_batches_of_the_global_batch_size(data, device, steps, sequences):
-    config = JobConfig().parse_args(options({**data, **ON, "validation.steps": steps}), world_size=1)
+    config = JobConfig().parse_args(
+        options({**data, **ON, "validation.steps": steps}), world_size=1
+    )
     validator = train.set_up(config, device).validator
     counts = []
     validator.run(
-        lambda batch: counts.append((batch.labels != -100).any(dim=1).sum().item()) or torch.zeros(len(batch.tokens))
+        lambda batch: (
+            counts.append((batch.labels != -100).any(dim=1).sum().item())
+            or torch.zeros(len(batch.tokens))
+        )
     )
     assert sum(counts) == validator.sequences == sequences
 
@@ -226,7 +268,11 @@ def run(tmp_path, data, device, capsys):
 
 
 def validated(lines):
-    return {line["step"]: (line["val_loss"], line["val_bits_per_byte"]) for line in lines if "val_loss" in line}
+    return {
+        line["step"]: (line["val_loss"], line["val_bits_per_byte"])
+        for line in lines
+        if "val_loss" in line
+    }
 
 
 def test_validates_after_every_freq_steps_and_the_last(run):
@@ -253,7 +299,11 @@ def test_a_resumed_run_validates_at_the_same_steps_with_the_same_numbers(run):
 
 
 def test_training_is_not_disturbed(run, accented):
-    named = {"validation.enable": True, "validation.dataset": "text", "validation.dataset_path": accented}
+    named = {
+        "validation.enable": True,
+        "validation.dataset": "text",
+        "validation.dataset_path": accented,
+    }
     state = torch.random.get_rng_state()
     quiet, _ = run("quiet")
     after = torch.random.get_rng_state()
@@ -332,12 +382,21 @@ def run_of(tmp_path_factory, data):
     """run_of(layout): lines of its run of three steps. The few are 3 sequences, so that of 4 ranks one has none."""
     scratch = tmp_path_factory.mktemp("layouts")
     np.random.default_rng(0).integers(3, 2000, 81).astype(np.uint16).tofile(scratch / "few.bin")
-    few = {"validation.enable": True, "validation.dataset": "tokens", "validation.dataset_path": scratch / "few.bin"}
+    few = {
+        "validation.enable": True,
+        "validation.dataset": "tokens",
+        "validation.dataset_path": scratch / "few.bin",
+    }
 
     @cache
     def lines(name):
         count, given, layout = LAYOUTS[name]
-        common = {**data, "job.dump_folder": scratch / name, "training.steps": 3, "validation.freq": 2}
+        common = {
+            **data,
+            "job.dump_folder": scratch / name,
+            "training.steps": 3,
+            "validation.freq": 2,
+        }
         forking.train(count, {**common, **(given or few), **layout})
         return metrics(scratch / name)
 
@@ -370,12 +429,18 @@ def test_training_on_ranks_is_not_disturbed(run_of, layout):
 # ---- what is refused ----
 
 REFUSED = {
-    "path alone": (["--validation.dataset_path=."], ["dataset_path", "no effect without validation.dataset"]),
+    "path alone": (
+        ["--validation.dataset_path=."],
+        ["dataset_path", "no effect without validation.dataset"],
+    ),
     "share of a named set": (
         ["--validation.dataset=python_stdlib", "--validation.held_out_share=0.5"],
         ["held_out_share = 0.5 has no effect", 'validation.dataset = "python_stdlib"'],
     ),
-    "unknown set": (["--validation.dataset=txet"], ["validation.dataset = 'txet' is unknown, did you mean text?"]),
+    "unknown set": (
+        ["--validation.dataset=txet"],
+        ["validation.dataset = 'txet' is unknown, did you mean text?"],
+    ),
     "set without a path": (
         ["--validation.dataset=text"],
         ["validation.dataset = 'text' needs validation.dataset_path"],
@@ -392,14 +457,25 @@ REFUSED = {
         [f"--data.mixture=python_stdlib = 1,tokens {DEBUG_TOKENIZER} = 1"],
         ["a token file", "name others in validation.dataset"],
     ),
-    "no share": (["--validation.held_out_share=0"], ["held_out_share = 0.0: must be a finite number > 0 and < 1"]),
-    "everything": (["--validation.held_out_share=1"], ["held_out_share = 1.0: must be a finite number > 0 and < 1"]),
-    "no steps": (["--validation.steps=0"], ["validation.steps = 0: must be -1, or a whole number >= 1"]),
+    "no share": (
+        ["--validation.held_out_share=0"],
+        ["held_out_share = 0.0: must be a finite number > 0 and < 1"],
+    ),
+    "everything": (
+        ["--validation.held_out_share=1"],
+        ["held_out_share = 1.0: must be a finite number > 0 and < 1"],
+    ),
+    "no steps": (
+        ["--validation.steps=0"],
+        ["validation.steps = 0: must be -1, or a whole number >= 1"],
+    ),
     "no freq": (["--validation.freq=0"], ["validation.freq = 0"]),
     "empty batch": (["--validation.local_batch_size=0"], ["validation.local_batch_size = 0"]),
     "length under cp": (
         ["--parallelism.context_parallel_degree=4", "--validation.seq_len=60"],
-        ["validation.seq_len = 60 must be divisible by 8: context-parallel degree 4 twice (headtail)"],
+        [
+            "validation.seq_len = 60 must be divisible by 8: context-parallel degree 4 twice (headtail)"
+        ],
     ),
     "length under tp": (
         ["--parallelism.tensor_parallel_degree=4", "--validation.seq_len=30"],
@@ -428,7 +504,9 @@ def test_hostile_configs_are_refused(name):
 
 def test_torchtitans_section_is_accepted_when_disabled():
     given = ["--validation.dataset=c4_validation", "--validation.freq=5", "--validation.steps=10"]
-    config = JobConfig().parse_args([*given, "--validation.local_batch_size=3", "--validation.seq_len=7"], world_size=8)
+    config = JobConfig().parse_args(
+        [*given, "--validation.local_batch_size=3", "--validation.seq_len=7"], world_size=8
+    )
     assert plan_validation(config) == []
 
 
@@ -443,13 +521,26 @@ def test_torchtitans_section_is_accepted_when_disabled():
 def test_corpora_too_small_to_hold_out_are_refused(tmp_path, texts, message):
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    given = {**ON, "training.dataset": "jsonl", "training.dataset_path": file, "data.cache_folder": tmp_path / "cache"}
+    given = {
+        **ON,
+        "training.dataset": "jsonl",
+        "training.dataset_path": file,
+        "data.cache_folder": tmp_path / "cache",
+    }
     with pytest.raises(UserError, match=message):
         train.open_data(JobConfig().parse_args(options(given)), load_tokenizer(DEBUG_TOKENIZER))
 
 
 def test_a_faulty_named_set_is_called_validations(data, tmp_path):
     (tmp_path / "empty").mkdir()
-    named = {"validation.enable": True, "validation.dataset": "text", "validation.dataset_path": tmp_path / "empty"}
-    with pytest.raises(UserError, match=r"^validation: validation\.dataset_path = .* holds no file"):
-        train.open_data(JobConfig().parse_args(options({**data, **named})), load_tokenizer(DEBUG_TOKENIZER))
+    named = {
+        "validation.enable": True,
+        "validation.dataset": "text",
+        "validation.dataset_path": tmp_path / "empty",
+    }
+    with pytest.raises(
+        UserError, match=r"^validation: validation\.dataset_path = .* holds no file"
+    ):
+        train.open_data(
+            JobConfig().parse_args(options({**data, **named})), load_tokenizer(DEBUG_TOKENIZER)
+        )

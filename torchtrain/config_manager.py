@@ -24,10 +24,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from torchtrain import pipeline_stages
-from torchtrain.datasets.registry import DATASETS, find_dataset, import_custom
-from torchtrain.models.flavors import FLAVORS, ModelShape, resolve_shape
-from torchtrain.utils import UserError, nearest
+from torchtrain.catalog import schedules as pipeline_stages
+from torchtrain.catalog.datasets import DATASETS, find_dataset, import_custom
+from torchtrain.catalog.models import FLAVORS, ModelShape, resolve_shape
+from torchtrain.errors import ConfigError, UserError
+from torchtrain.utils import nearest
 
 DEBUG_TOKENIZER = Path(__file__).parent / "datasets" / "debug_tokenizer.model"
 
@@ -47,7 +48,9 @@ def _utf8(value: str) -> str:
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-CountOrAuto = Annotated[int, Field(ge=-1, le=10**9, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
+CountOrAuto = Annotated[
+    int, Field(ge=-1, le=10**9, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)
+]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +65,9 @@ Dtype = Literal["float32", "bfloat16"]
 class Section(BaseModel):
     """What all sections share: no unknown key, no conversion between types (an int may stand for a float), no NaN."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Job(Section):
@@ -394,9 +399,7 @@ DATASET_KEYS = ("training.dataset", "data.mixture", "validation.dataset")
 FLAVOR = ("model.name", "model.flavor")
 
 # What the run writes inside job.dump_folder.
-OUTPUT_FOLDERS = (
-    "profiling.save_traces_folder profiling.save_memory_snapshot_folder metrics.save_tb_folder checkpoint.folder"
-)
+OUTPUT_FOLDERS = "profiling.save_traces_folder profiling.save_memory_snapshot_folder metrics.save_tb_folder checkpoint.folder"
 
 # The factors of the world size.
 DEGREES = tuple(f"parallelism.{key}" for key in Parallelism.model_fields if key.endswith("_degree"))
@@ -406,9 +409,7 @@ CUTTING_KEYS = (
     "pipeline_parallel_layers_per_stage "
     "pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers"
 )
-PIPELINE_KEYS = (
-    f"pipeline_parallel_schedule pipeline_parallel_microbatch_size module_fqns_per_model_part {CUTTING_KEYS}"
-)
+PIPELINE_KEYS = f"pipeline_parallel_schedule pipeline_parallel_microbatch_size module_fqns_per_model_part {CUTTING_KEYS}"
 
 # Keys that say how something is done, by the option of their section that has it done once it leaves its default.
 DETAILS = {
@@ -449,10 +450,6 @@ NOT_NEEDED = {
 }
 
 
-class ConfigError(UserError):
-    """All faults of a configuration, one a line."""
-
-
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with the values given."""
@@ -485,7 +482,9 @@ class JobConfig(BaseModel):
     debug: Debug = Field(default_factory=Debug)
     experimental: Experimental = Field(default_factory=Experimental)
 
-    def parse_args(self, args_list: list[str] | None = None, world_size: int | None = None) -> "JobConfig":
+    def parse_args(
+        self, args_list: list[str] | None = None, world_size: int | None = None
+    ) -> "JobConfig":
         """Fill in place: default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
 
         Args:
@@ -510,7 +509,11 @@ class JobConfig(BaseModel):
         merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         origin: dict[str, str] = {}
         for source, values, faults in sources:
-            faults += [fault for name, value in values.items() if (fault := value_fault(name, value)) is not None]
+            faults += [
+                fault
+                for name, value in values.items()
+                if (fault := value_fault(name, value)) is not None
+            ]
             lines += [f"{source}: {fault.text}" for fault in faults]
             faulty.update(*(fault.keys for fault in faults))
             for name in values.keys() - faulty:
@@ -530,20 +533,26 @@ class JobConfig(BaseModel):
             text = os.environ.get("WORLD_SIZE", "1")
             world_size = int(text) if text.isdecimal() else 0
             if world_size == 0:
-                lines.append(f"environment: WORLD_SIZE = {shown(text)}: must be a whole number >= 1")
+                lines.append(
+                    f"environment: WORLD_SIZE = {shown(text)}: must be a whole number >= 1"
+                )
         for clash in check(config, world_size or None):
             if not faulty.intersection(clash.keys):
                 where = list(dict.fromkeys(origin[key] for key in clash.keys if key in origin))
                 lines.append(f"{', '.join(where) or 'defaults'}: {clash.text}")
         if lines:
             heading = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
-            raise ConfigError("\n".join([f"The configuration has {heading}:", *(f"  {line}" for line in lines)]))
+            raise ConfigError(
+                "\n".join([f"The configuration has {heading}:", *(f"  {line}" for line in lines)])
+            )
         for section in SECTIONS:
             setattr(self, section, config.__dict__[section])
         return self
 
 
-SECTIONS: dict[str, type[Section]] = {name: get_type_hints(JobConfig)[name] for name in JobConfig.model_fields}
+SECTIONS: dict[str, type[Section]] = {
+    name: get_type_hints(JobConfig)[name] for name in JobConfig.model_fields
+}
 
 
 # ---- the fields, described for the help, the command line and the messages ----
@@ -575,7 +584,11 @@ def options() -> dict[str, Option]:
         for key, schema in model.model_json_schema()["properties"].items():
             name, optional = f"{section}.{key}", "anyOf" in schema
             value_schema = schema["anyOf"][0] if optional else schema
-            kind = "lists" if value_schema.get("items", {}).get("type") == "array" else value_schema["type"]
+            kind = (
+                "lists"
+                if value_schema.get("items", {}).get("type") == "array"
+                else value_schema["type"]
+            )
             doc = " ".join([schema["description"], *names.get(name, [])])
             found[name] = Option(kind, optional, _in_words(value_schema), schema["default"], doc)
     return found
@@ -625,7 +638,9 @@ def help_text() -> str:
         for name, option in options().items():
             if name.startswith(f"{section}."):
                 lines.append(f"  --{name}  ({option.allowed}; default: {shown(option.default)})")
-                lines += textwrap.wrap(option.doc, 112, initial_indent="      ", subsequent_indent="      ")
+                lines += textwrap.wrap(
+                    option.doc, 112, initial_indent="      ", subsequent_indent="      "
+                )
     return "\n".join(lines)
 
 
@@ -640,7 +655,11 @@ def read_command_line(args: list[str]) -> tuple[dict[str, Any], list[Fault]]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            faults.append(Fault((), f"{shown(argument)} belongs to no option; options are --section.key value"))
+            faults.append(
+                Fault(
+                    (), f"{shown(argument)} belongs to no option; options are --section.key value"
+                )
+            )
             continue
         name, has_value, text = argument[2:].partition("=")
         option = options().get(name)
@@ -697,12 +716,21 @@ def read_toml(path: str) -> tuple[dict[str, Any], list[Fault]]:
         if section in SECTIONS and isinstance(table, dict):
             values |= {f"{section}.{key}": value for key, value in table.items()}
         elif section in SECTIONS:
-            faults.append(Fault((), f"{section} = {shown(table)}: this is a section; write [{section}] and its keys"))
+            faults.append(
+                Fault(
+                    (),
+                    f"{section} = {shown(table)}: this is a section; write [{section}] and its keys",
+                )
+            )
         else:
             faults.append(unknown_section(section, table))
     if "job.config_file" in values:
         del values["job.config_file"]
-        faults.append(Fault(("job.config_file",), "job.config_file: is for the command line alone; leave it out"))
+        faults.append(
+            Fault(
+                ("job.config_file",), "job.config_file: is for the command line alone; leave it out"
+            )
+        )
     return values, faults
 
 
@@ -745,7 +773,10 @@ def value_fault(name: str, value: Any) -> Fault | None:
 def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
     """A `section.key` that is none of ours, with the nearest that is; `prefix` is written before that."""
     section, _, key = name.partition(".") if "." in name else ("", "", name)
-    if section in UNSUPPORTED_SECTIONS or key.split(".")[0] in UNSUPPORTED_KEYS.get(section, "").split():
+    if (
+        section in UNSUPPORTED_SECTIONS
+        or key.split(".")[0] in UNSUPPORTED_KEYS.get(section, "").split()
+    ):
         return Fault((name,), f"{given}: {NOT_YET}; {NOT_NEEDED.get(name, 'leave it out')}")
     close = _suggestions(section, key)
     if close:
@@ -764,11 +795,15 @@ def unknown_section(name: str, content: Any) -> Fault:
     if not isinstance(content, dict):
         close = _suggestions("", name)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        return Fault(tuple(close), f"{name} = {shown(content)}: a key must stand in a section{hint}")
+        return Fault(
+            tuple(close), f"{name} = {shown(content)}: a key must stand in a section{hint}"
+        )
     section = nearest(name, SECTIONS)
     hint = f"; did you mean [{section}]?" if section else ""
     doubtful = tuple(option for option in options() if section and option.startswith(f"{section}."))
-    return Fault(doubtful, f"[{name}]: unknown section{hint}; the sections are {', '.join(SECTIONS)}")
+    return Fault(
+        doubtful, f"[{name}]: unknown section{hint}; the sections are {', '.join(SECTIONS)}"
+    )
 
 
 def _suggestions(section: str, key: str) -> list[str]:
@@ -824,7 +859,9 @@ def _value(config: JobConfig, name: str) -> Any:
     return config.__dict__[section].__dict__[key]
 
 
-def _no_effect(config: JobConfig, section: str, keys: str, how: str, *causes: str) -> Iterator[Fault]:
+def _no_effect(
+    config: JobConfig, section: str, keys: str, how: str, *causes: str
+) -> Iterator[Fault]:
     """Those of the section's keys that were given, though other options, the `causes`, leave them nothing to do."""
     for key in keys.split():
         name, value = f"{section}.{key}", _value(config, f"{section}.{key}")
@@ -832,7 +869,9 @@ def _no_effect(config: JobConfig, section: str, keys: str, how: str, *causes: st
             yield Fault((name, *causes), f"{name} = {shown(value)} has no effect{how}")
 
 
-def _must_divide(divisor: str, by: int, number: str, of: int, *keys: str, note: str = "") -> Iterator[Fault]:
+def _must_divide(
+    divisor: str, by: int, number: str, of: int, *keys: str, note: str = ""
+) -> Iterator[Fault]:
     """`keys` are what else the two numbers depend on."""
     if of % by:
         yield Fault((divisor, number, *keys), f"{divisor} = {by}{note} must divide {number} = {of}")
@@ -868,20 +907,35 @@ def _check_model(config: JobConfig) -> Iterator[Fault]:
             "must be even, since RoPE turns pairs of features",
         )
     own = "" if model.n_kv_heads else " (it is the flavor's own; give it too)"
-    yield from _must_divide("model.n_kv_heads", shape.n_kv_heads, "model.n_heads", shape.n_heads, *FLAVOR, note=own)
+    yield from _must_divide(
+        "model.n_kv_heads", shape.n_kv_heads, "model.n_heads", shape.n_heads, *FLAVOR, note=own
+    )
     if shape.rope_scaling_factor > 1 and shape.rope_high_freq_factor <= shape.rope_low_freq_factor:
         yield Fault(
-            (*FLAVOR, "model.rope_scaling_factor", "model.rope_high_freq_factor", "model.rope_low_freq_factor"),
+            (
+                *FLAVOR,
+                "model.rope_scaling_factor",
+                "model.rope_high_freq_factor",
+                "model.rope_low_freq_factor",
+            ),
             f"model.rope_high_freq_factor = {shape.rope_high_freq_factor} must be above "
             f"model.rope_low_freq_factor = {shape.rope_low_freq_factor}",
         )
     degree, method = "parallelism.context_parallel_degree", "parallelism.context_parallel_method"
-    tp, ulysses = parallelism.tensor_parallel_degree, parallelism.context_parallel_method == "ulysses"
-    shared = {f"model.{key}": shape.__dict__[key] for key in ("n_heads", "n_kv_heads", "ffn_hidden_dim")}
+    tp, ulysses = (
+        parallelism.tensor_parallel_degree,
+        parallelism.context_parallel_method == "ulysses",
+    )
+    shared = {
+        f"model.{key}": shape.__dict__[key] for key in ("n_heads", "n_kv_heads", "ffn_hidden_dim")
+    }
     for name, count in shared.items():
         yield from _must_divide("parallelism.tensor_parallel_degree", tp, name, count, *FLAVOR)
         if ulysses and name != "model.ffn_hidden_dim":
-            product, note = tp * parallelism.context_parallel_degree, " (ulysses: times the tensor-parallel degree)"
+            product, note = (
+                tp * parallelism.context_parallel_degree,
+                " (ulysses: times the tensor-parallel degree)",
+            )
             yield from _must_divide(degree, product, name, count, *FLAVOR, method, note=note)
 
 
@@ -900,21 +954,33 @@ def _check_data(config: JobConfig) -> Iterator[Fault]:
         try:
             find_dataset(source.dataset, source.path)
         except UserError as fault:
-            yield Fault(keys, f"data.mixture: {shown(source.name)}: {fault}" if data.mixture else str(fault))
+            yield Fault(
+                keys, f"data.mixture: {shown(source.name)}: {fault}" if data.mixture else str(fault)
+            )
     token_files = [source.name for source in sources if source.dataset == "tokens"]
     if validation.enable and validation.dataset is None and (token_files or data.streaming):
-        what = f"{shown(token_files[0])}, a token file," if token_files else "what data.streaming = true reads once"
+        what = (
+            f"{shown(token_files[0])}, a token file,"
+            if token_files
+            else "what data.streaming = true reads once"
+        )
         text = f"validation.enable = true: of {what} no documents can be held out; name others in validation.dataset"
         yield Fault(("validation.dataset", "data.streaming", *keys), text)
     if not token_files and validation.dataset != "tokens":
-        yield from _no_effect(config, "data", "token_dtype", ': no source is a token file (dataset "tokens")', *keys)
+        yield from _no_effect(
+            config, "data", "token_dtype", ': no source is a token file (dataset "tokens")', *keys
+        )
     if data.streaming:
         yield from _check_streaming(config, len(token_files) == len(sources), keys)
 
 
-def _check_streaming(config: JobConfig, token_files_only: bool, sources: tuple[str, ...]) -> Iterator[Fault]:
+def _check_streaming(
+    config: JobConfig, token_files_only: bool, sources: tuple[str, ...]
+) -> Iterator[Fault]:
     if token_files_only:
-        yield from _no_effect(config, "data", "streaming", ": token files are read where they lie", *sources)
+        yield from _no_effect(
+            config, "data", "streaming", ": token files are read where they lie", *sources
+        )
     if config.data.packing == "best_fit":
         text = 'data.packing = "best_fit" looks at all documents before the first step; data.streaming = true does not'
         yield Fault(("data.packing", "data.streaming"), text)
@@ -934,8 +1000,13 @@ def _check_validation(config: JobConfig) -> Iterator[Fault]:
         except UserError as fault:
             yield Fault((dataset, "validation.dataset_path"), of_validation(fault))
     if validation.local_batch_size is not None:
-        size, microbatch = "validation.local_batch_size", "parallelism.pipeline_parallel_microbatch_size"
-        yield from _must_divide(microbatch, _value(config, microbatch), size, validation.local_batch_size)
+        size, microbatch = (
+            "validation.local_batch_size",
+            "parallelism.pipeline_parallel_microbatch_size",
+        )
+        yield from _must_divide(
+            microbatch, _value(config, microbatch), size, validation.local_batch_size
+        )
 
 
 def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
@@ -953,7 +1024,10 @@ def _check_layout(config: JobConfig, world_size: int | None) -> Iterator[Fault]:
 def _check_sharing(config: JobConfig) -> Iterator[Fault]:
     """What tensor and context parallelism need of the sequence and of each other."""
     parallelism = config.parallelism
-    cp, ulysses = parallelism.context_parallel_degree, parallelism.context_parallel_method == "ulysses"
+    cp, ulysses = (
+        parallelism.context_parallel_degree,
+        parallelism.context_parallel_method == "ulysses",
+    )
     tp = 1 if parallelism.disable_sequence_parallel else parallelism.tensor_parallel_degree
     head_and_tail = cp > 1 and parallelism.context_parallel_load_balancer == "headtail"
     pieces = cp * tp * (2 if head_and_tail else 1)
@@ -974,7 +1048,10 @@ def _check_sharing(config: JobConfig) -> Iterator[Fault]:
         yield Fault((rotate, "parallelism.context_parallel_method"), text)
     if config.training.document_masking and cp > 1 and not ulysses:
         yield Fault(
-            ("training.document_masking", *(f"parallelism.context_parallel_{key}" for key in ("degree", "method"))),
+            (
+                "training.document_masking",
+                *(f"parallelism.context_parallel_{key}" for key in ("degree", "method")),
+            ),
             f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: the ring knows nothing "
             'of documents; set parallelism.context_parallel_method = "ulysses"',
         )
@@ -992,8 +1069,13 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
         return
     if parallelism.module_fqns_per_model_part is not None:
         how = " with module_fqns_per_model_part, which says what each stage gets"
-        yield from _no_effect(config, "parallelism", CUTTING_KEYS, how, "parallelism.module_fqns_per_model_part")
-    if pipeline_stages.SCHEDULES[schedule].splits_backward and parallelism.fsdp_reshard_after_forward == "always":
+        yield from _no_effect(
+            config, "parallelism", CUTTING_KEYS, how, "parallelism.module_fqns_per_model_part"
+        )
+    if (
+        pipeline_stages.SCHEDULES[schedule].splits_backward
+        and parallelism.fsdp_reshard_after_forward == "always"
+    ):
         yield Fault(
             ("parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule"),
             f'parallelism.fsdp_reshard_after_forward = "always": {schedule} splits the backward, where FSDP computes '
@@ -1003,32 +1085,45 @@ def _check_pipeline(config: JobConfig, world_size: int | None) -> Iterator[Fault
     try:
         stages = plan_stages(parallelism, model_shape(config.model).pieces)
     except UserError as fault:
-        yield Fault((*keys, *FLAVOR, "model.n_layers"), f"parallelism.pipeline_parallel_degree = {ranks}: {fault}")
+        yield Fault(
+            (*keys, *FLAVOR, "model.n_layers"),
+            f"parallelism.pipeline_parallel_degree = {ranks}: {fault}",
+        )
         return
     try:
-        batch = plan_batch(config.training, data_parallel_degree(parallelism, world_size or ranks)).microbatch_size
+        batch = plan_batch(
+            config.training, data_parallel_degree(parallelism, world_size or ranks)
+        ).microbatch_size
     except UserError:  # reported elsewhere
         return
     try:
         check_batch(parallelism, batch, len(stages))
     except UserError as fault:
         if world_size is not None or batch % parallelism.pipeline_parallel_microbatch_size:
-            yield Fault((*keys, "training.local_batch_size", "training.global_batch_size"), str(fault))
+            yield Fault(
+                (*keys, "training.local_batch_size", "training.global_batch_size"), str(fault)
+            )
 
 
 def _check_folders(config: JobConfig) -> Iterator[Fault]:
     for key, folder in output_folders(config).items():
         if not folder.is_absolute() and (not folder.parts or ".." in folder.parts):
-            yield Fault((key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder")
+            yield Fault(
+                (key,), f"{key} = {shown(str(folder))}: must name a folder inside job.dump_folder"
+            )
     key, path = "checkpoint.initial_load_path", config.checkpoint.initial_load_path
     if path is not None and not Path(path).is_dir():
-        yield Fault((key,), f"{key} = {shown(path)} is not a folder that exists (seen from {Path.cwd()})")
+        yield Fault(
+            (key,), f"{key} = {shown(path)} is not a folder that exists (seen from {Path.cwd()})"
+        )
 
 
 def _check_switches(config: JobConfig) -> Iterator[Fault]:
     if config.checkpoint.load_only:
         how = ": checkpoint.load_only = true saves nothing"
-        yield from _no_effect(config, "checkpoint", "enable_first_step_checkpoint", how, "checkpoint.load_only")
+        yield from _no_effect(
+            config, "checkpoint", "enable_first_step_checkpoint", how, "checkpoint.load_only"
+        )
     profiling = config.profiling
     window = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and window > profiling.profile_freq:
@@ -1040,8 +1135,16 @@ def _check_switches(config: JobConfig) -> Iterator[Fault]:
         )
     compiled = config.compile.enable and "model" in config.compile.components
     for key, value, wanted in (
-        ("activation_checkpoint.mode", '"memory_budget"', config.activation_checkpoint.mode == "memory_budget"),
-        ("parallelism.enable_async_tensor_parallel", "true", config.parallelism.enable_async_tensor_parallel),
+        (
+            "activation_checkpoint.mode",
+            '"memory_budget"',
+            config.activation_checkpoint.mode == "memory_budget",
+        ),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            "true",
+            config.parallelism.enable_async_tensor_parallel,
+        ),
     ):
         if wanted and not compiled:
             text = f"{key} = {value} is the compiler's work: it needs compile.enable = true with the component model"
@@ -1074,7 +1177,9 @@ MIXTURE_PERIOD = 100_000
 """Most samples after which a mixture's pattern of sources may repeat: it is kept as a table."""
 
 
-def plan_sources(training: Training, data: Data, validation: Validation | None = None) -> list[DataSource]:
+def plan_sources(
+    training: Training, data: Data, validation: Validation | None = None
+) -> list[DataSource]:
     """The sources that the samples come from; weights are exact fractions, so that shares are.
 
     Where `validation` names no documents of its own, it holds out a part of each source.
@@ -1206,7 +1311,10 @@ def check_batch(parallelism: Parallelism, batch: int, stages: int) -> None:
     Raises:
         UserError: they cannot be cut as the config says, or the schedule not run so many microbatches.
     """
-    size, schedule = parallelism.pipeline_parallel_microbatch_size, parallelism.pipeline_parallel_schedule
+    size, schedule = (
+        parallelism.pipeline_parallel_microbatch_size,
+        parallelism.pipeline_parallel_schedule,
+    )
     if batch % size:
         raise UserError(
             f"parallelism.pipeline_parallel_microbatch_size = {size} must divide the {batch} sequences that pass the "
@@ -1214,7 +1322,9 @@ def check_batch(parallelism: Parallelism, batch: int, stages: int) -> None:
             "training.local_batch_size)"
         )
     try:
-        pipeline_stages.check_microbatches(schedule, batch // size, stages, parallelism.pipeline_parallel_degree)
+        pipeline_stages.check_microbatches(
+            schedule, batch // size, stages, parallelism.pipeline_parallel_degree
+        )
     except UserError as fault:
         raise UserError(
             f"parallelism.pipeline_parallel_schedule: {fault} ({batch} sequences pass together, "
@@ -1228,7 +1338,10 @@ def data_parallel_degree(parallelism: Parallelism, world_size: int) -> int:
     Raises:
         UserError: the degrees do not multiply to the world size.
     """
-    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    replicate, shard = (
+        parallelism.data_parallel_replicate_degree,
+        parallelism.data_parallel_shard_degree,
+    )
     degrees = {name: parallelism.__dict__[name.partition(".")[2]] for name in DEGREES}
     factors = {name: degree for name, degree in degrees.items() if degree > 1}
     product = math.prod(factors.values())
@@ -1252,7 +1365,9 @@ def model_shape(model: Model) -> ModelShape:
     Raises:
         UserError: unknown family or flavor.
     """
-    return resolve_shape(model.name, model.flavor, model.model_dump(include=set(ModelShape.__dataclass_fields__)))
+    return resolve_shape(
+        model.name, model.flavor, model.model_dump(include=set(ModelShape.__dataclass_fields__))
+    )
 
 
 def output_folders(config: JobConfig) -> dict[str, Path]:

@@ -33,7 +33,11 @@ def use_colour(disabled: bool = False) -> bool:
 
 def init_logging(rank: int = 0, world_size: int = 1, disable_colour: bool = False) -> None:
     """Print this rank's log lines if LOG_RANK (a comma-separated list, default 0) names it; else errors alone."""
-    shown = {int(r) for r in os.environ.get("LOG_RANK", "0").split(",") if r.strip().isdigit() and int(r) < world_size}
+    shown = {
+        int(r)
+        for r in os.environ.get("LOG_RANK", "0").split(",")
+        if r.strip().isdigit() and int(r) < world_size
+    }
     shown = shown or {0}
     handler = logging.StreamHandler(sys.stdout)
     prefix = f"[rank {rank}] " if len(shown) > 1 or shown != {0} else ""

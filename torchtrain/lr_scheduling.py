@@ -41,11 +41,17 @@ class Schedule:
 def build_schedule(config: LRSchedulerConfig, training_steps: int) -> Schedule:
     """Settle W and D: what does not fit into the run is cut, first the decay, then the warm-up."""
     total = config.total_steps or training_steps
-    wanted_warmup = max(2, int(config.warmup_ratio * total)) if config.warmup_steps is None else config.warmup_steps
+    wanted_warmup = (
+        max(2, int(config.warmup_ratio * total))
+        if config.warmup_steps is None
+        else config.warmup_steps
+    )
     warmup = min(wanted_warmup, total)
     wanted_decay = total if config.decay_ratio is None else round(config.decay_ratio * total)
     decay = min(wanted_decay, total - warmup)
-    return Schedule(total, warmup, total - warmup - decay, decay, config.decay_type, config.min_lr_factor)
+    return Schedule(
+        total, warmup, total - warmup - decay, decay, config.decay_type, config.min_lr_factor
+    )
 
 
 def lr_factor(step: int, schedule: Schedule) -> float:
@@ -74,7 +80,10 @@ def set_step(scheduler: LambdaLR, step: int) -> None:
     The rate comes from the config and the step alone, to the bit what stepping there gives; a rate that loading the
     optimizer's state brought along is overwritten.
     """
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    rates = [
+        base * factor(step)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
     scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_last_lr": rates})
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

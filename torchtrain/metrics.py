@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from torchtrain.config_manager import JobConfig
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import BLUE, BOLD, DIM, GREEN, RESET, YELLOW, logger, use_colour
-from torchtrain.utils import METRICS_FILE, UserError
+from torchtrain.utils import METRICS_FILE
 
 GIB = 2**30
 
@@ -59,7 +60,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory this rank has held: allocated on the accelerator, or resident in RAM on a CPU."""
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return (peak if sys.platform == "darwin" else peak * 1024) / GIB  # KiB on Linux, bytes on macOS
+        return (
+            peak if sys.platform == "darwin" else peak * 1024
+        ) / GIB  # KiB on Linux, bytes on macOS
     return torch.accelerator.max_memory_allocated(device) / GIB
 
 
@@ -133,7 +136,9 @@ class MetricsLogger:
         self.tensorboard = self._open_tensorboard() if self.section.enable_tensorboard else None
         self.wandb = self._open_wandb() if self.section.enable_wandb else None
 
-    def log(self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]) -> None:
+    def log(
+        self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]
+    ) -> None:
         """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
 
         Else step and rate alone.
@@ -141,14 +146,22 @@ class MetricsLogger:
         step_time = stopwatch.elapsed()
         if summary.step != self.first_step:
             self.window.append((step_time, summary.data_time_s))
-        if summary.step % self.section.log_freq and summary.step != self.total_steps and not validated:
+        if (
+            summary.step % self.section.log_freq
+            and summary.step != self.total_steps
+            and not validated
+        ):
             if self.log_lr:
-                logger.info(self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")]))
+                logger.info(
+                    self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")])
+                )
             return
         record = {**self._record(summary, step_time), **validated}
         self.jsonl.write(json.dumps(record) + "\n")
         self.jsonl.flush()
-        scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+        scalars = {
+            name: value for name, value in record.items() if name != "step" and value is not None
+        }
         if self.tensorboard is not None:
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, summary.step)
@@ -170,7 +183,9 @@ class MetricsLogger:
         """The line of metrics.jsonl; throughput is null where only the first step could tell."""
         steps = self.window or [(step_time, summary.data_time_s)]
         total_time, data_time = sum(step for step, _ in steps), sum(data for _, data in steps)
-        tokens_per_second = self.facts["tokens_per_step"] * len(steps) / total_time if self.window else None
+        tokens_per_second = (
+            self.facts["tokens_per_step"] * len(steps) / total_time if self.window else None
+        )
         mfu = None
         if tokens_per_second is not None and self.peak_flops is not None:
             mfu = tokens_per_second * self.flops_per_token / self.peak_flops
@@ -200,19 +215,25 @@ class MetricsLogger:
     def _line(self, parts: list[tuple[str, str, str]]) -> str:
         if not self.colour:
             return "  ".join(f"{name} {value}" for name, value, _ in parts)
-        return "  ".join(f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts)
+        return "  ".join(
+            f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts
+        )
 
     def _open_tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
-        return SummaryWriter(str(self.run_folder / self.section.save_tb_folder), purge_step=self.first_step)
+        return SummaryWriter(
+            str(self.run_folder / self.section.save_tb_folder), purge_step=self.first_step
+        )
 
     def _open_wandb(self) -> Any:
         try:
             import wandb
         except ImportError:
-            raise UserError("metrics.enable_wandb = true needs the package wandb: pip install wandb") from None
+            raise UserError(
+                "metrics.enable_wandb = true needs the package wandb: pip install wandb"
+            ) from None
         folder = self.run_folder / "wandb"
         folder.mkdir(exist_ok=True)
         id_file = folder / "run-id"
@@ -220,4 +241,6 @@ class MetricsLogger:
             id_file.write_text(uuid.uuid4().hex)
         # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
         config = {**self.config.model_dump(mode="json"), "run": self.facts}
-        return wandb.init(dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config)
+        return wandb.init(
+            dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config
+        )

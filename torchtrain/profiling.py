@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from torchtrain.config_manager import Profiling
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import UserError
 
 MEMORY_SNAPSHOT_ENTRIES = 100_000  # allocations kept in a snapshot's ring buffer
 
@@ -25,7 +25,9 @@ class Profiler:
         UserError: memory snapshots asked for on a device that cannot record them.
     """
 
-    def __init__(self, config: Profiling, run_folder: Path, device: torch.device, rank: int) -> None:
+    def __init__(
+        self, config: Profiling, run_folder: Path, device: torch.device, rank: int
+    ) -> None:
         self.config, self.run_folder, self.rank = config, run_folder, rank
         self.step_number = 0
         self.trace: torch.profiler.profile | None = None
@@ -37,9 +39,13 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
         if config.enable_profiling:
             idle = config.profile_freq - config.profiler_warmup - config.profiler_active
-            steps = torch.profiler.schedule(wait=idle, warmup=config.profiler_warmup, active=config.profiler_active)
+            steps = torch.profiler.schedule(
+                wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
+            )
             # Of the processor, and of the accelerator where there is one.
-            self.trace = torch.profiler.profile(schedule=steps, on_trace_ready=self._write_trace, record_shapes=True)
+            self.trace = torch.profiler.profile(
+                schedule=steps, on_trace_ready=self._write_trace, record_shapes=True
+            )
 
     def step(self, step: int) -> None:
         """Tell the profiler that optimizer step `step` has ended."""

@@ -11,15 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from torchtrain.utils import SharedUserError, UserError
+from torchtrain.errors import PeerFault, SharedUserError, UserError
 
 T = TypeVar("T")
-
-
-class PeerFault(RuntimeError):
-    """Another rank has failed and says why; this one only stops, with the same exit status."""
-
-    is_user_error = False
 
 
 def _told(fault: BaseException | None) -> PeerFault | None:
@@ -55,7 +49,9 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout, **({} if "WORLD_SIZE" in os.environ else alone))
+    dist.init_process_group(
+        backend, timeout=timeout, **({} if "WORLD_SIZE" in os.environ else alone)
+    )
     return device
 
 
@@ -134,4 +130,6 @@ def require_equal(value: str, what: str) -> None:
     first, *others = gathered(value)
     for rank, theirs in enumerate(others, start=1):
         if theirs != first:
-            raise SharedUserError(f"{what} differs between ranks: {first} on rank 0, {theirs} on rank {rank}")
+            raise SharedUserError(
+                f"{what} differs between ranks: {first} on rank 0, {theirs} on rank {rank}"
+            )

@@ -7,8 +7,9 @@ import socket
 from typing import Any, TextIO
 
 from torchtrain.config_manager import JobConfig, output_folders, to_toml
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, UserError, expanded, write_durably
+from torchtrain.utils import METRICS_FILE, expanded, write_durably
 
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DESCRIPTION_FILES = ("config.toml", "run.json")
@@ -32,7 +33,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held open: closing it gives the lock up)
         except OSError as fault:
-            raise UserError(f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}") from fault
+            raise UserError(
+                f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}"
+            ) from fault
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,7 +58,11 @@ class RunFolder:
     def begin_afresh(self) -> None:
         """Move what an earlier run left to `previous-<n>/`: nothing is overwritten, no curve doubles back."""
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
-        names |= {folder.parts[0] for folder in output_folders(self.config).values() if not folder.is_absolute()}
+        names |= {
+            folder.parts[0]
+            for folder in output_folders(self.config).values()
+            if not folder.is_absolute()
+        }
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
             return
@@ -81,7 +88,9 @@ class RunFolder:
             superseded.flush()
             os.fsync(superseded.fileno())
         write_durably(metrics, "".join(kept))
-        logger.info(f"{len(moved)} logged lines past step {step} moved to {self.path / SUPERSEDED_FILE}")
+        logger.info(
+            f"{len(moved)} logged lines past step {step} moved to {self.path / SUPERSEDED_FILE}"
+        )
 
     def describe_run(self, derived: dict[str, Any]) -> None:
         """Write `config.toml` (what was given) and `run.json` (what was derived from it)."""

@@ -7,15 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchtrain.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object a logged step
-
-
-class UserError(ValueError):
-    """Something the user can mend: shown as its message alone, without a traceback, with exit status 2."""
-
-
-class SharedUserError(UserError):
-    """One that every rank raises with the same text, so that rank 0 alone need say it."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

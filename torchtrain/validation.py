@@ -25,11 +25,11 @@ from torchtrain.datasets.loader import Microbatch, microbatches
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.errors import UserError
 from torchtrain.loss import IGNORE_INDEX, count_valid
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.fsdp import reshard
-from torchtrain.parallelisms.parallel_dims import ParallelDims
-from torchtrain.utils import UserError
+from torchtrain.parallelisms.mesh import ParallelDims
 
 
 class ValidationSet:
@@ -43,14 +43,23 @@ class ValidationSet:
         """
         self.seq_len = config.validation.seq_len or config.training.seq_len
         try:
-            caches = [open_tokens(source, config.data, tokenizer, log) for source in plan_validation(config)]
-            self.datasets = [PackedDataset(cache, self.seq_len, seed=0, keep_rest=True) for cache in caches]
+            caches = [
+                open_tokens(source, config.data, tokenizer, log)
+                for source in plan_validation(config)
+            ]
+            self.datasets = [
+                PackedDataset(cache, self.seq_len, seed=0, keep_rest=True) for cache in caches
+            ]
         except UserError as fault:
             raise UserError(f"validation: {of_validation(fault)}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
-        known = self.datasets and all(dataset.manifest.bytes is not None for dataset in self.datasets)
+        known = self.datasets and all(
+            dataset.manifest.bytes is not None for dataset in self.datasets
+        )
         # What made a token file, and from what text, only its owner can know.
-        self.token_bytes = tokenizer.token_bytes() if known else np.full(tokenizer.vocab_size, np.nan)
+        self.token_bytes = (
+            tokenizer.token_bytes() if known else np.full(tokenizer.vocab_size, np.nan)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +77,9 @@ class ValidationSet:
         """
         tokens = np.zeros((len(numbers), self.seq_len), dtype=np.int64)
         labels = np.full_like(tokens, IGNORE_INDEX)
-        places = np.where(numbers < 0, -1, permuted(np.maximum(numbers, 0), self.n_samples, seed=0, epoch=0))
+        places = np.where(
+            numbers < 0, -1, permuted(np.maximum(numbers, 0), self.n_samples, seed=0, epoch=0)
+        )
         start = 0
         for dataset in self.datasets:
             rows = (places >= start) & (places < start + dataset.n_samples)
@@ -113,12 +124,16 @@ class Validator:
         """
         dims, device = self.dims, self.device
         token_bytes = torch.from_numpy(self.samples.token_bytes).to(device)
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, valid labels, their bytes
+        totals = torch.zeros(
+            3, dtype=torch.float64, device=device
+        )  # loss, valid labels, their bytes
         together = dims.data_parallel * self.batch_size
         mine = np.arange(self.batch_size) + dims.data_rank(dist.get_rank()) * self.batch_size
         for first in range(0, self.sequences, together):
             numbers = np.where(first + mine < self.sequences, first + mine, -1)
-            (batch,) = microbatches(*self.samples.read(numbers), numbers, self.batch_size, self.separators)
+            (batch,) = microbatches(
+                *self.samples.read(numbers), numbers, self.batch_size, self.separators
+            )
             batch = batch.to(device)
             known = token_bytes[batch.labels.clamp(min=0)].where(batch.labels != IGNORE_INDEX, 0.0)
             losses = losses_of(batch).double()
@@ -126,7 +141,9 @@ class Validator:
         reshard(self.parts)
         # Ranks that share a sample all read it. Its loss only those of the last stage have, each of the tensor ranks.
         dist.all_reduce(totals)
-        loss, valid, size = (totals / totals.new_tensor([dims.tp, dims.ranks_a_sample, dims.ranks_a_sample])).tolist()
+        loss, valid, size = (
+            totals / totals.new_tensor([dims.tp, dims.ranks_a_sample, dims.ranks_a_sample])
+        ).tolist()
         bits = loss / math.log(2) / size if size > 0 else None  # a NaN is not
         return {"val_loss": loss / valid, "val_bits_per_byte": bits}
 

@@ -24,11 +24,21 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from torchtrain.datasets.registry import DATASETS, HubSource, Texts, find_dataset, source_file, user_place
-from torchtrain.utils import UserError, expanded, nearest, reading
+from torchtrain.catalog.datasets import (
+    DATASETS,
+    HubSource,
+    Texts,
+    find_dataset,
+    source_file,
+    user_place,
+)
+from torchtrain.errors import UserError
+from torchtrain.utils import expanded, nearest, reading
 
 # Tests, and what is installed beside the library, are not prose worth learning; encodings and lib2to3 are tables.
-NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"})
+NOT_LIBRARY = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
+)
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PLACES_NAMED = 5
@@ -79,7 +89,9 @@ class LeftOut:
     def describe(self) -> str:
         """One line."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
-        return f"left out {self.counts.total():,} rows: {kinds}; the first: {', '.join(self.places)}"
+        return (
+            f"left out {self.counts.total():,} rows: {kinds}; the first: {', '.join(self.places)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,9 @@ class Corpus:
         if isinstance(row, Document) and row.text:
             return row
         if isinstance(row, BadRow) and self.on_bad_row == "error":
-            raise UserError(f'{row.place}: {row.problem} (data.on_bad_row = "skip" leaves such rows out)')
+            raise UserError(
+                f'{row.place}: {row.problem} (data.on_bad_row = "skip" leaves such rows out)'
+            )
         self.left_out.add(row.kind if isinstance(row, BadRow) else "empty", row.place)
         return None
 
@@ -142,7 +156,9 @@ def open_corpus(
     elif path is None:
         corpus = python_stdlib()
     elif dataset == "tokens":
-        raise UserError(f"training.dataset_path = {dataset_path!r} is a token file, which has no text")
+        raise UserError(
+            f"training.dataset_path = {dataset_path!r} is a token file, which has no text"
+        )
     else:
         corpus = file_corpus(dataset, path, text_key)
     return replace(corpus, on_bad_row=on_bad_row)
@@ -184,7 +200,9 @@ def split_corpus(corpus: Corpus, share: float, side: Literal["training", "valida
 
     what = "the" if side == "validation" else "without"
     name = f"{corpus.name}, {what} {share} held out"
-    return replace(corpus, name=name, parts=[partial(rows, part) for part in corpus.parts], left_out=LeftOut())
+    return replace(
+        corpus, name=name, parts=[partial(rows, part) for part in corpus.parts], left_out=LeftOut()
+    )
 
 
 def _hash(document: Document) -> int:
@@ -218,7 +236,9 @@ def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
     files = files_under(path, suffixes)
     if not files:
         names = ", ".join(f"*{suffix}" for suffix in suffixes)
-        raise UserError(f"training.dataset_path = {str(path)!r} holds no file that counts as {dataset} ({names})")
+        raise UserError(
+            f"training.dataset_path = {str(path)!r} holds no file that counts as {dataset} ({names})"
+        )
 
     def part(file: Path) -> Callable[[], Rows]:
         if dataset == "jsonl" or (dataset == "mixed" and file.name.endswith(JSON_LINES)):
@@ -228,7 +248,9 @@ def file_corpus(dataset: str, path: Path, text_key: str) -> Corpus:
         return partial(_whole_file, file)
 
     key = "" if dataset == "text" else f" [{text_key}]"
-    return Corpus(f"{dataset} {path}{key}", files, [part(file) for file in files], how=dataset + key)
+    return Corpus(
+        f"{dataset} {path}{key}", files, [part(file) for file in files], how=dataset + key
+    )
 
 
 def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
@@ -255,7 +277,9 @@ def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
     return Corpus(" ".join(filter(None, [name, dataset_path])), files, [rows], how=name)
 
 
-def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: bool = False) -> Corpus:
+def hub_corpus(
+    source: HubSource, path: Path | None, text_key: str, streaming: bool = False
+) -> Corpus:
     """A dataset of the Hugging Face Hub at its newest revision, or a local folder that `datasets` can read.
 
     With `streaming` nothing is downloaded beforehand, and each of its files is a part.
@@ -264,7 +288,9 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
         UserError: the hub cannot be reached, or has no such dataset.
     """
     if path and not path.is_dir():
-        raise UserError(f"training.dataset_path = {str(path)!r} must be a folder, a copy of {source.repository}")
+        raise UserError(
+            f"training.dataset_path = {str(path)!r} must be a folder, a copy of {source.repository}"
+        )
     here = expanded(source.repository)
     local = path or (here if here.is_dir() else None)
     where = str(local or source.repository)
@@ -279,13 +305,19 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
             yield
         except UserError:
             raise
-        except Exception as error:  # of the hub, the network, the file formats, the package's own: no common base
+        except (
+            Exception
+        ) as error:  # of the hub, the network, the file formats, the package's own: no common base
             lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-            raise UserError(f"{name} cannot be read: {lines[0] if lines else repr(error)}") from error
+            raise UserError(
+                f"{name} cannot be read: {lines[0] if lines else repr(error)}"
+            ) from error
 
     def load() -> Any:
         dataset = _load(where, local is not None, source, revision, streaming)
-        fields = dataset.column_names or list(next(iter(dataset), [text_key]))  # a stream may not know them
+        fields = dataset.column_names or list(
+            next(iter(dataset), [text_key])
+        )  # a stream may not know them
         if text_key not in fields:
             raise UserError(f"{name}: {_no_field(text_key, where, fields).problem}")
         return dataset.select_columns([text_key])  # the other fields are not even read
@@ -301,8 +333,13 @@ def hub_corpus(source: HubSource, path: Path | None, text_key: str, streaming: b
             dataset = load()
         count = dataset.num_shards
         shards = [partial(dataset.shard, count, shard) for shard in range(count)]
-        parts = [partial(rows, shard, f"{where} {source.split}, file {n}") for n, shard in enumerate(shards, start=1)]
-    return Corpus(name, files, parts, streaming, how, None if revision is None else f"{where}@{revision}")
+        parts = [
+            partial(rows, shard, f"{where} {source.split}, file {n}")
+            for n, shard in enumerate(shards, start=1)
+        ]
+    return Corpus(
+        name, files, parts, streaming, how, None if revision is None else f"{where}@{revision}"
+    )
 
 
 def _hub_revision(source: HubSource) -> str | None:
@@ -311,7 +348,11 @@ def _hub_revision(source: HubSource) -> str | None:
     Asked for first, with one request, since `datasets` itself tries for half a minute when there is no network.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repository = source.repository
     at = f" at {source.revision!r}" if source.revision else ""
@@ -323,7 +364,9 @@ def _hub_revision(source: HubSource) -> str | None:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         close = nearest(repository, [name for name in DATASETS if "/" in name])
         hint = f"; did you mean {close}?" if close else ""
-        raise UserError(f"{given} does not exist, or is not open to you (see `hf auth login`){hint}") from error
+        raise UserError(
+            f"{given} does not exist, or is not open to you (see `hf auth login`){hint}"
+        ) from error
     except Exception as error:  # its HTTP library has changed before, and the errors with it
         raise UserError(
             f"{given} cannot be reached ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
@@ -331,20 +374,28 @@ def _hub_revision(source: HubSource) -> str | None:
         ) from error
 
 
-def _load(where: str, is_local: bool, source: HubSource, revision: str | None, streaming: bool) -> Any:
+def _load(
+    where: str, is_local: bool, source: HubSource, revision: str | None, streaming: bool
+) -> Any:
     import datasets
 
-    if is_local and (Path(where, "state.json").exists() or Path(where, "dataset_dict.json").exists()):
+    if is_local and (
+        Path(where, "state.json").exists() or Path(where, "dataset_dict.json").exists()
+    ):
         saved = datasets.load_from_disk(where)
         saved = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return saved.to_iterable_dataset() if streaming else saved
     config = source.config
     if is_local and config not in datasets.get_dataset_config_names(where):
         config = None  # files of one split, copied without the description that names its configs
-    return datasets.load_dataset(where, config, split=source.split, revision=revision, streaming=streaming)
+    return datasets.load_dataset(
+        where, config, split=source.split, revision=revision, streaming=streaming
+    )
 
 
-def files_under(path: Path, suffixes: tuple[str, ...] = ("",), leave_out: frozenset[str] = frozenset()) -> list[Path]:
+def files_under(
+    path: Path, suffixes: tuple[str, ...] = ("",), leave_out: frozenset[str] = frozenset()
+) -> list[Path]:
     """`path` itself when it is a file, whatever its suffix; else the files below it as the module's docstring says.
 
     Args:
@@ -367,8 +418,14 @@ def files_under(path: Path, suffixes: tuple[str, ...] = ("",), leave_out: frozen
             subfolders.clear()
             continue
         entered.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in leave_out)
-        candidates = [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and name not in leave_out
+        )
+        candidates = [
+            Path(folder, name)
+            for name in names
+            if name.endswith(suffixes) and not name.startswith(".")
+        ]
         # Pipes and sockets would block; a dangling link stays, to be named when it is opened.
         found += [file for file in candidates if file.is_file() or not file.exists()]
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
@@ -381,7 +438,11 @@ def _refuse(error: OSError) -> None:
 def _distinct_sources(files: Iterable[Path]) -> Rows:
     seen: set[bytes] = set()
     for row in (row for file in files for row in _whole_file(file)):
-        digest = hashlib.sha256(row.text.encode("utf-8")).digest() if isinstance(row, Document) and row.text else None
+        digest = (
+            hashlib.sha256(row.text.encode("utf-8")).digest()
+            if isinstance(row, Document) and row.text
+            else None
+        )
         if digest and digest not in seen:
             seen.add(digest)
             yield row
@@ -403,7 +464,9 @@ def _json_lines(file: Path, text_key: str) -> Rows:
         with open(file, "rb") as raw:
             for number, line in enumerate(_decompressed(raw, compression), start=1):
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors add
+                    line = line.removeprefix(
+                        b"\xef\xbb\xbf"
+                    )  # the byte order mark that some editors add
                 if line.strip():
                     yield _row_of_line(line, text_key, f"{file}:{number}")
     except OSError as error:
@@ -416,7 +479,9 @@ def _decompressed(raw: IO[bytes], compression: str | None) -> Iterable[bytes]:
     import pyarrow
 
     # A small buffer, since one that meets a break loses what is in it.
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression), 1 << 13)
+    return io.BufferedReader(
+        pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression), 1 << 13
+    )
 
 
 def _row_of_line(line: bytes, text_key: str, place: str) -> Document | BadRow:
@@ -429,7 +494,11 @@ def _row_of_line(line: bytes, text_key: str, place: str) -> Document | BadRow:
     if not isinstance(row, dict):
         problem = f"a JSON {type(row).__name__}, but each line must be an object with {text_key!r}"
         return BadRow("no object", place, problem)
-    return _checked(row[text_key], place, repr(text_key)) if text_key in row else _no_field(text_key, place, row)
+    return (
+        _checked(row[text_key], place, repr(text_key))
+        if text_key in row
+        else _no_field(text_key, place, row)
+    )
 
 
 def _parquet_rows(file: Path, text_key: str) -> Rows:
@@ -443,7 +512,11 @@ def _parquet_rows(file: Path, text_key: str) -> Rows:
             if text_key not in table.schema_arrow.names:
                 yield _no_field(text_key, str(file), table.schema_arrow.names)
                 return
-            values = (value for batch in table.iter_batches(1024, columns=[text_key]) for value in batch.column(0))
+            values = (
+                value
+                for batch in table.iter_batches(1024, columns=[text_key])
+                for value in batch.column(0)
+            )
             for number, value in enumerate(values, start=1):
                 try:
                     yield _checked(value.as_py(), f"{file}:{number}", repr(text_key))
@@ -472,14 +545,26 @@ def _not_utf8(error: UnicodeDecodeError, place: str) -> BadRow:
 
 def _no_field(text_key: str, place: str, names: Iterable[str]) -> BadRow:
     there = ", ".join(repr(name) for name in islice(names, 8)) or "none"
-    return BadRow("no text field", place, f"no {text_key!r}, which data.text_key asks for; fields here: {there}")
+    return BadRow(
+        "no text field",
+        place,
+        f"no {text_key!r}, which data.text_key asks for; fields here: {there}",
+    )
 
 
 def _checked(text: object, place: str, what: str) -> Document | BadRow:
     if not isinstance(text, str):
-        return BadRow("not a string", place, f"{what} is a {type(text).__name__}, but must be a string")
+        return BadRow(
+            "not a string", place, f"{what} is a {type(text).__name__}, but must be a string"
+        )
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
-        return BadRow("lone surrogate", place, f"{what} holds a lone surrogate, \\u{ord(text[error.start]):04x}")
+    except (
+        UnicodeEncodeError
+    ) as error:  # JSON can spell half of a surrogate pair, which is no character
+        return BadRow(
+            "lone surrogate",
+            place,
+            f"{what} holds a lone surrogate, \\u{ord(text[error.start]):04x}",
+        )
     return Document(text, place)

@@ -16,7 +16,9 @@ ROUNDS = 8
 def permuted(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation of range(n) of (seed, epoch) sends `indices`, int64 `[B]`, each in range(n)."""
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    key = hashlib.blake2b(f"torchtrain data order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    key = hashlib.blake2b(
+        f"torchtrain data order {seed} {epoch}".encode(), digest_size=8 * ROUNDS
+    ).digest()
     round_keys = np.frombuffer(key, dtype="<u8")
     values = indices.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)

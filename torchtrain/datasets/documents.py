@@ -10,7 +10,7 @@ import numpy as np
 
 from torchtrain.datasets.token_cache import TokenCache
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError
+from torchtrain.errors import UserError
 
 CHUNK = 1 << 24
 HIDDEN = -100

@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import BatchPlan, Data, DataSource, Training, Validation, plan_sources
+from torchtrain.config_manager import (
+    BatchPlan,
+    Data,
+    DataSource,
+    Training,
+    Validation,
+    plan_sources,
+)
 from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.packing import BestFitDataset
@@ -27,8 +34,8 @@ from torchtrain.datasets.samples import Dataset, PackedDataset, Position
 from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.token_cache import cache_root
 from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import UserError
 
 
 def build_dataset(
@@ -57,7 +64,9 @@ def build_dataset(
         if training.document_masking or best_fit:
             require_documents(cache, tokenizer)
         if best_fit:
-            return BestFitDataset(cache, seq_len, seed, tokenizer, cache_root(data.cache_folder), log)
+            return BestFitDataset(
+                cache, seq_len, seed, tokenizer, cache_root(data.cache_folder), log
+            )
         return PackedDataset(cache, seq_len, seed)
 
     sources = plan_sources(training, data, validation)
@@ -91,13 +100,22 @@ class Microbatch:
 
 
 def microbatches(
-    tokens: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray, size: int, separators: tuple[int, int] | None
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    sample_ids: np.ndarray,
+    size: int,
+    separators: tuple[int, int] | None,
 ) -> list[Microbatch]:
     """Cut tokens and labels `[B, S]` into microbatches of `size`, with the documents where `separators` are given."""
-    arrays = [tokens, labels] + ([split_documents(tokens, labels, *separators)] if separators else [])
+    arrays = [tokens, labels] + (
+        [split_documents(tokens, labels, *separators)] if separators else []
+    )
     of_batches = zip(*(torch.from_numpy(array).split(size) for array in arrays), strict=True)
     ids = iter(sample_ids.tolist())
-    return [Microbatch(tokens, labels, list(islice(ids, size)), *rest) for tokens, labels, *rest in of_batches]
+    return [
+        Microbatch(tokens, labels, list(islice(ids, size)), *rest)
+        for tokens, labels, *rest in of_batches
+    ]
 
 
 STEPS_AHEAD = 4
@@ -126,8 +144,15 @@ class DataLoader:
 
         A stream may take `stall_timeout_seconds` for a document.
         """
-        self.dataset, self._separators, self._stall_timeout_s = dataset, separators, stall_timeout_seconds
-        self.global_batch_size, self._microbatch_size = batch.global_batch_size, batch.microbatch_size
+        self.dataset, self._separators, self._stall_timeout_s = (
+            dataset,
+            separators,
+            stall_timeout_seconds,
+        )
+        self.global_batch_size, self._microbatch_size = (
+            batch.global_batch_size,
+            batch.microbatch_size,
+        )
         of_a_rank = batch.microbatch_size * batch.accumulation_steps
         self._mine = slice(data_parallel_rank * of_a_rank, (data_parallel_rank + 1) * of_a_rank)
         self._origin_step, self._origin_sample = 0, 0
@@ -186,7 +211,9 @@ class DataLoader:
         sample_ids = np.arange(self.samples_before(step), self.samples_before(step + 1))
         sample_ids = sample_ids[np.argsort(self.dataset.stream_of(sample_ids), kind="stable")]
         mine = sample_ids[self._mine]
-        batches = microbatches(*self.dataset.read(mine), mine, self._microbatch_size, self._separators)
+        batches = microbatches(
+            *self.dataset.read(mine), mine, self._microbatch_size, self._separators
+        )
         return step, batches, self.dataset.positions()
 
     def _log_epochs(self, step: int) -> None:
@@ -203,7 +230,9 @@ class DataLoader:
 
     def positions(self) -> dict[str, Position]:
         """Of the streams that this rank has read, where they are after the last step taken."""
-        return {name: place for name, place in self._positions.items() if place != self._begun[name]}
+        return {
+            name: place for name, place in self._positions.items() if place != self._begun[name]
+        }
 
     def state(self, step: int, of_all_ranks: Iterable[dict[str, Position]] = ()) -> dict[str, Any]:
         """The data state, as JSON, after optimizer step `step`; the same on every rank and for every degree.
@@ -279,5 +308,6 @@ class DataLoader:
             f"  {names.get(key, key + ' (data.mixture)')}: {saved.get(key, 'none')} in the checkpoint, "
             f"{current.get(key, 'none')} now"
             for key in dict.fromkeys([*names, *saved, *current])
-            if key not in ("source", "samples_consumed", "origin", "positions") and saved.get(key) != current.get(key)
+            if key not in ("source", "samples_consumed", "origin", "positions")
+            and saved.get(key) != current.get(key)
         ]

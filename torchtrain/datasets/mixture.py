@@ -34,7 +34,9 @@ def balanced_pattern(shares: list[Fraction]) -> np.ndarray:
     for n in range(period):
         # A source may be taken once that puts it ahead by at most 1 − 1/slack (here times slack · period, in integers),
         # and must be before it falls behind by more. Weights up to 10^5 have deadlines that doubles tell apart.
-        may = [s for s, w in enumerate(weights) if slack * (w * (n + 1) - period * taken[s]) >= period]
+        may = [
+            s for s, w in enumerate(weights) if slack * (w * (n + 1) - period * taken[s]) >= period
+        ]
         chosen = min(may, key=lambda s: ((slack * (taken[s] + 1) - 1) / weights[s], s))
         taken[chosen] += 1
         pattern[n] = chosen
@@ -52,7 +54,9 @@ class Mixture(Dataset):
         self._shares = shares
         self._seq_len = seq_len
         self._pattern = balanced_pattern(shares)
-        self._places = [np.flatnonzero(self._pattern == s) for s in range(len(datasets))]  # in the period
+        self._places = [
+            np.flatnonzero(self._pattern == s) for s in range(len(datasets))
+        ]  # in the period
         self._ranks = np.empty_like(self._pattern)  # of each place, among those of its source
         for places in self._places:
             self._ranks[places] = np.arange(len(places))
@@ -72,7 +76,9 @@ class Mixture(Dataset):
 
     def identity(self) -> dict[str, Any]:
         identity: dict[str, Any] = {}
-        for number, (dataset, share) in enumerate(zip(self._datasets, self._shares, strict=True), start=1):
+        for number, (dataset, share) in enumerate(
+            zip(self._datasets, self._shares, strict=True), start=1
+        ):
             identity[f"weight of source {number}"] = str(share)
             for name, value in dataset.identity().items():
                 identity[name if name in OF_THE_RUN else f"{name} of source {number}"] = value
@@ -89,7 +95,9 @@ class Mixture(Dataset):
 
     def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
         sources, numbers = self.locate(sample_ids)
-        streams = np.stack([dataset.stream_of(numbers) for dataset in self._datasets])[sources, np.arange(len(sources))]
+        streams = np.stack([dataset.stream_of(numbers) for dataset in self._datasets])[
+            sources, np.arange(len(sources))
+        ]
         return np.where(streams < 0, streams, (sources << 32) + streams)
 
     def positions(self) -> dict[str, Position]:
@@ -103,7 +111,11 @@ class Mixture(Dataset):
         common = {name: value for name, value in saved.items() if name in OF_THE_RUN}
         for source, dataset in enumerate(self._datasets):
             tail = f" of source {source + 1}"
-            own = {name.removesuffix(tail): value for name, value in saved.items() if name.endswith(tail)}
+            own = {
+                name.removesuffix(tail): value
+                for name, value in saved.items()
+                if name.endswith(tail)
+            }
             dataset.resume({**common, **own}, self.count(source, samples))
 
     def waiting(self) -> tuple[float, str]:

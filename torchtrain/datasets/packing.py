@@ -36,7 +36,13 @@ class BestFitDataset(PackedDataset):
     """Rows of whole documents. The last label of a piece, and those of the padding (EOS), are -100."""
 
     def __init__(
-        self, cache: TokenCache, seq_len: int, seed: int, tokenizer: Tokenizer, root: Path, log: Callable[[str], None]
+        self,
+        cache: TokenCache,
+        seq_len: int,
+        seed: int,
+        tokenizer: Tokenizer,
+        root: Path,
+        log: Callable[[str], None],
     ) -> None:
         """As PackedDataset; `root` is the cache folder, `log` takes what is said when the packing has to be made."""
         super().__init__(cache, seq_len, seed)
@@ -64,7 +70,9 @@ class BestFitDataset(PackedDataset):
         return np.ascontiguousarray(tokens[:, :-1]), labels
 
 
-def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Path, log: Callable[[str], None]) -> Path:
+def open_packing(
+    cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Path, log: Callable[[str], None]
+) -> Path:
     """The folder with the packing: found, or made while other processes that ask for it wait.
 
     Raises:
@@ -78,10 +86,15 @@ def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Pa
         if target.exists():
             return target
         log(f"packing the documents of {manifest.source} into sequences of {seq_len:,} tokens")
-        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: the lock is ours
+        shutil.rmtree(
+            building, ignore_errors=True
+        )  # of a process that was killed: the lock is ours
         building.mkdir()
         pieces_before = 0
-        with open(building / "pieces.bin", "wb") as pieces_file, open(building / "rows.bin", "wb") as rows_file:
+        with (
+            open(building / "pieces.bin", "wb") as pieces_file,
+            open(building / "rows.bin", "wb") as rows_file,
+        ):
             for pieces in pieces_of(cache.tokens, seq_len, tokenizer.bos_id, tokenizer.eos_id):
                 rows = best_fit(pieces[:, 1], seq_len + 1)
                 order = np.argsort(rows, kind="stable")
@@ -89,7 +102,9 @@ def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Pa
                 firsts = np.flatnonzero(np.diff(rows[order], prepend=-1))
                 (pieces_before + firsts).tofile(rows_file)
                 pieces_before += len(pieces)
-                progress.show(f"packing {manifest.source}: {pieces_before:,} documents and parts of long ones")
+                progress.show(
+                    f"packing {manifest.source}: {pieces_before:,} documents and parts of long ones"
+                )
             np.array([pieces_before]).tofile(rows_file)
             for file in (pieces_file, rows_file):
                 file.flush()
@@ -121,7 +136,9 @@ def pieces_of(tokens: np.ndarray, seq_len: int, bos: int, eos: int) -> Iterator[
             ends = np.minimum(ends + (tokens[ends - 1] != eos), len(tokens))
         lengths = ends - borders[:-1]
         cuts = np.maximum(1, -(-(lengths - 1) // seq_len))
-        number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # of a piece in its document
+        number = np.arange(cuts.sum()) - np.repeat(
+            np.cumsum(cuts) - cuts, cuts
+        )  # of a piece in its document
         offsets = number * seq_len
         sizes = np.minimum(np.repeat(lengths, cuts) - offsets, seq_len + 1)
         pieces = np.stack((np.repeat(borders[:-1], cuts) + offsets, sizes), axis=1)

@@ -21,12 +21,27 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from torchtrain.config_manager import Data, DataSource, JobConfig, plan_sources, plan_validation, tokenizer_path
+from torchtrain.config_manager import (
+    Data,
+    DataSource,
+    JobConfig,
+    plan_sources,
+    plan_validation,
+    tokenizer_path,
+)
 from torchtrain.datasets.corpora import Corpus, open_corpus, split_corpus
-from torchtrain.datasets.token_cache import Encode, Shards, TokenCache, cache_root, encode_shard, open_token_cache
+from torchtrain.datasets.token_cache import (
+    Encode,
+    Shards,
+    TokenCache,
+    cache_root,
+    encode_shard,
+    open_token_cache,
+)
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtrain.utils import UserError, cores
+from torchtrain.errors import UserError
+from torchtrain.utils import cores
 
 AHEAD = 4
 """Shards a worker that may be read before the oldest is done: one slow shard holds up no one, and memory is bounded."""
@@ -34,8 +49,14 @@ AHEAD = 4
 
 def open_source(source: DataSource, data: Data) -> Corpus:
     """The documents of one source, or the part of them that it means."""
-    corpus = open_corpus(source.dataset, source.path, data.text_key, data.on_bad_row, data.streaming)
-    return split_corpus(corpus, source.held_out_share, source.side) if source.held_out_share > 0 else corpus
+    corpus = open_corpus(
+        source.dataset, source.path, data.text_key, data.on_bad_row, data.streaming
+    )
+    return (
+        split_corpus(corpus, source.held_out_share, source.side)
+        if source.held_out_share > 0
+        else corpus
+    )
 
 
 def open_tokens(
@@ -56,7 +77,9 @@ def open_tokens(
     return open_token_cache(open_source(source, data), tokenizer, root, log, encode)
 
 
-def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iterator[tuple[int, bytes]]:
+def encode_in_workers(
+    workers: int, tokenizer_file: str, shards: Shards
+) -> Iterator[tuple[int, bytes]]:
     """An `Encode` (token_cache.py) by processes, in the order of the shards.
 
     Raises:
@@ -66,7 +89,9 @@ def encode_in_workers(workers: int, tokenizer_file: str, shards: Shards) -> Iter
     watched, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_work, initargs=(watched,))
     try:
-        ahead = deque(pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, AHEAD * workers))
+        ahead = deque(
+            pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, AHEAD * workers)
+        )
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, 1))
@@ -106,7 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
         description="Tokenise what a run will read. All other options are the run's own, see `train.py --help`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: %(default)s, the cores here)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="processes (default: %(default)s, the cores here)",
+    )
     own, of_the_run = parser.parse_known_args(arguments)
     if own.workers < 1:
         parser.error(f"--workers {own.workers}: must be at least 1")
@@ -116,9 +146,15 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(path)
         encode = partial(encode_in_workers, own.workers, path)
         trained_on = plan_sources(config.training, config.data, config.validation)
-        cached = [source for source in trained_on if source.dataset == "tokens" or not config.data.streaming]
+        cached = [
+            source
+            for source in trained_on
+            if source.dataset == "tokens" or not config.data.streaming
+        ]
         if not (sources := [*cached, *plan_validation(config)]):
-            raise UserError("data.streaming = true: the run tokenises documents as it reads them; none to prepare")
+            raise UserError(
+                "data.streaming = true: the run tokenises documents as it reads them; none to prepare"
+            )
         for source in sources:
             tokens = open_tokens(source, config.data, tokenizer, encode=encode)
             print(f"ready: {tokens.manifest.describe()}", flush=True)

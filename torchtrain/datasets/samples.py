@@ -10,7 +10,7 @@ import numpy as np
 
 from torchtrain.datasets.data_order import locate
 from torchtrain.datasets.token_cache import TokenCache
-from torchtrain.utils import UserError
+from torchtrain.errors import UserError
 
 Position = list[int]
 """Where a stream stands (streams.py), its first number that of its next sample: of two, the larger one is further."""
@@ -50,7 +50,7 @@ class Dataset(Protocol):
 
         Streams of another corpus, or of another number, begin anew.
         """
-        return None
+        return
 
     def waiting(self) -> tuple[float, str]:
         """Since when (`time.monotonic`) it waits for a document of a stream, and of which; infinite if it does not."""
@@ -81,7 +81,9 @@ class PackedDataset(Dataset):
         self.seed = seed
         self._tokens = cache.tokens
         self.n_samples = (len(self._tokens) - 1 + (seq_len - 1 if keep_rest else 0)) // seq_len
-        self._remark = f"the last {max(0, len(self._tokens) - 1 - self.n_samples * seq_len):,} tokens dropped"
+        self._remark = (
+            f"the last {max(0, len(self._tokens) - 1 - self.n_samples * seq_len):,} tokens dropped"
+        )
         if self.n_samples <= 0:
             raise UserError(
                 f"{self.name} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "

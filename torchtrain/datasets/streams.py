@@ -25,8 +25,9 @@ from torchtrain.datasets.corpora import Corpus, LeftOut, Rows
 from torchtrain.datasets.samples import Dataset, Position
 from torchtrain.datasets.token_cache import short_hash
 from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import UserError, reading
+from torchtrain.utils import reading
 
 
 class StreamDataset(Dataset):
@@ -41,9 +42,13 @@ class StreamDataset(Dataset):
         self.name = corpus.name
         self._identity: dict[str, Any] = {"corpus": _corpus_identity(corpus), "streams": streams}
         self._identity |= {"tokenizer": tokenizer.fingerprint, "seq_len": seq_len}
-        corpus = replace(corpus, left_out=LeftOut(told=lambda row: logger.warning(f"{corpus.name}: {row}")))
+        corpus = replace(
+            corpus, left_out=LeftOut(told=lambda row: logger.warning(f"{corpus.name}: {row}"))
+        )
         self._by_part = corpus.even_parts and len(corpus.parts) % streams == 0
-        self._streams = [_Stream(corpus, tokenizer, seq_len, v, streams, self._by_part) for v in range(streams)]
+        self._streams = [
+            _Stream(corpus, tokenizer, seq_len, v, streams, self._by_part) for v in range(streams)
+        ]
 
     def identity(self) -> dict[str, Any]:
         return dict(self._identity)
@@ -53,7 +58,10 @@ class StreamDataset(Dataset):
 
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         numbers, streams = np.divmod(sample_ids, len(self._streams))
-        rows = [self._streams[v].read(number) for number, v in zip(numbers.tolist(), streams, strict=True)]
+        rows = [
+            self._streams[v].read(number)
+            for number, v in zip(numbers.tolist(), streams, strict=True)
+        ]
         sequences = np.stack(rows).astype(np.int64)
         return np.ascontiguousarray(sequences[:, :-1]), np.ascontiguousarray(sequences[:, 1:])
 
@@ -83,7 +91,13 @@ class _Stream:
     """One of them."""
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, number: int, streams: int, by_part: bool
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        number: int,
+        streams: int,
+        by_part: bool,
     ) -> None:
         self.parts = corpus.parts[number::streams] if by_part else corpus.parts
         self.start: Position = [0] * 6
@@ -95,12 +109,18 @@ class _Stream:
         self._number, self._every = number, 1 if by_part else streams
         self._name = f"{corpus.name}, stream {number} of {streams}"
         self._documents: Iterator[tuple[Position, np.ndarray]] | None = None
-        self._held: deque[tuple[Position, np.ndarray]] = deque()  # the documents of the tokens read and not yet used
-        self._next_sample = self._offset = self._left = 0  # the place in the first of them, and tokens from there on
+        self._held: deque[tuple[Position, np.ndarray]] = (
+            deque()
+        )  # the documents of the tokens read and not yet used
+        self._next_sample = self._offset = self._left = (
+            0  # the place in the first of them, and tokens from there on
+        )
 
     def position(self) -> Position:
         """Of the next sample."""
-        return [self._next_sample, *self._held[0][0], self._offset] if self._documents else self.start
+        return (
+            [self._next_sample, *self._held[0][0], self._offset] if self._documents else self.start
+        )
 
     def read(self, number: int) -> np.ndarray:
         """Sample `number`, int32 `[S + 1]`.
@@ -116,7 +136,9 @@ class _Stream:
             if any(self.start[1:]):
                 self._hold_next()
                 if self._held[0][0] != place or self._left <= 0:
-                    raise UserError(f"{self._name} does not give the documents that it gave before the checkpoint")
+                    raise UserError(
+                        f"{self._name} does not give the documents that it gave before the checkpoint"
+                    )
         assert number >= self._next_sample, "a stream is read forwards"
         while self._next_sample < number:
             self._sample()
@@ -154,11 +176,16 @@ class _Stream:
                     if is_mine and (document := self._corpus.accepted(content)):
                         found = True
                         (ids,) = self._tokenizer.encode_batch([document.text])
-                        yield [epoch, part, before, row], np.concatenate([bos, ids, eos], dtype=np.int32)
+                        yield (
+                            [epoch, part, before, row],
+                            np.concatenate([bos, ids, eos], dtype=np.int32),
+                        )
                 before += row + 1
                 first_row = 0
             if not found:
-                raise UserError(f"{self._name} has no document: make data.streams smaller, or the corpus larger")
+                raise UserError(
+                    f"{self._name} has no document: make data.streams smaller, or the corpus larger"
+                )
             epoch, first_part, before, found = epoch + 1, 0, 0, False
             logger.info(f"{self._name}: epoch {epoch + 1} begins")
 

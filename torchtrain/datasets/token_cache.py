@@ -35,7 +35,8 @@ import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, in_batches
-from torchtrain.utils import UserError, cores, expanded, fsync_folder, reading, write_durably
+from torchtrain.errors import UserError
+from torchtrain.utils import cores, expanded, fsync_folder, reading, write_durably
 
 FORMAT = 1
 """Goes up when the same documents would be laid down differently."""
@@ -103,11 +104,17 @@ def cache_root(configured: str | None) -> Path:
     try:
         return Path.home() / ".cache" / "torchtrain"
     except RuntimeError as error:
-        raise UserError("this user has no home folder: set data.cache_folder, where the token cache goes") from error
+        raise UserError(
+            "this user has no home folder: set data.cache_folder, where the token cache goes"
+        ) from error
 
 
 def open_token_cache(
-    corpus: Corpus, tokenizer: Tokenizer, root: Path, log: Callable[[str], None] = print, encode: Encode | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    root: Path,
+    log: Callable[[str], None] = print,
+    encode: Encode | None = None,
 ) -> TokenCache:
     """The corpus in tokens: opened if it is there, else built, while other processes that ask for it wait.
 
@@ -134,7 +141,9 @@ def open_token_cache(
         key = _key(contents["fingerprint"], tokenizer)
         target, building = folder / key, folder / f"{name}.building-{key}"
         cache = _open(target, log)
-        for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed: the lock is ours
+        for leftover in folder.glob(
+            f"{name}.building-*"
+        ):  # of processes that were killed: the lock is ours
             if cache or leftover != building:
                 shutil.rmtree(leftover)
         if cache:
@@ -142,12 +151,21 @@ def open_token_cache(
         log(f"tokenising {corpus.name} ({contents['bytes'] / 1e6:,.1f} MB) into {target}")
         started = time.monotonic()
         try:
-            _build(corpus, contents, tokenizer, building, progress, encode or partial(encode_here, tokenizer))
+            _build(
+                corpus,
+                contents,
+                tokenizer,
+                building,
+                progress,
+                encode or partial(encode_here, tokenizer),
+            )
         except BaseException:
             if not (building / "progress.json").exists():  # nothing to go on from
                 shutil.rmtree(building)
             raise
-        with locked(folder, "publish", log):  # the same text may be there under another name, and lock
+        with locked(
+            folder, "publish", log
+        ):  # the same text may be there under another name, and lock
             _publish(building, target)
         cache = _open(target)
         _draw("")
@@ -174,7 +192,11 @@ class _Contents:
             yield document.text
 
     def facts(self) -> dict[str, Any]:
-        return {"fingerprint": self._digest.hexdigest(), "documents": self.documents, "bytes": self.bytes}
+        return {
+            "fingerprint": self._digest.hexdigest(),
+            "documents": self.documents,
+            "bytes": self.bytes,
+        }
 
 
 class Progress:
@@ -224,7 +246,9 @@ def locked(folder: Path, name: str, log: Callable[[str], None]) -> Iterator[Prog
     path = folder / f"{name}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+", encoding="utf-8", errors="backslashreplace") as lock:  # names of files may be any bytes
+        with open(
+            path, "a+", encoding="utf-8", errors="backslashreplace"
+        ) as lock:  # names of files may be any bytes
             waiting = False
             while True:
                 try:
@@ -294,7 +318,9 @@ def files_state(files: list[Path]) -> tuple[str, int]:
         with reading(repr(str(file))):
             stat = os.stat(file)
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
-        states.append(f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
+        states.append(
+            f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        )
     return short_hash(["state", *states]), newest
 
 
@@ -327,7 +353,9 @@ def _open(folder: Path, log: Callable[[str], None] | None = None) -> TokenCache 
         dtype = np.dtype(manifest.dtype)
         size = os.stat(folder / "tokens.bin").st_size
         if size != manifest.tokens * dtype.itemsize:
-            raise ValueError(f"tokens.bin has {size:,} bytes, its manifest says {manifest.tokens * dtype.itemsize:,}")
+            raise ValueError(
+                f"tokens.bin has {size:,} bytes, its manifest says {manifest.tokens * dtype.itemsize:,}"
+            )
         return TokenCache(manifest, np.memmap(folder / "tokens.bin", dtype, mode="r"))
     except (OSError, ValueError, TypeError) as error:
         if log:
@@ -344,7 +372,9 @@ def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[
     """What an `Encode` makes of one shard."""
     dtype, bos, eos = dtype_for(tokenizer), [tokenizer.bos_id], [tokenizer.eos_id]
     encoded = tokenizer.encode_batch(texts, threads=threads)
-    return len(texts), b"".join(np.concatenate((bos, ids, eos)).astype(dtype).tobytes() for ids in encoded)
+    return len(texts), b"".join(
+        np.concatenate((bos, ids, eos)).astype(dtype).tobytes() for ids in encoded
+    )
 
 
 def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, bytes]]:
@@ -353,7 +383,12 @@ def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, byt
 
 
 def _build(
-    corpus: Corpus, contents: dict[str, Any], tokenizer: Tokenizer, building: Path, progress: Progress, encode: Encode
+    corpus: Corpus,
+    contents: dict[str, Any],
+    tokenizer: Tokenizer,
+    building: Path,
+    progress: Progress,
+    encode: Encode,
 ) -> None:
     """Tokenise `corpus`, of which `contents` is known, into `building`, going on after the shards that are there."""
     dtype = dtype_for(tokenizer)
@@ -370,7 +405,9 @@ def _build(
             os.fsync(file.fileno())
             documents += of_shard
             tokens += len(data) // dtype.itemsize
-            write_durably(building / "progress.json", json.dumps({"documents": documents, "tokens": tokens}))
+            write_durably(
+                building / "progress.json", json.dumps({"documents": documents, "tokens": tokens})
+            )
             share = documents / contents["documents"]
             speed = (documents - start) / (time.monotonic() - started)  # documents a second
             left = timedelta(seconds=round((contents["documents"] - documents) / speed))
@@ -380,7 +417,9 @@ def _build(
             )
     if again.facts()["fingerprint"] != contents["fingerprint"]:
         (building / "progress.json").unlink(missing_ok=True)
-        raise UserError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
+        raise UserError(
+            f"{corpus.name} changed while it was read; start again when nothing writes to it"
+        )
     manifest = Manifest(
         source=corpus.name,
         files=len(corpus.files),

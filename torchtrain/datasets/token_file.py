@@ -15,15 +15,28 @@ from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for, files_state, found_out, locked, short_hash
+from torchtrain.datasets.token_cache import (
+    Manifest,
+    TokenCache,
+    dtype_for,
+    files_state,
+    found_out,
+    locked,
+    short_hash,
+)
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import UserError, expanded, reading
+from torchtrain.errors import UserError
+from torchtrain.utils import expanded, reading
 
 CHUNK = 1 << 24
 
 
 def open_token_file(
-    path: str | None, dtype: str | None, tokenizer: Tokenizer, root: Path, log: Callable[[str], None] = print
+    path: str | None,
+    dtype: str | None,
+    tokenizer: Tokenizer,
+    root: Path,
+    log: Callable[[str], None] = print,
 ) -> TokenCache:
     """The ids in `path`, memory-mapped.
 
@@ -49,7 +62,10 @@ def open_token_file(
             "the tokenizer that made the file, and data.token_dtype to the type it was written in"
         )
     fingerprints = facts["fingerprint"], tokenizer.fingerprint
-    return TokenCache(Manifest(f"tokens {path}", 1, None, None, len(tokens), tokens.dtype.name, *fingerprints), tokens)
+    return TokenCache(
+        Manifest(f"tokens {path}", 1, None, None, len(tokens), tokens.dtype.name, *fingerprints),
+        tokens,
+    )
 
 
 def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
@@ -89,12 +105,17 @@ def _map_npy(file: Path) -> np.ndarray:
     return tokens
 
 
-def _facts(file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _facts(
+    file: Path, tokens: np.ndarray, root: Path, log: Callable[[str], None]
+) -> dict[str, Any]:
     """Hash, lowest and highest id: remembered, or found by reading all of it while other processes wait."""
     folder = root / "tokens"
     name = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
     with locked(folder, name, log) as progress:
-        state, read = partial(files_state, [file]), partial(_read_through, file, tokens, progress.show)
+        state, read = (
+            partial(files_state, [file]),
+            partial(_read_through, file, tokens, progress.show),
+        )
         return found_out(f"the token file {str(file)!r}", folder / f"{name}.seen.json", state, read)
 
 

@@ -15,8 +15,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from torchtrain.datasets.tokenizer_formats import SPACE_MARK, HuggingFaceTokenizer, piece_bytes, require_unicode
-from torchtrain.utils import UserError, expanded, reading
+from torchtrain.datasets.tokenizer_formats import (
+    SPACE_MARK,
+    HuggingFaceTokenizer,
+    piece_bytes,
+    require_unicode,
+)
+from torchtrain.errors import UserError
+from torchtrain.utils import expanded, reading
 
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
@@ -87,12 +93,16 @@ class SentencePieceTokenizer:
         """`text` cut so that the parts' ids in a row are the text's, with every U+2581 on its own where it is kept."""
         require_unicode(text)
         if self._space_mark_ids and SPACE_MARK in text:
-            return [part for piece in re.split(f"({SPACE_MARK})", text) for part in self._cut(piece)]
+            return [
+                part for piece in re.split(f"({SPACE_MARK})", text) for part in self._cut(piece)
+            ]
         return self._cut(text)
 
     def _encoded(self, parts: Iterable[str], threads: int) -> Iterator[np.ndarray]:
         for batch in in_batches(parts, BATCH_CHARACTERS):
-            for part, ids in zip(batch, self._model.encode(batch, num_threads=threads), strict=True):
+            for part, ids in zip(
+                batch, self._model.encode(batch, num_threads=threads), strict=True
+            ):
                 kept_mark = part == SPACE_MARK and self._space_mark_ids
                 yield np.array(self._space_mark_ids if kept_mark else ids, dtype=np.int32)
 
@@ -122,7 +132,10 @@ class SentencePieceTokenizer:
         """The byte pieces of U+2581; none where the model has none, or puts a space before every part."""
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
         spelled = self._model.encode("a") + ids + self._model.encode("b")
-        kept = all(self._model.is_byte(id) for id in ids) and self._model.decode(spelled) == f"a{SPACE_MARK}b"
+        kept = (
+            all(self._model.is_byte(id) for id in ids)
+            and self._model.decode(spelled) == f"a{SPACE_MARK}b"
+        )
         return ids if kept else []
 
 
@@ -155,7 +168,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     given = f"model.tokenizer_path = {str(path)!r}"
     file = expanded(path)
     if file.is_dir():
-        found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
+        found = [
+            file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()
+        ]
         if not found:
             raise UserError(f"{given} is a folder without tokenizer.json or tokenizer.model")
         file = found[0]

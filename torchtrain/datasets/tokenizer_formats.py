@@ -12,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtrain.utils import UserError
+from torchtrain.errors import UserError
 
 SPACE_MARK = "\u2581"
 """How SentencePiece, and what is made of its models, writes a space inside pieces."""
 
-WELL_KNOWN = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|endoftext|>",) * 2)
+WELL_KNOWN = (
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<s>", "</s>"),
+    ("<bos>", "<eos>"),
+    ("<|endoftext|>",) * 2,
+)
 """BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
 
 
@@ -55,7 +60,9 @@ class HuggingFaceTokenizer:
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing more special
-            raise UserError(f"tokenizer {str(file)!r} is JSON, but no tokenizer.json: {error}") from error
+            raise UserError(
+                f"tokenizer {str(file)!r} is JSON, but no tokenizer.json: {error}"
+            ) from error
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True
@@ -107,18 +114,30 @@ class HuggingFaceTokenizer:
 def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
     """The tokens that the files beside `file` call bos_token and eos_token, else the first well-known pair."""
     given: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts where they differ
+    for name in (
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ):  # the latter counts where they differ
         beside = file.with_name(name)
         try:
             settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
             tokens = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
-            given |= {key: str(token["content"] if isinstance(token, dict) else token) for key, token in tokens.items()}
+            given |= {
+                key: str(token["content"] if isinstance(token, dict) else token)
+                for key, token in tokens.items()
+            }
         except (OSError, ValueError, AttributeError, LookupError) as error:
-            raise UserError(f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}") from error
+            raise UserError(
+                f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}"
+            ) from error
     if not given:
         pairs = (pair for pair in WELL_KNOWN if all(token in vocabulary for token in pair))
         given = dict(zip(("bos_token", "eos_token"), next(pairs, ()), strict=False))
-    faults = [f"{key} = {given.get(key)!r}" for key in ("bos_token", "eos_token") if given.get(key) not in vocabulary]
+    faults = [
+        f"{key} = {given.get(key)!r}"
+        for key in ("bos_token", "eos_token")
+        if given.get(key) not in vocabulary
+    ]
     if faults:
         raise UserError(
             f"tokenizer {str(file)!r} and the files beside it do not say what separates documents: {', '.join(faults)} "

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtrain.catalog.models import ModelShape
 from torchtrain.models.document_masking import BlockMask, document_mask, masked_attention
-from torchtrain.models.flavors import ModelShape
 
 
 class Transformer(nn.Module):
@@ -29,7 +29,9 @@ class Transformer(nn.Module):
     once, under the latter name; `state_dict()` has it under both.
     """
 
-    tensor_parallel_plan: ClassVar[dict[str, Literal["embedding", "norm", "columns", "rows", "logits"]]] = {
+    tensor_parallel_plan: ClassVar[
+        dict[str, Literal["embedding", "norm", "columns", "rows", "logits"]]
+    ] = {
         "tok_embeddings": "embedding",
         "layers.*.attention_norm": "norm",
         "layers.*.attention.wq": "columns",
@@ -51,7 +53,9 @@ class Transformer(nn.Module):
         self.shape = shape
         self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim)
         self.rope = RotaryPositions(shape)
-        self.layers = nn.ModuleDict({str(layer): TransformerBlock(shape) for layer in range(shape.n_layers)})
+        self.layers = nn.ModuleDict(
+            {str(layer): TransformerBlock(shape) for layer in range(shape.n_layers)}
+        )
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
         self.tie()
@@ -122,7 +126,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
-    def forward(self, h: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """h [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]; `mask` is None or a `document_mask`."""
         h = h + self.attention(self.attention_norm(h), rotations, mask)
         return h + self.feed_forward(self.ffn_norm(h))
@@ -141,19 +147,25 @@ class Attention(nn.Module):
         self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
         self.inner_attention: nn.Module = CausalAttention()
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotations: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """x [B, S, D], rotations [S, 1, C/2] complex, to [B, S, D]; `mask` is None or a `document_mask`."""
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, H, C]
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, K, C]
         v = self.wv(x).unflatten(-1, (-1, self.head_width))  # [B, S, K, C]
-        mixed = self.inner_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, C]
+        mixed = self.inner_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask
+        )  # [B, H, S, C]
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
 class CausalAttention(nn.Module):
     """The kernel alone: softmax(q kᵀ / √C), masked to the past, times v."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]; a `document_mask` narrows the past."""
         if mask is not None:
             return masked_attention(q, k, v, mask)
@@ -234,7 +246,9 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
         [B, S, heads, C] in x's type.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler generates no code for complex products, but fuses these
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler generates no code for complex products, but fuses these
         even, odd = pairs.unbind(-1)
         cos, sin = torch.view_as_real(rotations).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from torchtrain.config_manager import ActivationCheckpoint
 from torchtrain.models.llama import Transformer
@@ -22,7 +26,9 @@ RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False
 def apply_within_blocks(model: Transformer, config: ActivationCheckpoint) -> None:
     """The modes that choose operations, to be applied before compilation, which traces them."""
     # A switch of the compiler's, for the whole process: put back where another mode is asked for.
-    torch._functorch.config.activation_memory_budget = config.memory_budget if config.mode == "memory_budget" else 1.0
+    torch._functorch.config.activation_memory_budget = (
+        config.memory_budget if config.mode == "memory_budget" else 1.0
+    )
     if config.mode == "selective" and config.selective_ac_option == "op":
         chosen = partial(create_selective_checkpoint_contexts, keep_costly)
         for block in model.layers.values():

@@ -6,34 +6,40 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.schedules import stages_of
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.logging_utils import logger
-from torchtrain.models.flavors import ModelShape
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, apply_within_blocks
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
-from torchtrain.parallelisms.parallel_dims import ParallelDims
+from torchtrain.parallelisms.mesh import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
-from torchtrain.pipeline_stages import stages_of
 
 
-def build_parts(shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> dict[int, Transformer]:
+def build_parts(
+    shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig
+) -> dict[int, Transformer]:
     """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
     stages = plan_stages(config.parallelism, shape.pieces)
     rank = mesh["pp"].get_local_rank() if dims.pp > 1 else 0
     parts = {}
-    for stage in stages_of(rank, config.parallelism.pipeline_parallel_schedule, len(stages), dims.pp):
+    for stage in stages_of(
+        rank, config.parallelism.pipeline_parallel_schedule, len(stages), dims.pp
+    ):
         with torch.device("meta"):
             part = Transformer(shape)
         part.keep(stages[stage])
         part.to(DTYPES[config.training.dtype])
         parallelize(part, mesh, dims, config)
         if stage > 0:
-            part.rope = StagePositions(part.rope, 1 if config.parallelism.disable_sequence_parallel else dims.tp)
+            part.rope = StagePositions(
+                part.rope, 1 if config.parallelism.disable_sequence_parallel else dims.tp
+            )
         parts[stage] = part
     return parts
 
@@ -48,14 +54,18 @@ def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
     }
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:
+def parallelize(
+    model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig
+) -> None:
     """Apply every technique the config asks for, in place, from the innermost to the outermost.
 
     Tensor and context parallelism change what a block computes on a rank, recomputation of chosen operations wraps its
     forward, compilation traces all of that, recomputation of whole blocks and FSDP's hooks go around.
     """
     if needs_emulation(mesh.device_type, DTYPES[config.training.mixed_precision_param]):
-        logger.info("bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there")
+        logger.info(
+            "bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there"
+        )
         apply_emulated_bf16(model)
     if dims.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], config.parallelism)

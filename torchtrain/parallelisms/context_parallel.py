@@ -47,10 +47,18 @@ class Ring(NamedTuple):
         """This rank's on a mesh of one dimension, sharing as the config says."""
         headtail = parallelism.context_parallel_load_balancer == "headtail"
         gathers = parallelism.context_parallel_rotate_method == "allgather"
-        return cls(cp_mesh.get_group().group_name, cp_mesh.get_local_rank(), cp_mesh.size(), headtail, gathers)
+        return cls(
+            cp_mesh.get_group().group_name,
+            cp_mesh.get_local_rank(),
+            cp_mesh.size(),
+            headtail,
+            gathers,
+        )
 
 
-def apply_context_parallel(model: Transformer, cp_mesh: DeviceMesh, parallelism: Parallelism) -> None:
+def apply_context_parallel(
+    model: Transformer, cp_mesh: DeviceMesh, parallelism: Parallelism
+) -> None:
     """Exchange, in place, every attention kernel and the positions for ones that know of the other shards.
 
     Args:
@@ -62,7 +70,9 @@ def apply_context_parallel(model: Transformer, cp_mesh: DeviceMesh, parallelism:
     ulysses = parallelism.context_parallel_method == "ulysses"
     for module in list(model.modules()):
         for attribute, child in list(module.named_children()):
-            if isinstance(child, CausalAttention):  # inside Attention, or inside the wrapper that widens bf16
+            if isinstance(
+                child, CausalAttention
+            ):  # inside Attention, or inside the wrapper that widens bf16
                 kernel = UlyssesAttention(child, ring) if ulysses else RingAttention(ring)
                 setattr(module, attribute, kernel)
     model.rope = ShardPositions(model.rope, ring)
@@ -89,7 +99,9 @@ class ShardPositions(RotaryPositions):
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """tokens [B, L] of the shard, to rotations [L, 1, C/2], complex64; with `documents` [B, S] [B, L, 1, C/2]."""
-        positions = torch.arange(tokens.shape[1] * self.ring.size, device=tokens.device).unsqueeze(0)
+        positions = torch.arange(tokens.shape[1] * self.ring.size, device=tokens.device).unsqueeze(
+            0
+        )
         if documents is not None:
             positions = positions - documents
         return self.at(shard_sequence(positions, self.ring).squeeze(0))
@@ -103,17 +115,23 @@ class UlyssesAttention(nn.Module):
         self.kernel = kernel
         self.ring = ring
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """q [B, H, L, C]; k, v [B, K, L, C]; to [B, H, L, C]; a `document_mask` is of whole sequences."""
         mixed = self.kernel(*(self._whole_sequence(x) for x in (q, k, v)), mask)  # [B, H/R, S, C]
         if self.ring.headtail:
             mixed = reorder(mixed, self._chunk_order())
-        parts = mixed.unflatten(2, (self.ring.size, -1)).movedim(2, 0)  # [R, B, H/R, L, C], one for each rank
+        parts = mixed.unflatten(2, (self.ring.size, -1)).movedim(
+            2, 0
+        )  # [R, B, H/R, L, C], one for each rank
         return ExchangeParts.apply(parts, self.ring.group).movedim(0, 1).flatten(1, 2)
 
     def _whole_sequence(self, x: Tensor) -> Tensor:
         """[B, heads, L, C] to [B, heads/R, S, C], the positions in their own order."""
-        parts = x.unflatten(1, (self.ring.size, -1)).movedim(1, 0)  # [R, B, heads/R, L, C], one for each rank
+        parts = x.unflatten(1, (self.ring.size, -1)).movedim(
+            1, 0
+        )  # [R, B, heads/R, L, C], one for each rank
         whole = ExchangeParts.apply(parts, self.ring.group).movedim(0, 2).flatten(2, 3)
         if not self.ring.headtail:
             return whole
@@ -142,7 +160,9 @@ class ExchangeParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return collectives.wait_tensor(exchange(grad, [1] * grad.shape[0], [1] * grad.shape[0], ctx.group)), None
+        return collectives.wait_tensor(
+            exchange(grad, [1] * grad.shape[0], [1] * grad.shape[0], ctx.group)
+        ), None
 
 
 class RingAttention(nn.Module):
@@ -198,13 +218,19 @@ class AttendAroundRing(torch.autograd.Function):
         ring: Ring = ctx.ring
         grad_q = torch.zeros_like(q, dtype=torch.float32)
         ranks = ring.size if ring.gathers else 0
-        grad_all = torch.zeros((ranks, *kv.shape), dtype=torch.float32, device=kv.device)  # [R, 2, B, K, L, C]
+        grad_all = torch.zeros(
+            (ranks, *kv.shape), dtype=torch.float32, device=kv.device
+        )  # [R, 2, B, K, L, C]
         travelling = None
         for source, held in visit(kv, ring):
-            grad_kv = grad_all[source] if ring.gathers else torch.zeros_like(kv, dtype=torch.float32)
+            grad_kv = (
+                grad_all[source] if ring.gathers else torch.zeros_like(kv, dtype=torch.float32)
+            )
             seen = visible(ring, source, q.shape[2])
             if seen is not None:
-                g, rows_q, rows_result, rows_lse = (x[:, :, seen.rows] for x in (grad, q, result, lse))
+                g, rows_q, rows_result, rows_lse = (
+                    x[:, :, seen.rows] for x in (grad, q, result, lse)
+                )
                 k, v = held[:, :, :, seen.columns].unbind(0)
                 part_q, part_k, part_v = attend_backward(
                     g, rows_q, k, v, rows_result, rows_lse, dropout_state, seen.causal
@@ -212,10 +238,14 @@ class AttendAroundRing(torch.autograd.Function):
                 grad_q[:, :, seen.rows] += part_q
                 grad_kv[:, :, :, seen.columns] = torch.stack((part_k, part_v))
             if not ring.gathers:
-                total = grad_kv if travelling is None else collectives.wait_tensor(travelling) + grad_kv
+                total = (
+                    grad_kv if travelling is None else collectives.wait_tensor(travelling) + grad_kv
+                )
                 travelling = pass_on(total, ring)
         if ring.gathers:
-            travelling = collectives.reduce_scatter_tensor(grad_all.flatten(0, 1), "sum", ring.size, ring.group)
+            travelling = collectives.reduce_scatter_tensor(
+                grad_all.flatten(0, 1), "sum", ring.size, ring.group
+            )
         return grad_q.to(q.dtype), collectives.wait_tensor(travelling).to(kv.dtype), None
 
 
@@ -291,17 +321,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, ...]:
         backward asks for (the random state of a dropout, which is 0).
     """
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, *unshared(q, k, v), is_causal=causal)
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, *unshared(q, k, v), is_causal=causal
+        )
     if q.dtype == torch.float32:  # the flash kernel has half precisions only
         k, v = unshared(q, k, v)
-        result, lse, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)
+        result, lse, *state = aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, is_causal=causal
+        )
         return result, lse[:, :, : q.shape[2]], *state  # lse comes padded to a multiple of 32
-    result, lse, _, _, _, _, *state, _ = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)
+    result, lse, _, _, _, _, *state, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, is_causal=causal
+    )
     return result, lse, *state
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, lse: Tensor, state: list[Tensor], causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    result: Tensor,
+    lse: Tensor,
+    state: list[Tensor],
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of this part in the gradients of q, k and v, `result` and `lse` being those of the whole attention.
 
@@ -320,7 +363,19 @@ def attend_backward(
         )
     else:
         grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, result, lse.contiguous(), None, None, length, k.shape[2], 0.0, causal, *state
+            grad,
+            q,
+            k,
+            v,
+            result,
+            lse.contiguous(),
+            None,
+            None,
+            length,
+            k.shape[2],
+            0.0,
+            causal,
+            *state,
         )
     return grad_q, sum_heads(grad_k, kv_heads), sum_heads(grad_v, kv_heads)
 
@@ -328,7 +383,11 @@ def attend_backward(
 def unshared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v, [B, K, L, C] to [B, H, L, C], each head once for every query head, for kernels that can't share them."""
     share = q.shape[1] // k.shape[1]
-    return (k, v) if share == 1 else (k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1))
+    return (
+        (k, v)
+        if share == 1
+        else (k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1))
+    )
 
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:

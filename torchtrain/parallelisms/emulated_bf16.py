@@ -16,7 +16,9 @@ def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
     """Whether this compute precision would fall on PyTorch's slow path: bf16 on a CPU that oneDNN has no kernel for."""
     if device_type != "cpu" or param_dtype != torch.bfloat16:
         return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def apply_emulated_bf16(model: Transformer) -> None:
@@ -46,6 +48,8 @@ class WidenedAttention(nn.Module):
         super().__init__()
         self.kernel = kernel
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """q [B, H, S, C]; k, v [B, K, S, C]; to [B, H, S, C]."""
         return self.kernel(q.float(), k.float(), v.float(), mask).to(q.dtype)

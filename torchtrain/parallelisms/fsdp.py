@@ -10,7 +10,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from torchtrain.config_manager import Training
 from torchtrain.models.llama import Transformer
@@ -18,7 +24,9 @@ from torchtrain.models.llama import Transformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: Training, reshard_after_forward: str) -> None:
+def apply_fsdp(
+    model: Transformer, mesh: DeviceMesh, training: Training, reshard_after_forward: str
+) -> None:
     """Shard the model in place, a group of parameters a block; a mesh of one rank takes the same path.
 
     Args:
@@ -30,17 +38,25 @@ def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: Training, reshard
         reshard_after_forward: "always" frees gathered parameters after the forward and gathers them again for the
             backward; "never" keeps them; "default" frees all but the last group, which the backward needs first.
     """
-    policy = MixedPrecisionPolicy(DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce])
+    policy = MixedPrecisionPolicy(
+        DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce]
+    )
     # Pinned memory is for copies to an accelerator; without one there is nothing to pin for.
     pin = mesh.device_type != "cpu"
     offload = CPUOffloadPolicy(pin_memory=pin) if training.enable_cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     reshard = reshard_after_forward != "never"
-    tied_here = model.shape.tied_embeddings and model.keeps("tok_embeddings") and model.keeps("output")
-    if not tied_here:  # one parameter can be in one group alone: then it is the whole model's, which is made last
+    tied_here = (
+        model.shape.tied_embeddings and model.keeps("tok_embeddings") and model.keeps("output")
+    )
+    if (
+        not tied_here
+    ):  # one parameter can be in one group alone: then it is the whole model's, which is made last
         if model.keeps("tok_embeddings"):
             shard(model.tok_embeddings, reshard_after_forward=reshard)
-        head: list[nn.Module] = [model.get_submodule(name) for name in ("norm", "output") if model.keeps(name)]
+        head: list[nn.Module] = [
+            model.get_submodule(name) for name in ("norm", "output") if model.keeps(name)
+        ]
         if head:
             shard(head, reshard_after_forward=reshard_after_forward == "always")
     for block in model.layers.values():

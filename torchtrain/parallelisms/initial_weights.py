@@ -28,7 +28,9 @@ def materialise(model: Transformer, device: torch.device, seed: int, offload: bo
             _copy_slice(parameter, draw(model, name, parameter.shape, device, seed))
 
 
-def draw(model: Transformer, name: str, shape: torch.Size, device: torch.device, seed: int) -> Tensor:
+def draw(
+    model: Transformer, name: str, shape: torch.Size, device: torch.device, seed: int
+) -> Tensor:
     """The whole parameter `name` in fp32 on `device`."""
     std = model.initial_std(name)
     whole = torch.empty(shape, dtype=torch.float32, device=device)
@@ -36,7 +38,9 @@ def draw(model: Transformer, name: str, shape: torch.Size, device: torch.device,
         return whole.fill_(1.0)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return nn.init.trunc_normal_(whole, mean=0.0, std=std, a=-CUTOFF * std, b=CUTOFF * std, generator=generator)
+    return nn.init.trunc_normal_(
+        whole, mean=0.0, std=std, a=-CUTOFF * std, b=CUTOFF * std, generator=generator
+    )
 
 
 def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
@@ -46,7 +50,9 @@ def _copy_slice(parameter: Tensor, whole: Tensor) -> None:
         return
     mesh = parameter.device_mesh
     # FSDP cuts what tensor parallelism, on a later dimension of the mesh, has cut before; a strided shard says so.
-    cuts = sorted(enumerate(parameter.placements), key=lambda cut: isinstance(cut[1], _StridedShard))
+    cuts = sorted(
+        enumerate(parameter.placements), key=lambda cut: isinstance(cut[1], _StridedShard)
+    )
     for mesh_dim, placement in cuts:
         if isinstance(placement, Shard | _StridedShard):
             # As DTensor cuts: the first pieces are full, the last may be smaller or empty.

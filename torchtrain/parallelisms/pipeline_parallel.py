@@ -22,13 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _PipelineScheduleRuntime
 
+from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.schedules import SCHEDULES, stages_of
 from torchtrain.config_manager import JobConfig, check_batch, plan_stages
-from torchtrain.models.flavors import ModelShape
+from torchtrain.errors import SharedUserError, UserError
 from torchtrain.models.llama import RotaryPositions, Transformer
 from torchtrain.parallelisms.fsdp import DTYPES, fsdp_modules, reshard
-from torchtrain.parallelisms.parallel_dims import ParallelDims
-from torchtrain.pipeline_stages import SCHEDULES, stages_of
-from torchtrain.utils import SharedUserError, UserError
+from torchtrain.parallelisms.mesh import ParallelDims
 
 
 class StagePositions(RotaryPositions):
@@ -72,25 +72,38 @@ class PipelinePlan:
         """In words, for the start-up line."""
         return (
             f"pipeline schedule {self.schedule}: {self.stages} stages, {self.microbatches} microbatches of "
-            f"{self.microbatch_size}" + (", backwards whole (recomputation or compile)" if self.whole_backward else "")
+            f"{self.microbatch_size}"
+            + (", backwards whole (recomputation or compile)" if self.whole_backward else "")
         )
 
 
-def plan_pipeline(shape: ModelShape, dims: ParallelDims, config: JobConfig, batch: int, seq_len: int) -> PipelinePlan:
+def plan_pipeline(
+    shape: ModelShape, dims: ParallelDims, config: JobConfig, batch: int, seq_len: int
+) -> PipelinePlan:
     """How batches of `batch` sequences of `seq_len` tokens pass through the pipeline."""
     parallelism, size = config.parallelism, config.parallelism.pipeline_parallel_microbatch_size
-    schedule, stages = parallelism.pipeline_parallel_schedule, len(plan_stages(parallelism, shape.pieces))
+    schedule, stages = (
+        parallelism.pipeline_parallel_schedule,
+        len(plan_stages(parallelism, shape.pieces)),
+    )
     compiled = config.compile.enable and "model" in config.compile.components
     needs_whole = compiled or config.activation_checkpoint.mode != "none"
     mine = seq_len // dims.cp
     return PipelinePlan(
         schedule,
         stages,
-        last_rank=next(rank for rank in range(dims.pp) if stages - 1 in stages_of(rank, schedule, stages, dims.pp)),
+        last_rank=next(
+            rank
+            for rank in range(dims.pp)
+            if stages - 1 in stages_of(rank, schedule, stages, dims.pp)
+        ),
         microbatches=batch // size,
         microbatch_size=size,
         seq_len=mine,
-        activation_shape=(mine if parallelism.disable_sequence_parallel else mine // dims.tp, shape.dim),
+        activation_shape=(
+            mine if parallelism.disable_sequence_parallel else mine // dims.tp,
+            shape.dim,
+        ),
         dtype=DTYPES[config.training.mixed_precision_param],
         whole_backward=SCHEDULES[schedule].splits_backward and needs_whole,
     )
@@ -123,7 +136,11 @@ class Pipeline:
         device: torch.device,
         sequence_losses: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        training, validation, shape = config.training, config.validation, next(iter(parts.values())).shape
+        training, validation, shape = (
+            config.training,
+            config.validation,
+            next(iter(parts.values())).shape,
+        )
         self.plan = plan = plan_pipeline(shape, dims, config, batch, training.seq_len)
         try:
             check_batch(config.parallelism, batch, plan.stages)
@@ -143,7 +160,9 @@ class Pipeline:
         turns = {rank: in_turn(evaluation, rank, dims.pp) for rank in range(dims.pp)}
         self.forward_only = self._runtime(evaluation, turns)
         orders = self.forward_only.pipeline_order_with_comms
-        self.forward_only.pipeline_order_with_comms = {rank: forwards(actions) for rank, actions in orders.items()}
+        self.forward_only.pipeline_order_with_comms = {
+            rank: forwards(actions) for rank, actions in orders.items()
+        }
         self.tied = TiedOutput(parts, plan, self.group, device)
 
     def forward_backward(
@@ -174,10 +193,19 @@ class Pipeline:
         reshard(self.parts.values())
         return losses
 
-    def _pass(self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
+    def _pass(
+        self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None
+    ) -> Tensor:
         self.losses = []
-        for_all_stages = {} if documents is None else {"documents": documents}  # PyTorch cuts it like the tokens
-        run(*((tokens,) if 0 in self.parts else ()), target=labels, return_outputs=False, **for_all_stages)
+        for_all_stages = (
+            {} if documents is None else {"documents": documents}
+        )  # PyTorch cuts it like the tokens
+        run(
+            *((tokens,) if 0 in self.parts else ()),
+            target=labels,
+            return_outputs=False,
+            **for_all_stages,
+        )
         has_last = self.plan.stages - 1 in self.parts
         return torch.cat(self.losses) if has_last else torch.zeros(len(tokens), device=self.device)
 
@@ -191,34 +219,55 @@ class Pipeline:
         """With the shapes of what they exchange, so that nothing has to run to find them out."""
         with torch.device("meta"):
             tokens = torch.empty(plan.microbatch_size, plan.seq_len, dtype=torch.int64)
-            h = torch.empty(plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True)
-            logits = h.new_empty(plan.microbatch_size, plan.seq_len, self.parts[min(self.parts)].shape.vocab_size)
+            h = torch.empty(
+                plan.microbatch_size, *plan.activation_shape, dtype=plan.dtype, requires_grad=True
+            )
+            logits = h.new_empty(
+                plan.microbatch_size, plan.seq_len, self.parts[min(self.parts)].shape.vocab_size
+            )
         stages: list[PipelineStage] = []
         for stage, part in self.parts.items():
             given, returned = h if stage > 0 else tokens, h if stage < plan.stages - 1 else logits
-            stages.append(AccumulatingStage(part, stage, plan.stages, self.device, given, returned, group=self.group))
+            stages.append(
+                AccumulatingStage(
+                    part, stage, plan.stages, self.device, given, returned, group=self.group
+                )
+            )
         return stages
 
     def _build_schedule(self) -> schedules.PipelineScheduleSingle | schedules.PipelineScheduleMulti:
         plan = self.plan
         schedule_class, stages = schedules.get_schedule_class(plan.schedule), self._stages(plan)
         # The loss is divided already: PyTorch is not to divide again by the number of microbatches.
-        given = stages[0] if issubclass(schedule_class, schedules.PipelineScheduleSingle) else stages
+        given = (
+            stages[0] if issubclass(schedule_class, schedules.PipelineScheduleSingle) else stages
+        )
         schedule = schedule_class(given, plan.microbatches, loss_fn=self._loss, scale_grads=False)
         if not plan.whole_backward:
             return schedule
-        return self._runtime(plan, {rank: whole_backwards(order) for rank, order in schedule.pipeline_order.items()})
+        return self._runtime(
+            plan, {rank: whole_backwards(order) for rank, order in schedule.pipeline_order.items()}
+        )
 
-    def _runtime(self, plan: PipelinePlan, orders: dict[int, list[_Action | None]]) -> _PipelineScheduleRuntime:
+    def _runtime(
+        self, plan: PipelinePlan, orders: dict[int, list[_Action | None]]
+    ) -> _PipelineScheduleRuntime:
         """`orders` say what each rank of the pipeline does in turn."""
-        runtime = _PipelineScheduleRuntime(self._stages(plan), plan.microbatches, loss_fn=self._loss, scale_grads=False)
+        runtime = _PipelineScheduleRuntime(
+            self._stages(plan), plan.microbatches, loss_fn=self._loss, scale_grads=False
+        )
         runtime._prepare_schedule_with_comms(orders)
         return runtime
 
 
 def steps_of(actions: Iterable[_Action | None]) -> list[_Action]:
     """The actions without waiting, and those that are two at once one after the other."""
-    return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
+    return [
+        part
+        for action in actions
+        if action is not None
+        for part in (action.sub_actions or (action,))
+    ]
 
 
 def in_turn(plan: PipelinePlan, rank: int, ranks: int) -> list[_Action | None]:
@@ -245,7 +294,9 @@ def whole_backwards(actions: list[_Action | None]) -> list[_Action | None]:
     compiled one has a single backward.
     """
     return [
-        a._replace(computation_type=FULL_BACKWARD) if a.computation_type == schedules.BACKWARD_INPUT else a
+        a._replace(computation_type=FULL_BACKWARD)
+        if a.computation_type == schedules.BACKWARD_INPUT
+        else a
         for a in steps_of(actions)
         if a.computation_type != schedules.BACKWARD_WEIGHT
     ]
@@ -260,7 +311,9 @@ class AccumulatingStage(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Torch 2.11 opens the V's turn, from a rank to itself, like any other connection, and gloo has none there."""
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+        return [
+            op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank
+        ]
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As PyTorch's, and then what FSDP's hook does."""
@@ -282,12 +335,18 @@ class TiedOutput:
     """
 
     def __init__(
-        self, parts: dict[int, Transformer], plan: PipelinePlan, group: dist.ProcessGroup, device: torch.device
+        self,
+        parts: dict[int, Transformer],
+        plan: PipelinePlan,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
         tied = all(part.shape.tied_embeddings for part in parts.values())
         # The shards that the optimizer updates, kept from here: FSDP puts gathered parameters in their place at times.
         self.embedding = parts[0].tok_embeddings.weight if tied and 0 in parts else None
-        self.copy = parts[plan.stages - 1].output.weight if tied and plan.stages - 1 in parts else None
+        self.copy = (
+            parts[plan.stages - 1].output.weight if tied and plan.stages - 1 in parts else None
+        )
         self.last_rank, self.group, self.device = plan.last_rank, group, device
 
     def take_weight(self) -> None:
@@ -304,14 +363,23 @@ class TiedOutput:
 
     @torch.no_grad()
     def _move(
-        self, given: Tensor | None, taken: Tensor | None, source: int, target: int, put: Callable[..., Tensor]
+        self,
+        given: Tensor | None,
+        taken: Tensor | None,
+        source: int,
+        target: int,
+        put: Callable[..., Tensor],
     ) -> None:
         """Put this rank's part of what rank `source` has into that of rank `target`; travelling on the device."""
         mine, into = (None if x is None else x.to_local() for x in (given, taken))  # type: ignore[attr-defined]
         if mine is not None and into is not None and source == target:
             put(into, mine)
         elif mine is not None and mine.numel() > 0:
-            dist.send(mine.to(self.device).contiguous(), dist.get_global_rank(self.group, target), self.group)
+            dist.send(
+                mine.to(self.device).contiguous(),
+                dist.get_global_rank(self.group, target),
+                self.group,
+            )
         elif into is not None and into.numel() > 0:
             received = torch.empty_like(into, device=self.device)
             dist.recv(received, dist.get_global_rank(self.group, source), self.group)

@@ -19,16 +19,23 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.parallel import loss_parallel as vocabulary_sharded_loss
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtrain.config_manager import Parallelism
+from torchtrain.errors import SharedUserError
 from torchtrain.models.llama import Transformer
-from torchtrain.utils import SharedUserError
 
 
-def apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, parallelism: Parallelism) -> None:
+def apply_tensor_parallel(
+    model: Transformer, tp_mesh: DeviceMesh, parallelism: Parallelism
+) -> None:
     """Split the model's weights over the mesh and let its modules exchange what they must, in place.
 
     All parameters become DTensors on this mesh, the norms' too, so that FSDP lays every one of them on one and the
@@ -71,7 +78,9 @@ def apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, parallelism: 
         model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
     if model.keeps("output") and parallelism.disable_loss_parallel:
         # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in its outputs.
-        model.output.register_forward_hook(lambda module, inputs, logits: logits.full_tensor().clone())
+        model.output.register_forward_hook(
+            lambda module, inputs, logits: logits.full_tensor().clone()
+        )
 
 
 def loss_context(loss_parallel: bool) -> AbstractContextManager[None]:

@@ -44,8 +44,14 @@ def sources(folder: Path, megabytes: float) -> dict[str, tuple[dict, dict]]:
     return {
         "cache": ({"dataset": "text", "dataset_path": str(folder / "corpus")}, {}),
         "token file": ({"dataset": "tokens", "dataset_path": str(folder / "ids.bin")}, {}),
-        "stream": ({"dataset": "text", "dataset_path": str(folder / "corpus")}, {"streaming": True}),
-        "stream, jsonl": ({"dataset": "jsonl", "dataset_path": str(folder / "lines.jsonl")}, {"streaming": True}),
+        "stream": (
+            {"dataset": "text", "dataset_path": str(folder / "corpus")},
+            {"streaming": True},
+        ),
+        "stream, jsonl": (
+            {"dataset": "jsonl", "dataset_path": str(folder / "lines.jsonl")},
+            {"streaming": True},
+        ),
         "mixture": ({}, {"mixture": [f"{text} = 0.7", f"{file} = 0.2", f"{COPIED} = 0.1"]}),
     }
 
@@ -90,11 +96,21 @@ def raw_speeds(tokenizer: Tokenizer, ids_file: Path, seconds: float) -> dict[str
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m torchtrain.tools.bench_data", allow_abbrev=False)
-    parser.add_argument("--megabytes", type=float, default=64, help="size of each source (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2, help="time for each figure (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences of a step (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtrain.tools.bench_data", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=64, help="size of each source (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2, help="time for each figure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=2048, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=32, help="sequences of a step (default: %(default)s)"
+    )
     given = parser.parse_args()
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     print(f"{'':22}{'tokens/s':>14}{'batch':>12}{'memory':>12}")
@@ -111,9 +127,14 @@ def main() -> None:
             loader.step_batches(1)
             before = anonymous_mib()
             per_batch = given.batch * given.seq_len
-            speed = timed(lambda turn: loader.step_batches(turn + 2)[0].tokens.numel(), given.seconds)  # noqa: B023
+            speed = timed(
+                lambda turn: loader.step_batches(turn + 2)[0].tokens.numel(), given.seconds
+            )
             grown = anonymous_mib() - before
-            print(f"{kind:22}{speed:14,.0f}{per_batch / speed * 1e3:9.2f} ms{grown:+8.1f} MiB", flush=True)
+            print(
+                f"{kind:22}{speed:14,.0f}{per_batch / speed * 1e3:9.2f} ms{grown:+8.1f} MiB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -58,15 +58,23 @@ def main(trainer_args: list[str]) -> int:
     gpus = visible_gpus()
     processes = os.environ.get("NGPU") or str(gpus or PROCESSES_WITHOUT_GPU)
     if not (processes.isdigit() and int(processes) > 0 and nodes.isdigit() and int(nodes) > 0):
-        print(f"NGPU = {processes!r}, NNODES = {nodes!r}: each must be a positive whole number", file=sys.stderr)
+        print(
+            f"NGPU = {processes!r}, NNODES = {nodes!r}: each must be a positive whole number",
+            file=sys.stderr,
+        )
         return 2
     spoken = os.environ.get("LOG_RANK", "0")
     ranks = int(processes) * int(nodes)
     if not all(rank.strip().isdigit() and int(rank) < ranks for rank in spoken.split(",")):
-        print(f"LOG_RANK = {spoken!r}: must be ranks from 0 to {ranks - 1}, with commas", file=sys.stderr)
+        print(
+            f"LOG_RANK = {spoken!r}: must be ranks from 0 to {ranks - 1}, with commas",
+            file=sys.stderr,
+        )
         return 2
     if gpus and int(processes) > gpus:
-        print(f"NGPU = {processes}, but only {gpus} GPUs are visible to this process", file=sys.stderr)
+        print(
+            f"NGPU = {processes}, but only {gpus} GPUs are visible to this process", file=sys.stderr
+        )
         return 2
     parse_or_exit(trainer_args, ranks)
     return launch(int(processes), trainer_args, on_cpu=not gpus)
@@ -80,7 +88,9 @@ def default_config_file() -> str:
 
 def visible_gpus() -> int:
     """Accelerators that PyTorch can use and has a communication backend for. Costs nothing where there is no driver."""
-    if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")):
+    if not any(
+        Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
+    ):
         return 0
     import torch
 
@@ -96,9 +106,13 @@ def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
         os.environ.setdefault("GLIBC_TUNABLES", tunables)
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what failed
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the ranks say what failed
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
@@ -110,9 +124,14 @@ def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
         run(get_args_parser().parse_args([*options, str(ROOT / "train.py"), *trainer_args]))
     except ChildFailedError as failed:
         # Times count whole seconds; a rank that was killed comes before those that then failed for want of it.
-        rank, failure = min(failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+        rank, failure = min(
+            failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+        )
         if failure.exitcode < 0:
-            print(f"rank {rank} was ended by {failure.signal_name()}; the others were stopped", file=sys.stderr)
+            print(
+                f"rank {rank} was ended by {failure.signal_name()}; the others were stopped",
+                file=sys.stderr,
+            )
             return 128 - failure.exitcode
         return failure.exitcode
     except SignalException as stopped:

@@ -63,7 +63,10 @@ BF16 = {"training.mixed_precision_param": "bfloat16"}
 
 def pipeline(schedule: str, ranks: int = 2) -> dict[str, Any]:
     """A pipeline under this schedule."""
-    return {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": schedule}
+    return {
+        "parallelism.pipeline_parallel_degree": ranks,
+        "parallelism.pipeline_parallel_schedule": schedule,
+    }
 
 
 PP_2 = pipeline("1F1B")

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 
 from torchtrain.config_manager import JobConfig, options, read_command_line
+from torchtrain.errors import UserError
 from torchtrain.tools.launch import RENDEZVOUS_VARIABLES, ROOT, SPIN_COUNT, visible_gpus
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout
 from torchtrain.tools.parity_ranks import DONE
-from torchtrain.utils import UserError, nearest, write_durably
+from torchtrain.utils import nearest, write_durably
 
 REFERENCE = "reference-"  # goes before a task's name where a layout has its own
 
@@ -96,12 +97,17 @@ class Row:
     worst_weights: str = ""
 
 
-def compare(layout: str, ranks: int, mine: dict[str, Any], reference: dict[str, Any], tolerance: Tolerance) -> Row:
+def compare(
+    layout: str, ranks: int, mine: dict[str, Any], reference: dict[str, Any], tolerance: Tolerance
+) -> Row:
     """A layout's results against its reference's, both as `load_results` leaves them."""
     loss, norm = (max(map(relative, mine[key], reference[key])) for key in ("losses", "norms"))
     gradient, worst_gradient = worst(mine["gradients"], reference["gradients"])
     weights, worst_weights = worst(mine["weights"], reference["weights"])
-    begins = {name: weight.to(mine["initial"][name].dtype) for name, weight in reference["initial"].items()}
+    begins = {
+        name: weight.to(mine["initial"][name].dtype)
+        for name, weight in reference["initial"].items()
+    }
     differs, differing = worst(mine["initial"], begins)
     faults = {
         "loss": loss > tolerance.loss,
@@ -113,12 +119,26 @@ def compare(layout: str, ranks: int, mine: dict[str, Any], reference: dict[str, 
     }
     off = "; ".join(text for text, is_so in faults.items() if is_so)
     verdict = f"OFF: {off}" if off else "same"
-    return Row(layout, ranks, verdict, loss, norm, gradient, weights, mine["seconds"], worst_gradient, worst_weights)
+    return Row(
+        layout,
+        ranks,
+        verdict,
+        loss,
+        norm,
+        gradient,
+        weights,
+        mine["seconds"],
+        worst_gradient,
+        worst_weights,
+    )
 
 
 def relative(mine: Tensor | float, reference: Tensor | float) -> float:
     """‖mine − reference‖ / ‖reference‖; infinite where it is no number or the shapes differ."""
-    a, b = torch.as_tensor(mine, dtype=torch.float64), torch.as_tensor(reference, dtype=torch.float64)
+    a, b = (
+        torch.as_tensor(mine, dtype=torch.float64),
+        torch.as_tensor(reference, dtype=torch.float64),
+    )
     if a.shape != b.shape:
         return math.inf
     difference, size = (a - b).norm().item(), b.norm().item()
@@ -130,7 +150,12 @@ def relative(mine: Tensor | float, reference: Tensor | float) -> float:
 def worst(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative difference and whose it is; a parameter that one side alone has differs infinitely."""
     return max(
-        (relative(mine[name], reference[name]) if name in mine and name in reference else math.inf, name)
+        (
+            relative(mine[name], reference[name])
+            if name in mine and name in reference
+            else math.inf,
+            name,
+        )
         for name in mine.keys() | reference.keys()
     )
 
@@ -156,14 +181,23 @@ class Plan:
             values = self.values | plain() | TASKS[task].overrides
         else:
             values = plain() | self.values | TASKS[task].overrides | layout.overrides
-        return ["--job.config_file", self.config_file, *(f"--{name}={as_text(values[name])}" for name in values)]
+        return [
+            "--job.config_file",
+            self.config_file,
+            *(f"--{name}={as_text(values[name])}" for name in values),
+        ]
 
 
 def plain() -> dict[str, Any]:
     """The options that say how a model is run and not what is trained, as the reference has them."""
     sections = ("parallelism", "activation_checkpoint", "compile", "checkpoint")
-    values = {name: option.default for name, option in options().items() if name.split(".")[0] in sections}
-    values |= {f"training.{key}": "float32" for key in ("dtype", "mixed_precision_param", "mixed_precision_reduce")}
+    values = {
+        name: option.default for name, option in options().items() if name.split(".")[0] in sections
+    }
+    values |= {
+        f"training.{key}": "float32"
+        for key in ("dtype", "mixed_precision_param", "mixed_precision_reduce")
+    }
     return values | {"training.enable_cpu_offload": False}
 
 
@@ -178,7 +212,9 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def run_cases(plan: Plan, ranks: int, cases: dict[str, dict[str, Any]], folder: Path) -> Iterator[tuple[str, str]]:
+def run_cases(
+    plan: Plan, ranks: int, cases: dict[str, dict[str, Any]], folder: Path
+) -> Iterator[tuple[str, str]]:
     """Run the cases in turn on one set of ranks; where one ends the set, a new set takes up the rest.
 
     Yields:
@@ -187,8 +223,16 @@ def run_cases(plan: Plan, ranks: int, cases: dict[str, dict[str, Any]], folder: 
     waiting = dict(cases)
     while waiting:
         cases_file = folder / f"cases-{ranks}.json"
-        cases_file.write_text(json.dumps({"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())}))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        cases_file.write_text(
+            json.dumps({"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())})
+        )
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
         process = subprocess.Popen(
             [*launcher, *plan.worker, str(cases_file)],
             env=environment(ranks, plan.on_gpus),
@@ -227,12 +271,21 @@ def first_fault(folder: Path, name: str) -> str:
 def environment(ranks: int, on_gpus: bool) -> dict[str, str]:
     """This process's, without what a launcher around it left, and with a fair share of the cores for each rank."""
     launchers = {"RANK", "LOCAL_RANK", "WORLD_SIZE", *RENDEZVOUS_VARIABLES}
-    kept = {k: v for k, v in os.environ.items() if k not in launchers and not k.startswith(("PET_", "TORCHELASTIC_"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in launchers and not k.startswith(("PET_", "TORCHELASTIC_"))
+    }
     if not on_gpus:
         kept["CUDA_VISIBLE_DEVICES"] = ""  # ROCm honours it too
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": SPIN_COUNT, **kept, "PYTHONPATH": python_path}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": SPIN_COUNT,
+        **kept,
+        "PYTHONPATH": python_path,
+    }
 
 
 def load_results(folder: Path, name: str) -> dict[str, Any]:
@@ -289,7 +342,9 @@ def check_layouts(layouts: dict[str, Layout], plan: Plan) -> Iterator[Row]:
                     references[name] = load_results(folder, name)
                 else:
                     reference = references[REFERENCE + layouts[name].task]
-                    yield compare(name, ranks, load_results(folder, name), reference, tolerances[name])
+                    yield compare(
+                        name, ranks, load_results(folder, name), reference, tolerances[name]
+                    )
 
 
 def choose(names: str) -> dict[str, Layout]:
@@ -304,11 +359,15 @@ def choose(names: str) -> dict[str, Layout]:
         if name not in LAYOUTS:
             close = nearest(name, LAYOUTS)
             hint = f"did you mean {close}? " if close else ""
-            raise UserError(f"--layouts: {name!r} is unknown; {hint}Allowed: all, or some of {', '.join(LAYOUTS)}")
+            raise UserError(
+                f"--layouts: {name!r} is unknown; {hint}Allowed: all, or some of {', '.join(LAYOUTS)}"
+            )
     return {name: LAYOUTS[name] for name in names.split(",")}
 
 
-def make_plan(config_file: str | None, steps: int, trainer_options: list[str], layouts: dict[str, Layout]) -> Plan:
+def make_plan(
+    config_file: str | None, steps: int, trainer_options: list[str], layouts: dict[str, Layout]
+) -> Plan:
     """Check what all layouts have in common.
 
     Raises:
@@ -349,7 +408,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", "--job.config_file", metavar="FILE", help="what is trained")
     parser.add_argument("--layouts", default="all", help="names with commas; default all")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run; default 4")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="optimizer steps of each run; default 4"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     asked, trainer_options = parser.parse_known_args(arguments)
     rows = []
@@ -358,9 +419,17 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"--json {asked.json}: its folder does not exist")
         layouts = choose(asked.layouts)
         plan = make_plan(asked.config, asked.steps, trainer_options, layouts)
-        print(f"{plan.config_file} with {', '.join(f'{name} = {value}' for name, value in plan.values.items())}")
-        print(f"Relative differences from one process in fp32, on {'GPUs' if plan.on_gpus else 'the CPU'}:\n")
-        print(COLUMNS.format("layout", "ranks", "loss", "norm", "gradient", "weights", "seconds", "verdict"))
+        print(
+            f"{plan.config_file} with {', '.join(f'{name} = {value}' for name, value in plan.values.items())}"
+        )
+        print(
+            f"Relative differences from one process in fp32, on {'GPUs' if plan.on_gpus else 'the CPU'}:\n"
+        )
+        print(
+            COLUMNS.format(
+                "layout", "ranks", "loss", "norm", "gradient", "weights", "seconds", "verdict"
+            )
+        )
         for row in check_layouts(layouts, plan):
             rows.append(row)
             print(as_line(row), flush=True)
@@ -369,12 +438,18 @@ def main(arguments: list[str]) -> int:
         return 2
     wrong = [row.layout for row in rows if row.verdict != "same"]
     print(
-        f"\n{len(rows) - len(wrong)} of {len(rows)} layouts are the same" + "".join(f"; not {name}" for name in wrong)
+        f"\n{len(rows) - len(wrong)} of {len(rows)} layouts are the same"
+        + "".join(f"; not {name}" for name in wrong)
     )
     if asked.json is not None:
         table = [{k: None if v == math.inf else v for k, v in asdict(row).items()} for row in rows]
         tolerances = {dtype: asdict(tolerance) for dtype, tolerance in TOLERANCES.items()}
-        facts = {"config_file": plan.config_file, "values": plan.values, "tolerances": tolerances, "layouts": table}
+        facts = {
+            "config_file": plan.config_file,
+            "values": plan.values,
+            "tolerances": tolerances,
+            "layouts": table,
+        }
         write_durably(asked.json, json.dumps(facts, indent=2) + "\n")
     return 1 if wrong else 0
 

@@ -23,7 +23,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import Microbatch
 from torchtrain.loss import IGNORE_INDEX
 from torchtrain.metrics import Stopwatch
-from torchtrain.optimizer import clip_grad_norm_
+from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.ranks import end_with_launcher, join_process_group, set_timeout
 
 DONE = "parity: done "  # goes before a case's name in rank 0's output
@@ -39,7 +39,9 @@ def work(cases_file: Path) -> None:
             torch.save(run_case(case, device), f"{case['results']}.{dist.get_rank()}")
         except BaseException as fault:
             # The others may wait in a collective that this rank will never make: it ends, and the launcher ends them.
-            Path(f"{case['results']}.fault-{dist.get_rank()}").write_text(f"{type(fault).__name__}: {fault}")
+            Path(f"{case['results']}.fault-{dist.get_rank()}").write_text(
+                f"{type(fault).__name__}: {fault}"
+            )
             os._exit(1)
         gc.collect()  # modules and hooks refer to each other in cycles
         torch._dynamo.reset()
@@ -65,8 +67,12 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
             hide_labels(microbatches)
         loss, max_loss = train.forward_backward(trainer, microbatches)
         if step == 1:
-            results["gradients"], _ = gather({name: parameter.grad for name, parameter in parameters.items()})
-        norm = clip_grad_norm_(trainer.weights.values(), config.training.max_norm, trainer.stage_group)
+            results["gradients"], _ = gather(
+                {name: parameter.grad for name, parameter in parameters.items()}
+            )
+        norm = clip_grad_norm_(
+            trainer.weights.values(), config.training.max_norm, trainer.stage_group
+        )
         summary, _ = train.combine_ranks(trainer, loss, max_loss, norm, stopwatch, stop)
         results["losses"] += [summary.loss, summary.max_loss]
         results["norms"].append(summary.grad_norm)
@@ -78,7 +84,9 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def hide_labels(microbatches: list[Microbatch]) -> None:
     """Hide, in place, a number of labels that depends on the sample alone: some samples keep none, some all."""
     for microbatch in microbatches:
-        for labels, sample in zip(microbatch.labels, microbatch.sample_ids, strict=True):  # labels [S]
+        for labels, sample in zip(
+            microbatch.labels, microbatch.sample_ids, strict=True
+        ):  # labels [S]
             labels[: sample * 13 % (len(labels) + 1)] = IGNORE_INDEX
 
 
@@ -95,13 +103,22 @@ def gather(tensors: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], lis
     for name, tensor in tensors.items():
         if tensor is None:
             raise RuntimeError(f"{name} has no gradient")
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
-        digests[name] = hashlib.sha256(whole.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        whole = (
+            (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+            .detach()
+            .cpu()
+            .contiguous()
+        )
+        digests[name] = hashlib.sha256(
+            whole.flatten().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         if owners[name] == rank:
             kept[name] = whole.clone()
     everyones = all_gather(digests)
     first = {name: everyones[owner][name] for name, owner in owners.items()}
-    return kept, sorted({name for theirs in everyones for name in theirs if theirs[name] != first[name]})
+    return kept, sorted(
+        {name for theirs in everyones for name in theirs if theirs[name] != first[name]}
+    )
 
 
 def all_gather(mine: Any) -> list[Any]:

@@ -6,7 +6,7 @@
 import random
 from collections.abc import Iterator
 
-from torchtrain.datasets.registry import register_corpus
+from torchtrain.catalog.datasets import register_corpus
 
 
 @register_corpus("short-documents", "made-up documents of some ten tokens, for the parity tool")

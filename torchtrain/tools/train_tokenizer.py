@@ -13,10 +13,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from torchtrain.catalog.datasets import import_custom
 from torchtrain.datasets.corpora import open_corpus
-from torchtrain.datasets.registry import import_custom
 from torchtrain.datasets.tokenizer import LONG_TEXT, SentencePieceTokenizer
-from torchtrain.utils import UserError
+from torchtrain.errors import UserError
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
@@ -33,7 +33,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
         )
     model = io.BytesIO()
     # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
-    cuts = (text[start : start + LONG_TEXT] for text in texts for start in range(0, len(text), LONG_TEXT))
+    cuts = (
+        text[start : start + LONG_TEXT]
+        for text in texts
+        for start in range(0, len(text), LONG_TEXT)
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=cuts,
@@ -58,7 +62,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
-        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from error
+        raise UserError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}"
+        ) from error
     return model.getvalue()
 
 
@@ -75,7 +81,9 @@ def _train(options: argparse.Namespace) -> None:
         output.write_bytes(model)
     except OSError as error:
         raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
-    print(f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}")
+    print(
+        f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,10 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)")
-    parser.add_argument("--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)"
+    )
     parser.add_argument("--dataset-path", metavar="PATH", help="the documents' file or folder")
-    parser.add_argument("--text-key", default="text", help="the documents' key in a row (default: %(default)s)")
+    parser.add_argument(
+        "--text-key", default="text", help="the documents' key in a row (default: %(default)s)"
+    )
     parser.add_argument("--custom-import", metavar="MODULE", help="as experimental.custom_import")
     try:
         _train(parser.parse_args(arguments))

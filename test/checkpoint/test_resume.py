@@ -1,0 +1,211 @@
+"""Nothing is lost: a stopped and resumed run equals the uninterrupted one bit for bit, on the same layout; on another,
+the state and the data are exact and the losses agree to rounding."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from helpers import forking, launching
+from helpers.forking import train
+from helpers.launching import metrics
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
+
+
+def curve(folder):
+    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
+
+
+def tensors(folder, step, scratch):
+    """Every tensor of a checkpoint, whole; the random states aside, which are a rank's own."""
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", scratch)
+    loaded = torch.load(scratch, weights_only=True)
+    return {name: tensor for name, tensor in loaded.items() if not name.startswith("rng/")}
+
+
+def assert_same_state(a, b, step, tmp_path):
+    mine, theirs = tensors(a, step, tmp_path / "a.pt"), tensors(b, step, tmp_path / "b.pt")
+    assert mine.keys() == theirs.keys()
+    assert any(name.endswith("exp_avg_sq") for name in mine)
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def saving(data, folder, **overrides):
+    return {
+        **data,
+        "job.dump_folder": folder,
+        "training.steps": STEPS,
+        "lr_scheduler.total_steps": STEPS,
+        "checkpoint.enable": True,
+        "checkpoint.interval": 4,
+        **overrides,
+    }
+
+
+def wait_for_step(alive, folder, step, timeout=120):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert alive(), f"ended before step {step}"
+        path = folder / "metrics.jsonl"
+        if path.exists() and any(
+            json.loads(line)["step"] >= step
+            for line in path.read_text().splitlines(True)
+            if line.endswith("\n")
+        ):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """Uninterrupted runs on 1 and on 2 ranks."""
+    folders = {ranks: tmp_path_factory.mktemp("whole") / str(ranks) for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        train(ranks, saving(data, folder))
+    return folders
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
+    folder = tmp_path / "run"
+    train(ranks, saving(data, folder, **{"training.steps": STEPS // 2}))
+    output = train(ranks, saving(data, folder))
+    assert "step-4" in output
+    assert curve(folder) == curve(whole[ranks])
+    assert_same_state(folder, whole[ranks], STEPS, tmp_path)
+    finished = train(ranks, saving(data, folder))
+    assert "nothing to do" in finished
+    assert curve(folder) == curve(whole[ranks])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
+    folder = tmp_path / "run"
+    with forking.running(ranks, saving(data, folder)) as run:
+        wait_for_step(run.alive, folder, 6)
+        run.kill()
+    train(ranks, saving(data, folder))
+    assert curve(folder) == curve(whole[ranks])
+    assert_same_state(folder, whole[ranks], STEPS, tmp_path)
+    superseded = (folder / "metrics.superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6]
+
+
+TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
+LAYOUTS = {
+    "TP 2 x FSDP 2 to CP 2": ((4, TP), (2, CP)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_on_another_layout(tmp_path, data, whole, name):
+    folder = tmp_path / "run"
+    (saved_on, layout), (resumed_on, other) = LAYOUTS[name]
+    train(saved_on, saving(data, folder, **layout, **{"training.steps": STEPS // 2}))
+    train(resumed_on, saving(data, folder, **other))
+    for mine, theirs in zip(curve(folder), curve(whole[2]), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["lr"] == theirs["lr"]
+        assert mine["tokens_seen"] == theirs["tokens_seen"]
+        assert abs(mine["loss"] - theirs["loss"]) <= 1e-6 * theirs["loss"]
+        assert abs(mine["grad_norm"] - theirs["grad_norm"]) <= 1e-5 * theirs["grad_norm"]
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, data, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    shard = next((folder / "checkpoint" / f"step-{STEPS}").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = train(1, saving(data, folder))
+    assert "warning" in output
+    assert f"step-{STEPS}" in output
+    assert (folder / "checkpoint" / f"step-{STEPS}.damaged").is_dir()
+    assert curve(folder) == curve(whole[1])
+    assert_same_state(folder, whole[1], STEPS, tmp_path)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, data, whole):
+    folder = tmp_path / "run"
+    with launching.running(2, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
+        wait_for_step(lambda: process.poll() is None, folder, 2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM" in output
+    last = metrics(folder)[-1]["step"]
+    assert [path.name for path in (folder / "checkpoint").glob("step-*")] == [f"step-{last}"]
+    train(2, saving(data, folder))
+    assert curve(folder) == curve(whole[2])
+
+
+def test_changed_schedule_is_logged_and_changed_data_is_refused(tmp_path, data, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    longer = {
+        "training.steps": STEPS + 2,
+        "lr_scheduler.total_steps": STEPS + 2,
+        "lr_scheduler.min_lr_factor": 0.5,
+    }
+    for key, value in (
+        ("training.seq_len", 16),
+        ("debug.seed", 7),
+        ("training.global_batch_size", 4),
+    ):
+        output = train(1, saving(data, folder, **longer, **{key: value}), expect=2)
+        assert key.split(".")[1] in output
+        assert "Traceback" not in output
+        assert curve(folder) == curve(whole[1]), "a refused resume changed the metrics"
+    output = train(1, saving(data, folder, **longer))
+    assert "schedule differs" in output
+    lines = curve(folder)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 3))
+    assert lines[-1]["lr"] == pytest.approx(4e-4)
+
+
+def test_weights_alone_start_a_new_run_and_a_global_batch_of_minus_one_is_taken_from_the_checkpoint(
+    tmp_path, data, whole
+):
+    folder = tmp_path / "fine-tuned"
+    source = whole[2] / "checkpoint" / f"step-{STEPS}"
+    # A rate too small to change any weight, so that what was loaded can be compared at the end.
+    output = train(
+        1, saving(data, folder, **{"checkpoint.initial_load_path": source, "optimizer.lr": 1e-30})
+    )
+    assert str(source) in output
+    assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
+    mine, theirs = (
+        tensors(folder, STEPS, tmp_path / "a.pt"),
+        tensors(whole[2], STEPS, tmp_path / "b.pt"),
+    )
+    weights = [name for name in theirs if name.startswith("model/")]
+    assert all(torch.equal(mine[name], theirs[name]) for name in weights)
+    assert not all(torch.equal(mine[name], theirs[name]) for name in theirs), (
+        "the optimizer was loaded too"
+    )
+
+    folder = tmp_path / "minus-one"
+    free = {"training.global_batch_size": -1, "training.local_batch_size": 4}
+    train(2, saving(data, folder, **free, **{"training.steps": STEPS // 2}))
+    train(1, saving(data, folder, **free))
+    for mine, theirs in zip(curve(folder), curve(whole[2]), strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) <= 1e-6 * theirs["loss"]
+
+
+def test_missing_step_is_an_error_that_names_those_there(tmp_path, data, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    output = train(2, saving(data, folder, **{"checkpoint.load_step": 5}), expect=2)
+    assert output.count("4, 8") == 1
+    train(1, saving(data, folder, **{"checkpoint.load_step": 4}))
+    assert curve(folder) == curve(whole[1])

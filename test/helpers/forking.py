@@ -1,0 +1,146 @@
+"""Ranks without their start: each is a fork of one process that has imported everything, the trainer included.
+
+What a user starts, torchrun and its ranks, is for `launching`: where the start, or what ends a run, is what is tested.
+That forked ranks train as launched ones do, to the bit, is shown by test_training.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers.launching import TIMEOUT_S, options
+
+import train as trainer
+from torchtrain.config_manager import JobConfig
+from torchtrain.ranks import join_process_group
+
+GRACE_S = 30  # for the others, after a rank has failed: they may wait for it in a collective
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
+
+def enter(rank, world_size, port, printed, action, arguments):
+    """A rank's process, as torchrun hands it to train.py but for what is printed, which goes to a file."""
+    with open(printed, "ab", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.pop("LOG_RANK", None)
+    os.environ.update(
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True"
+    )
+    os.environ.update(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_RESTART_COUNT="0")
+    torch.set_num_threads(1)
+    try:
+        status = action(*arguments)
+    except BaseException:
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # as train.py ends
+
+
+class Ranks:
+    """Ranks in the background that each run `action(*arguments)`."""
+
+    def __init__(self, world_size, action, *arguments):
+        self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.store = dist.TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )  # the others connect to it
+        given = (world_size, self.store.port, self.file.name, action, arguments)
+        self.processes = [
+            FORKS.Process(target=enter, args=(rank, *given), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def printed(self):
+        return Path(self.file.name).read_text(errors="replace")
+
+    @property
+    def statuses(self):
+        """Of each rank, None while it runs."""
+        return [process.exitcode for process in self.processes]
+
+    def alive(self):
+        """Whether no rank has ended."""
+        return all(status is None for status in self.statuses)
+
+    def finish(self, timeout_s):
+        """Wait for the end of all, or, once one has failed or time is up, end them. Returns their exit statuses."""
+        deadline = time.monotonic() + timeout_s
+        failed = False
+        try:
+            while None in self.statuses and (left := deadline - time.monotonic()) > 0:
+                wait(
+                    [process.sentinel for process in self.processes if process.exitcode is None],
+                    left,
+                )
+                if any(self.statuses) and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+        finally:
+            self.kill()
+        return self.statuses
+
+    def kill(self):
+        """SIGKILL to all that still run; returns when they are gone."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+@contextmanager
+def running(world_size, overrides):
+    """A training run in the background; whatever is left of it at the end is killed."""
+    ranks = Ranks(world_size, run_trainer, options(overrides))
+    try:
+        yield ranks
+    finally:
+        ranks.kill()
+
+
+def on_ranks(world_size, action, *arguments, expect=0, timeout_s=TIMEOUT_S):
+    """Run `action(*arguments)`, a function of a module, on each rank, to the end. Returns what was printed."""
+    ranks = Ranks(world_size, action, *arguments)
+    statuses = ranks.finish(timeout_s)
+    assert statuses == [expect] * world_size, (
+        f"exit statuses {statuses}, expected {expect}:\n{ranks.printed}"
+    )
+    return ranks.printed
+
+
+def in_group(world_size, action, *arguments, **limits):
+    """The same, in a process group of all these ranks."""
+    return on_ranks(world_size, act_in_group, action, arguments, **limits)
+
+
+def act_in_group(action, arguments):
+    """A rank of `in_group`."""
+    join_process_group(60)
+    action(*arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_trainer(arguments):
+    """train.py with these options. Returns its exit status."""
+    return trainer.main(JobConfig().parse_args(arguments))
+
+
+def train(world_size, overrides, expect=0):
+    """A training run to its end. Returns what was printed."""
+    return on_ranks(world_size, run_trainer, options(overrides), expect=expect)

@@ -1,0 +1,132 @@
+"""Start real runs from tests: the launcher as a user starts it, on a tiny model and a corpus made up on the spot."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torchtrain.config_manager import BatchPlan
+from torchtrain.datasets.loader import DataLoader
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240
+
+TINY = {
+    "job.config_file": str(ROOT / "train_configs" / "debug_model.toml"),
+    "model.dim": 32,
+    "model.n_layers": 2,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.ffn_hidden_dim": 64,
+    "training.seq_len": 32,
+    "training.local_batch_size": 8,
+    "training.global_batch_size": 8,
+    "training.steps": 4,
+    "training.mixed_precision_param": "float32",
+    "metrics.enable_tensorboard": False,
+    "checkpoint.enable": False,
+    "compile.enable": False,
+}
+
+
+def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
+    """A folder of text files with enough structure for a loss to fall; the same for the same arguments everywhere."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(60)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        sentences = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(30))
+        (folder / f"{number:03}.txt").write_text(".\n".join(sentences), encoding="utf-8")
+    return folder
+
+
+def data_loader(
+    dataset, global_batch: int, rank: int, degree: int, microbatch: int, *more, **options
+) -> DataLoader:
+    """The part of one of `degree` data-parallel ranks; sizes count sequences."""
+    accumulation, rest = divmod(global_batch, degree * microbatch)
+    assert rest == 0
+    return DataLoader(
+        dataset, BatchPlan(global_batch, microbatch, accumulation, degree), rank, *more, **options
+    )
+
+
+def options(overrides: dict) -> list[str]:
+    """Command-line options of TINY with `overrides` over it; a value None leaves the option out."""
+    merged = {**TINY, **overrides}
+    pairs = [
+        (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+        for key, value in merged.items()
+        if value is not None
+    ]
+    return [text for pair in pairs for text in pair]
+
+
+def environment(ranks: int, **extra: str) -> dict[str, str]:
+    """One thread a rank, and nothing of a launcher that this test itself may run under."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PET_", "TORCHELASTIC", "GLIBC_TUNABLES"))
+    }
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NNODES",
+        "CONFIG_FILE",
+        "LOG_RANK",
+    ):
+        kept.pop(name, None)
+    return {**kept, "NGPU": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def start(ranks: int, overrides: dict, **extra: str) -> subprocess.Popen:
+    """A run in the background, in a process group of its own so that it can be ended whole."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torchtrain.tools.launch", *options(overrides)],
+        env=environment(ranks, **extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def running(ranks: int, overrides: dict, **extra: str):
+    """The same as a context: whatever is left of the run is killed at the end."""
+    process = start(ranks, overrides, **extra)
+    try:
+        yield process
+    finally:
+        kill_group(process)
+        process.wait()
+        process.stdout.close()
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all its ranks, and nobody else."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def launched(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
+    """Run to the end and return what was printed."""
+    with running(ranks, overrides, **extra) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == expect, (
+        f"exit status {process.returncode}, expected {expect}:\n{output}"
+    )
+    return output
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The logged lines of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

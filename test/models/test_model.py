@@ -1,0 +1,364 @@
+"""The Llama against an independent one, the published sizes, and what sharding and meta construction rely on."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from torchtrain.catalog.models import FLAVORS, ModelShape
+from torchtrain.loss import sequence_losses
+from torchtrain.models.llama import (
+    Attention,
+    Transformer,
+    flops_per_token,
+    rotary_frequencies,
+    rotate,
+)
+
+TINY = ModelShape(dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61)
+GROUPED = dataclasses.replace(TINY, n_kv_heads=2)
+# A short original context, so that of the six frequencies some are kept, some interpolated, some divided.
+SCALED = {"rope_theta": 500.0, "rope_scaling_factor": 8.0, "rope_original_seq_len": 32}
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",))
+    dist.destroy_process_group()
+
+
+def filled(shape, seed=0):
+    """A model whose every parameter, norm weights too, has random values of a size that lets gradients through."""
+    model = Transformer(shape)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
+    return model
+
+
+def tokens_of(shape, batch=2, seq_len=40, seed=1):
+    return torch.randint(
+        shape.vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def halves_from_neighbours(weight, heads):
+    """Rows of wq or wk reordered within a head: pairs (2j, 2j+1) become (j, j + C/2), as transformers turns them."""
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def transformers_names(shape):
+    """Our name to (theirs, the number of heads whose rows are reordered or None)."""
+    names = {
+        "tok_embeddings.weight": ("model.embed_tokens.weight", None),
+        "norm.weight": ("model.norm.weight", None),
+    }
+    if not shape.tied_embeddings:
+        names["output.weight"] = ("lm_head.weight", None)
+    inner = {
+        "attention.wq": ("self_attn.q_proj", shape.n_heads),
+        "attention.wk": ("self_attn.k_proj", shape.n_kv_heads),
+        "attention.wv": ("self_attn.v_proj", None),
+        "attention.wo": ("self_attn.o_proj", None),
+        "feed_forward.w1": ("mlp.gate_proj", None),
+        "feed_forward.w2": ("mlp.down_proj", None),
+        "feed_forward.w3": ("mlp.up_proj", None),
+        "attention_norm": ("input_layernorm", None),
+        "ffn_norm": ("post_attention_layernorm", None),
+    }
+    for layer in range(shape.n_layers):
+        for ours, (theirs, heads) in inner.items():
+            names[f"layers.{layer}.{ours}.weight"] = (
+                f"model.layers.{layer}.{theirs}.weight",
+                heads,
+            )
+    return names
+
+
+def as_transformers(shape, named):
+    """Tensors under our names, in our order of rows, to theirs."""
+    table = transformers_names(shape)
+    assert named.keys() == table.keys()
+    return {
+        table[name][0]: tensor
+        if table[name][1] is None
+        else halves_from_neighbours(tensor, table[name][1])
+        for name, tensor in named.items()
+    }
+
+
+def transformers_model(shape):
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_scaling_factor != 1.0:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": shape.rope_scaling_factor,
+            "low_freq_factor": shape.rope_low_freq_factor,
+            "high_freq_factor": shape.rope_high_freq_factor,
+            "original_max_position_embeddings": shape.rope_original_seq_len,
+        }
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.ffn_hidden_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=256,
+        tie_word_embeddings=shape.tied_embeddings,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def distance(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("scaling", [{}, SCALED], ids=["plain-rope", "scaled-rope"])
+@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=["multi-head", "grouped-query"])
+def test_equals_transformers(shape, scaling, tied):
+    shape = dataclasses.replace(shape, tied_embeddings=tied, **scaling)
+    model = filled(shape)
+    reference = transformers_model(shape)
+    weights = as_transformers(shape, {name: p.detach() for name, p in model.named_parameters()})
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
+    assert missing == (["lm_head.weight"] if tied else [])
+    assert not unexpected
+
+    tokens = tokens_of(shape)
+    logits = model(tokens)
+    loss = sequence_losses(logits[:, :-1], tokens[:, 1:]).sum() / tokens[:, 1:].numel()
+    loss.backward()
+    theirs = reference(input_ids=tokens, labels=tokens)
+    theirs.loss.backward()
+
+    assert distance(logits, theirs.logits) <= 1e-5
+    assert distance(loss, theirs.loss) <= 1e-5
+    gradients = as_transformers(shape, {name: p.grad for name, p in model.named_parameters()})
+    assert gradients.keys() == {name for name, _ in reference.named_parameters()}
+    off = {name: distance(gradients[name], p.grad) for name, p in reference.named_parameters()}
+    assert {name: error for name, error in off.items() if not error <= 1e-5} == {}
+
+
+def test_the_scaling_bites_in_every_branch():
+    plain, scaled = (
+        rotary_frequencies(shape, torch.device("cpu"))
+        for shape in (
+            dataclasses.replace(TINY, rope_theta=500.0),
+            dataclasses.replace(TINY, **SCALED),
+        )
+    )
+    ratio = scaled / plain
+    assert (ratio == 1).any()
+    assert torch.isclose(ratio, torch.tensor(1 / 8)).any()
+    assert ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "flavor", "published"),
+    [
+        ("llama2", "7B", 6_738_415_616),
+        ("llama2", "13B", 13_015_864_320),
+        ("llama2", "70B", 68_976_648_192),
+        ("llama3", "8B", 8_030_261_248),
+        ("llama3", "70B", 70_553_706_496),
+        ("llama3", "405B", 405_853_388_800),
+    ],
+)
+def test_parameter_counts_are_the_published(family, flavor, published):
+    with torch.device("meta"):
+        model = Transformer(FLAVORS[family][flavor])
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
+
+
+def test_names_and_shapes_are_metas():
+    model = Transformer(GROUPED)
+    block = {
+        "attention.wq": (48, 48),
+        "attention.wk": (24, 48),
+        "attention.wv": (24, 48),
+        "attention.wo": (48, 48),
+        "feed_forward.w1": (80, 48),
+        "feed_forward.w2": (48, 80),
+        "feed_forward.w3": (80, 48),
+        "attention_norm": (48,),
+        "ffn_norm": (48,),
+    }
+    expected = {"tok_embeddings.weight": (61, 48), "norm.weight": (48,), "output.weight": (61, 48)}
+    expected |= {
+        f"layers.{n}.{name}.weight": size for n in range(2) for name, size in block.items()
+    }
+    assert {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+    } == expected
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+
+
+def test_a_token_changes_nothing_before_it():
+    model, tokens = filled(GROUPED), tokens_of(GROUPED)
+    changed = tokens.clone()
+    changed[:, 17] = (changed[:, 17] + 1) % GROUPED.vocab_size
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :17], after[:, :17])
+    assert ((before[:, 17:] - after[:, 17:]).abs().amax(dim=-1) > 0).all()
+
+
+def test_attention_sees_only_the_distance_between_positions():
+    q, k = torch.randn(2, 1, 16, 3, 12, generator=torch.Generator().manual_seed(0)).unbind(0)
+    rope = Transformer(TINY).rope
+    here, there = rope.at(torch.arange(16)), rope.at(torch.arange(16) + 100)
+    scores = [torch.einsum("bshc,bthc->bhst", rotate(q, at), rotate(k, at)) for at in (here, there)]
+    assert distance(scores[1], scores[0]) <= 1e-5
+    assert distance(rotate(q, there), rotate(q, here)) > 0.1
+    assert torch.equal(here, rope(torch.zeros(5, 16, dtype=torch.int64)))
+
+
+@pytest.mark.slow
+def test_the_compiled_rotation_is_the_eager_one():
+    x = torch.randn(2, 16, 4, 12, generator=torch.Generator().manual_seed(0))
+    rotations = Transformer(TINY).rope.at(torch.arange(16) + 1000)
+    runs = []
+    for function in (rotate, torch.compile(rotate, fullgraph=True, backend="aot_eager")):
+        inputs = x.clone().requires_grad_()
+        turned = function(inputs, rotations)
+        (turned * x.cos()).sum().backward()
+        runs.append((turned.detach(), inputs.grad))
+    assert distance(runs[1][0], runs[0][0]) <= 1e-6
+    assert distance(runs[1][1], runs[0][1]) <= 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_meta_construction_then_storage_is_the_same_model(tied):
+    shape = dataclasses.replace(GROUPED, tied_embeddings=tied, **SCALED)
+    reference = filled(shape)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not list(model.buffers())
+    model.to(torch.bfloat16).to_empty(device="cpu").to(torch.float32)
+    assert (model.output.weight is model.tok_embeddings.weight) == tied
+    names = [name for name, _ in model.named_parameters()]
+    assert ("output.weight" in names) != tied
+    with torch.no_grad():
+        for parameter, source in zip(model.parameters(), reference.parameters(), strict=True):
+            parameter.copy_(source)
+        assert torch.equal(model(tokens_of(shape)), reference(tokens_of(shape)))
+
+
+def draw(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = model.initial_std(name)
+            if std is None:
+                parameter.fill_(1.0)
+            else:
+                nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_initial_loss_is_near_that_of_a_uniform_guess(tied):
+    shape = dataclasses.replace(
+        FLAVORS["llama2"]["debugmodel"], vocab_size=1024, n_layers=3, tied_embeddings=tied
+    )
+    model, tokens = draw(Transformer(shape)), tokens_of(shape, seq_len=129)
+    with torch.no_grad():
+        loss = sequence_losses(model(tokens[:, :-1]), tokens[:, 1:]).sum() / tokens[:, 1:].numel()
+    assert math.log(1024) - 0.1 < loss.item() < math.log(1024) + 0.7
+
+
+def test_initial_values_by_name():
+    model = Transformer(dataclasses.replace(TINY, n_layers=8))
+    values = {name: model.initial_std(name) for name, _ in model.named_parameters()}
+    assert {name for name, value in values.items() if value is None} == {
+        name for name, parameter in model.named_parameters() if parameter.ndim == 1
+    }
+    assert values["tok_embeddings.weight"] == 1.0
+    assert values["output.weight"] == 48**-0.5
+    for matrix in (
+        "attention.wq",
+        "attention.wk",
+        "attention.wv",
+        "feed_forward.w1",
+        "feed_forward.w3",
+    ):
+        assert values[f"layers.7.{matrix}.weight"] == 0.02
+    for matrix in ("attention.wo", "feed_forward.w2"):
+        assert values[f"layers.0.{matrix}.weight"] == pytest.approx(0.02 / math.sqrt(2))
+        assert values[f"layers.7.{matrix}.weight"] == pytest.approx(0.02 / 4)
+    tied = Transformer(dataclasses.replace(TINY, tied_embeddings=True))
+    assert tied.initial_std("tok_embeddings.weight") == 0.02
+
+
+def test_norms_compute_in_fp32_and_return_the_input_type():
+    norm = Transformer(TINY).norm.to(torch.bfloat16)
+    x = (torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * 300).to(torch.bfloat16)
+    assert norm(x).dtype == torch.bfloat16
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + TINY.norm_eps)
+    # Half a unit in the last of bf16's eight digits: only the result was rounded, nothing on the way to it.
+    assert ((norm(x) - exact).abs() <= exact.abs() * 2**-8 * (1 + 1e-4)).all()
+
+
+def test_rotations_reach_a_block_uncast_under_mixed_precision(one_rank):
+    model = filled(GROUPED)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.register_forward_pre_hook(
+                lambda module, args: seen.append((args[0].dtype, args[1]))
+            )
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.layers.values():
+        fully_shard(block, mesh=one_rank, mp_policy=policy)
+    fully_shard(model, mesh=one_rank, mp_policy=policy)
+    tokens = tokens_of(GROUPED)
+    model(tokens).float().sum().backward()
+    assert len(seen) == GROUPED.n_layers
+    for dtype, rotations in seen:
+        assert dtype == torch.bfloat16
+        assert torch.equal(rotations, model.rope(tokens))
+        assert rotations.dtype == torch.complex64
+
+
+def test_tied_weights_stay_one_parameter_under_sharding(one_rank):
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(TINY, tied_embeddings=True))
+    for block in model.layers.values():
+        fully_shard(block, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    model(tokens_of(TINY)).sum().backward()
+    assert "output.weight" not in dict(model.named_parameters())
+    assert model.output.weight is model.tok_embeddings.weight
+    assert model.tok_embeddings.weight.grad is not None
+
+
+def test_flops_are_six_a_weight_and_the_attention_square():
+    # One layer of width 8, 2 heads of 4, 1 key/value head, feed-forward 16, vocabulary 10, 32 tokens, by hand.
+    shape = ModelShape(8, 1, 2, 1, 16, 10)
+    weights = 8 * 8 + 2 * (4 * 8) + 8 * 8 + 3 * 8 * 16 + 10 * 8
+    assert flops_per_token(shape, 32) == 6 * weights + 12 * 8 * 32
+    assert (
+        flops_per_token(dataclasses.replace(shape, tied_embeddings=True), 32)
+        == 6 * weights + 12 * 8 * 32
+    )
+    # Per token 2 products of 2·S·D each forward, and twice that backward.
+    assert flops_per_token(shape, 64) - flops_per_token(shape, 32) == 3 * 2 * 2 * 32 * 8

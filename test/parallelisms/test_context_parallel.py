@@ -1,0 +1,219 @@
+"""Context parallelism on gloo ranks against the same model in one process: logits, loss, every gradient."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.forking import in_group
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from torchtrain.catalog.models import ModelShape
+from torchtrain.config_manager import Parallelism
+from torchtrain.loss import IGNORE_INDEX, sequence_losses
+from torchtrain.models.llama import RotaryPositions, Transformer
+from torchtrain.parallelisms.activation_checkpoint import keep_costly
+from torchtrain.parallelisms.compile import apply_compile
+from torchtrain.parallelisms.context_parallel import (
+    Ring,
+    apply_context_parallel,
+    attend,
+    attend_backward,
+    shard_sequence,
+)
+from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
+from torchtrain.parallelisms.initial_weights import materialise
+
+LOSS, GRADIENT = 1e-6, 1e-5  # relative, fp32: only the order of sums differs
+BATCH, SEQUENCE, VOCABULARY = 3, 48, 64
+
+pytestmark = pytest.mark.slow
+
+WAYS = {
+    "gathered-ring": {"method": "ring", "rotate_method": "allgather"},
+    "rotated-ring": {"method": "ring", "rotate_method": "alltoall"},
+    "ulysses": {"method": "ulysses", "rotate_method": "allgather"},
+}
+BALANCERS = {"contiguous": "none", "headtail": "headtail"}
+GRID = [f"{way}/{balancer}/{kv}kv" for way in WAYS for balancer in BALANCERS for kv in (4, 8)]
+EXTRAS = [
+    f"{way}/headtail/4kv/{extra}"
+    for way in WAYS
+    for extra in ("recomputed", "costly-kept", "compiled", "bf16")
+]
+WRONG = [f"{way}/headtail/4kv/contiguous-positions" for way in WAYS]
+CASES = {2: GRID + EXTRAS + WRONG, 4: [case for case in GRID if case.endswith("4kv")]}
+"""By the number of ranks."""
+
+
+class ContiguousPositions(RotaryPositions):
+    """The mistake: positions as if the shards were contiguous."""
+
+    def forward(self, tokens, documents=None):
+        length = tokens.shape[1]
+        return self.at(torch.arange(length) + dist.get_rank() * length)
+
+
+def build(kv_heads, bf16):
+    shape = ModelShape(
+        dim=64, n_layers=2, n_heads=8, n_kv_heads=kv_heads, ffn_hidden_dim=96, vocab_size=VOCABULARY
+    )
+    model = Transformer(shape)
+    materialise(model, torch.device("cpu"), seed=1)
+    with torch.no_grad():
+        for block in (
+            model.layers.values()
+        ):  # attention far from uniform, so that its mask and positions matter
+            block.attention.wq.weight *= 8
+            block.attention.wk.weight *= 8
+    if bf16:
+        model.to(torch.bfloat16)
+        apply_emulated_bf16(model)
+    return model
+
+
+def batch():
+    """Tokens and labels; the first half of one sequence counts, of another the last, of the third all but a few."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    labels[0, SEQUENCE // 2 :] = IGNORE_INDEX
+    labels[1, : SEQUENCE - 5] = IGNORE_INDEX
+    labels[2, 3:7] = IGNORE_INDEX
+    return tokens, labels
+
+
+def forward_backward(model, tokens, labels, valid):
+    logits = model(tokens)
+    loss = sequence_losses(logits, labels).sum() / valid
+    loss.backward()
+    return logits.detach(), loss.detach()
+
+
+def distance(mine, reference):
+    return ((mine - reference).norm() / reference.norm()).item()
+
+
+def recompute(model, **options):
+    for block in model.layers.values():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
+    """The relative distances from the one-process run, for this rank."""
+    way, balancer, kv, *extra = case.split("/")
+    kv_heads, options = (
+        int(kv.removesuffix("kv")),
+        WAYS[way] | {"load_balancer": BALANCERS[balancer]},
+    )
+    parallelism = Parallelism(
+        **{f"context_parallel_{key}": value for key, value in options.items()}
+    )
+    reference, model = build(kv_heads, "bf16" in extra), build(kv_heads, "bf16" in extra)
+    apply_context_parallel(model, mesh, parallelism)
+    if "contiguous-positions" in extra:
+        model.rope = ContiguousPositions(model.shape)
+    if "recomputed" in extra:
+        recompute(model)
+    if "costly-kept" in extra:
+        recompute(model, context_fn=partial(create_selective_checkpoint_contexts, keep_costly))
+    if "compiled" in extra:
+        apply_compile(
+            model, "aot_eager"
+        )  # the whole tracing, forward and backward, without generated code
+
+    tokens, labels = batch()
+    valid = (labels != IGNORE_INDEX).sum()
+    expected_logits, expected_loss = forward_backward(reference, tokens, labels, valid)
+    ring = Ring.of(mesh, parallelism)
+    shards = [shard_sequence(x, ring) for x in (tokens, labels)]
+    logits, loss = forward_backward(model, *shards, valid)
+    dist.all_reduce(loss)
+    distances = {
+        "logits": distance(logits, shard_sequence(expected_logits, ring)),
+        "loss": abs(loss - expected_loss).item() / expected_loss.item(),
+    }
+    for (name, mine), (same, theirs) in zip(
+        model.named_parameters(), reference.named_parameters(), strict=True
+    ):
+        assert name == same
+        total = mine.grad.float()
+        dist.all_reduce(total)
+        distances[name] = distance(total, theirs.grad.float())
+    return distances
+
+
+def run_rank(ranks: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+    results = {case: run_case(case, mesh) for case in CASES[ranks]}
+    (folder / f"{ranks}-{dist.get_rank()}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def worst(tmp_path_factory):
+    """By (ranks, case): each distance, the largest over the ranks."""
+    folder = tmp_path_factory.mktemp("context-parallel")
+    found = {}
+    for ranks, cases in CASES.items():
+        in_group(ranks, run_rank, ranks, folder)
+        by_rank = [
+            json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)
+        ]
+        for case in cases:
+            names = by_rank[0][case]
+            found[ranks, case] = {
+                name: max(results[case][name] for results in by_rank) for name in names
+            }
+    return found
+
+
+FP32 = [
+    (ranks, case)
+    for ranks in CASES
+    for case in CASES[ranks]
+    if not case.endswith(("/bf16", "/contiguous-positions"))
+]
+
+
+@pytest.mark.parametrize(("ranks", "case"), FP32)
+def test_equals_one_process(worst, ranks, case):
+    distances = worst[ranks, case]
+    assert distances["loss"] <= LOSS
+    for name, distance_found in distances.items():
+        assert distance_found <= GRADIENT, name
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_positions_show(worst, case):
+    assert max(worst[2, case].values()) > 1000 * GRADIENT
+
+
+@pytest.mark.parametrize("case", [case for case in EXTRAS if case.endswith("bf16")])
+def test_emulated_bf16_differs_by_rounding_alone(worst, case):
+    distances = worst[2, case]
+    for name, distance_found in distances.items():  # half a unit in the last place of bf16 is 2^-9
+        assert distance_found <= 2**-8, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(48, 48, True), (24, 48, False), (48, 24, False)]
+)
+def test_gpu_kernels_take_these_arguments(dtype, queries, keys, causal):
+    """Shapes and types only, on the meta device, which takes the branches of a GPU."""
+    q, k, v = (
+        torch.empty(2, length, heads, 64, device="meta", dtype=dtype).transpose(1, 2)
+        for length, heads in ((queries, 8), (keys, 4), (keys, 4))
+    )
+    result, lse, *state = attend(q, k, v, causal)
+    assert (result.shape, result.dtype, lse.shape, lse.dtype) == (
+        q.shape,
+        dtype,
+        q.shape[:3],
+        torch.float32,
+    )
+    gradients = attend_backward(result, q, k, v, result, lse, state, causal)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]

@@ -1,0 +1,255 @@
+"""The launcher and what happens when something goes wrong: one message, the right exit status, quickly."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import forking
+from helpers.forking import train
+from helpers.launching import (
+    ROOT,
+    TIMEOUT_S,
+    environment,
+    kill_group,
+    launched,
+    metrics,
+    options,
+    running,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def launch_script(script, arguments, cwd, ranks=1, **extra):
+    process = subprocess.Popen(
+        [str(script), *arguments],
+        cwd=cwd,
+        env=environment(
+            ranks, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **extra
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        kill_group(process)
+    return process.returncode, output
+
+
+def ranks_of(process):
+    """Process ids of the launcher's children, in rank order of their environment."""
+    children = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, IndexError):
+                continue
+            rank = [v for v in variables if v.startswith(b"RANK=")]
+            if parent == process.pid and rank:
+                children[int(rank[0][5:])] = int(entry.name)
+    return children
+
+
+def run_with_a_stopped_rank(folder, data):
+    """Exit status and output of a run of which one rank is stopped."""
+    overrides = {
+        **data,
+        "job.dump_folder": folder,
+        "training.steps": 100000,
+        "comm.train_timeout_seconds": 5,
+    }
+    with running(2, overrides) as process:
+        log = folder / "metrics.jsonl"
+        while (
+            not log.exists() or len(log.read_text().splitlines()) < 2
+        ):  # the timeout holds from the second step on
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        os.kill(ranks_of(process)[1], signal.SIGSTOP)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped(tmp_path_factory, data):
+    """That run, beside all the others: torchrun waits for half a minute before it kills a rank that is stopped."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(
+            run_with_a_stopped_rank, tmp_path_factory.mktemp("stopped") / "run", data
+        )
+
+
+def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
+    copy = tmp_path / "a path with spaces"
+    copy.mkdir()
+    for name in ("train.py", "run_llama_train.sh"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("torchtrain", "train_configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    chosen = {**data, "job.config_file": None, "job.dump_folder": "run here"}
+    status, output = launch_script(
+        copy / "run_llama_train.sh",
+        options(chosen),
+        tmp_path,
+        ranks=2,
+        PYTHONPATH="",
+        CONFIG_FILE="train_configs/debug_model.toml",
+    )
+    assert status == 0, output
+    assert len(metrics(tmp_path / "run here")) == 4
+    assert "[rank" not in output, "one rank speaks unless more are asked for"
+    status, output = launch_script(copy / "run_llama_train.sh", ["--training.stepz", "3"], tmp_path)
+    assert status == 2
+    assert output.count("stepz") == 1
+    assert "training.steps" in output
+
+
+def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
+    train(1, {**data, "job.dump_folder": tmp_path / "one-rank"})
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *options({**data, "job.dump_folder": tmp_path / "plain"}),
+        ],
+        env={k: v for k, v in environment(1).items() if k != "NGPU"},
+        check=True,
+        timeout=TIMEOUT_S,
+        capture_output=True,
+    )
+    assert [line["loss"] for line in metrics(tmp_path / "plain")] == [
+        line["loss"] for line in metrics(tmp_path / "one-rank")
+    ]
+
+
+@pytest.mark.parametrize("given", ["0", "two", "-1"])
+def test_ngpu_must_be_a_positive_number(tmp_path, given):
+    status, output = launch_script(ROOT / "run_llama_train.sh", [], tmp_path, NGPU=given)
+    assert status == 2
+    assert f"NGPU = {given!r}" in output
+
+
+def test_log_rank_must_name_ranks(tmp_path):
+    status, output = launch_script(
+        ROOT / "run_llama_train.sh", [], tmp_path, ranks=2, LOG_RANK="0,2"
+    )
+    assert status == 2
+    assert "LOG_RANK = '0,2'" in output
+
+
+def test_config_fault_is_one_message_before_any_rank_exists(tmp_path, data):
+    output = launched(
+        3, {**data, "job.dump_folder": tmp_path / "run", "training.global_batch_size": 8}, expect=2
+    )
+    assert "Traceback" not in output
+    assert output.count("global_batch_size") >= 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fault_found_by_the_ranks_is_one_message_too(tmp_path, data):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 3}\n')
+    overrides = {
+        **data,
+        "training.dataset": "jsonl",
+        "training.dataset_path": bad,
+        "job.dump_folder": tmp_path / "run",
+    }
+    output = launched(2, overrides, expect=2)
+    assert "bad.jsonl:2" in output
+    assert output.count("bad.jsonl:2") == 1
+    assert "Traceback" not in output
+    output = train(
+        2, {**data, "model.vocab_size": 100, "job.dump_folder": tmp_path / "run"}, expect=2
+    )
+    assert output.count("model.vocab_size = 100") == 1
+    output = train(
+        2, {**data, "model.tokenizer_path": bad, "job.dump_folder": tmp_path / "run"}, expect=2
+    )
+    assert "bad.jsonl" in output
+    assert "Traceback" not in output
+
+
+def test_folder_in_use_is_refused(tmp_path, data):
+    endless = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with forking.running(1, endless) as run:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert run.alive(), run.printed
+            time.sleep(0.1)
+        output = train(1, endless, expect=2)
+        assert "in use by process" in output
+
+
+def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
+    with running(
+        2, {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    ) as process:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        os.kill(ranks_of(process)[0], signal.SIGUSR1)  # shows the stack and goes on
+        time.sleep(1)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert "rank 1 was ended by SIGKILL" in output
+    assert "in train" in output, "no stack on SIGUSR1"
+
+
+def test_ranks_die_with_their_launcher(tmp_path, data):
+    with running(
+        2, {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    ) as process:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        children = ranks_of(process)
+        assert len(children) == 2
+        os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (
+            any(Path(f"/proc/{pid}").exists() for pid in children.values())
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
+
+
+def test_log_rank_chooses_who_speaks(tmp_path, data):
+    output = launched(2, {**data, "job.dump_folder": tmp_path / "run"}, LOG_RANK="1")
+    assert "[rank 1]" in output
+    output = train(2, {**data, "job.dump_folder": tmp_path / "run"})
+    assert "[rank" not in output
+    assert (tmp_path / "run" / "previous-1" / "metrics.jsonl").exists()
+    assert "previous-1" in output
+
+
+def test_non_finite_loss_stops_before_the_weights(tmp_path, data):
+    overrides = {
+        **data,
+        "job.dump_folder": tmp_path / "run",
+        "optimizer.lr": 1e30,
+        "training.max_norm": 1e30,
+    }
+    output = launched(2, overrides, expect=1)
+    assert "gradient norm" in output
+    assert "global samples" in output
+    assert output.count("detect_anomaly") == 1
+    assert "Traceback" not in output
+
+
+def test_a_stopped_rank_ends_the_run_within_the_training_timeout(stopped):
+    status, output = stopped.result()
+    assert status not in (0, None)
+    assert "rank 0 failed" in output

@@ -1,0 +1,295 @@
+"""The parity tool: it finds every technique equal to one process, and it sees what is not."""
+
+import json
+import math
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers.forking import Ranks
+from helpers.launching import ROOT
+
+from torchtrain.config_manager import JobConfig
+from torchtrain.tools import parity, parity_ranks
+from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout, pipeline
+
+# Every technique once, most of them in company; the whole table is the tool's own business.
+SUBSET = (
+    "accumulate-labels",
+    "selective-ac",
+    "selective-op-ac",
+    "budget-ac",
+    "fsdp2-never",
+    "fsdp2-offload",
+    "fsdp2-tied",
+    "fsdp2-bf16",
+    "fsdp2-compile",
+    "replicate2",
+    "tp2-no-sequence-no-loss",
+    "tp2-compile",
+    "fsdp2-documents-packed",
+    "tp2-documents",
+    "pp2-zbv-documents",
+    "cp2-labels",
+    "cp2-alltoall-in-order",
+    "cp2-ulysses",
+    "pp2-1f1b-accumulate",
+    "pp2-1f1b-uneven",
+    "pp2-gpipe-full-ac",
+    "pp2-interleaved-zb",
+    "pp2-zbv-tied",
+    "pp2-1f1b-compile",
+    "pp2-1f1b-offload",
+    "pp2-zbv-bf16",
+    "fsdp2-pp2-zbv",
+    "fsdp2-pp2-interleaved-always",
+    "tp2-pp2-zbv",
+    "cp2-pp2-dualpipev-labels",
+    "fsdp2-tp2-pp2-1f1b",
+    "hsdp2x2-accumulate-labels",
+    "fsdp2-tp2-tied-full-ac",
+    "tp2-cp2-ulysses-tied",
+)
+
+
+@pytest.fixture(scope="module")
+def small(data):
+    """Options for both kinds of runs: the tests' corpus, and a step less."""
+    return {**data, "training.steps": 3}
+
+
+def work(cases_file, on_gpus):
+    """A forked rank of the tool."""
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    parity_ranks.work(cases_file)
+
+
+def forked_cases(plan, ranks, cases, folder):
+    """`parity.run_cases` on forked ranks. How the tool starts its own is shown by the layouts with a fault."""
+    waiting = dict(cases)
+    while waiting:
+        file = folder / f"cases-{ranks}.json"
+        file.write_text(
+            json.dumps({"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())})
+        )
+        forked = Ranks(ranks, work, file, plan.on_gpus)
+        forked.finish(timeout_s=500)
+        for line in forked.printed.splitlines():
+            if line.startswith(parity.DONE):
+                name = line.removeprefix(parity.DONE).strip()
+                del waiting[name]
+                yield name, ""
+        if waiting:
+            name = next(iter(waiting))
+            del waiting[name]
+            yield name, parity.first_fault(folder, name) or forked.printed
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, small):
+    """The tool's exit status and the rows it wrote, by layout."""
+    file = tmp_path_factory.mktemp("parity") / "table.json"
+    given = [f"--{name}={value}" for name, value in small.items()]
+    with patch.object(parity, "run_cases", forked_cases):
+        status = parity.main(["--layouts", ",".join(SUBSET), "--json", str(file), *given])
+    return status, {row["layout"]: row for row in json.loads(file.read_text())["layouts"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SUBSET)
+def test_a_layout_trains_as_one_process_does(table, name):
+    row = table[1][name]
+    assert row["verdict"] == "same", row
+    limits = parity.TOLERANCES["bfloat16" if "bf16" in name else "float32"]
+    assert row["loss"] <= limits.loss
+    assert row["norm"] <= limits.norm
+    assert row["gradient"] <= limits.gradient
+    assert row["weights"] <= limits.weights
+    assert row["ranks"] == LAYOUTS[name].ranks
+    assert row["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_table_has_all_and_the_status_says_so(table):
+    assert set(table[1]) == set(SUBSET)
+    assert table[0] == 0
+
+
+FAULTY = {
+    "scaled": Layout(2, {"training.local_batch_size": 1}),
+    "positions": Layout(2, {"parallelism.context_parallel_degree": 2}),
+    "replica-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}),
+    "tensor-rank-drifts": Layout(2, {"parallelism.tensor_parallel_degree": 2}),
+    "tied-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}, "tied"),
+    "stages-scaled": Layout(2, pipeline("1F1B")),
+    "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
+    "killed": Layout(2),
+    "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
+    "good": Layout(2),  # on the ranks that took up the rest
+    "raises": Layout(2),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(small):
+    """The rows of layouts with a fault built in."""
+    file = str(ROOT / "train_configs" / "debug_model.toml")
+    worker = (str(ROOT / "test" / "helpers" / "sabotage.py"),)
+    plan = parity.Plan(file, parity.SHRUNK | small, timeout_seconds=60, worker=worker)
+    return {row.layout: row for row in parity.check_layouts(FAULTY, plan)}
+
+
+@pytest.mark.slow
+def test_gradients_scaled_by_the_microbatch_count_are_seen(faulty):
+    row = faulty["scaled"]
+    assert row.gradient == pytest.approx(3, rel=1e-5)  # four microbatches a rank
+    assert row.norm == pytest.approx(3, rel=1e-5)
+    assert "gradient norm" in row.verdict
+    assert "gradient of" in row.verdict
+
+
+@pytest.mark.slow
+def test_gradients_that_pytorch_divides_by_the_pipelines_microbatches_are_seen(faulty):
+    row = faulty["stages-scaled"]
+    assert row.gradient == pytest.approx(7 / 8, rel=1e-5)
+    assert "gradient norm" in row.verdict
+
+
+@pytest.mark.slow
+def test_a_tied_outputs_gradient_that_does_not_reach_the_embedding_is_seen(faulty):
+    assert "gradient of tok_embeddings.weight" in faulty["copy-forgotten"].verdict
+
+
+@pytest.mark.slow
+def test_wrong_positions_of_context_shards_are_seen(faulty):
+    row = faulty["positions"]
+    assert row.verdict.startswith("OFF: loss; ")
+    assert "gradient of" in row.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("replica-drifts", "norm.weight"),
+        ("tensor-rank-drifts", "layers.1.ffn_norm.weight"),
+        ("tied-drifts", "tok_embeddings.weight"),
+    ],
+)
+def test_a_copy_that_drifts_on_one_rank_in_the_last_bits_is_seen(faulty, name, parameters):
+    # Rank 0 has the right weights, so nothing else can see it.
+    assert faulty[name].verdict == f"OFF: copies differ between ranks of {parameters}"
+
+
+@pytest.mark.slow
+def test_a_layout_that_fails_says_why_and_the_others_go_on(faulty):
+    assert faulty["raises"].verdict == "failed: RuntimeError: a fault of rank 1"
+    assert faulty["killed"].verdict.startswith("failed: ")
+    assert faulty["impossible"].verdict.startswith("refused: ")
+    assert "tensor_parallel_degree = 3" in faulty["impossible"].verdict
+    assert faulty["good"].verdict == "same"
+    assert set(faulty) == set(FAULTY)
+
+
+# ---- without ranks ----
+
+
+def results(**changes):
+    part = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2, 2)}
+    return {
+        "losses": [2.0, 1.0],
+        "norms": [0.5],
+        "initial": part,
+        "gradients": part,
+        "weights": part,
+        "drifted": [],
+        "seconds": 1.0,
+    } | changes
+
+
+TOLERANCE = parity.Tolerance(loss=1e-6, norm=1e-5, gradient=1e-5, weights=1e-4)
+
+
+def verdict(**changes):
+    return parity.compare("x", 2, results(**changes), results(), TOLERANCE).verdict
+
+
+def test_equal_results_are_the_same():
+    row = parity.compare("x", 2, results(), results(), TOLERANCE)
+    assert row.verdict == "same"
+    assert (row.loss, row.norm, row.gradient, row.weights) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "off"),
+    [
+        ({"losses": [2.0, 1.0 + 3e-6]}, "loss"),
+        ({"losses": [math.nan, 1.0]}, "loss"),
+        ({"norms": [0.5 * (1 - 3e-5)]}, "gradient norm"),
+        (
+            {"gradients": {"a": torch.tensor([3.0, 4.0 + 1e-3]), "b": torch.ones(2, 2)}},
+            "gradient of a",
+        ),
+        ({"gradients": {"a": torch.tensor([3.0, 4.0])}}, "gradient of b"),
+        ({"weights": {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(4)}}, "weights of b"),
+        ({"weights": {"a": torch.tensor([math.inf, 4.0]), "b": torch.ones(2, 2)}}, "weights of a"),
+        (
+            {"initial": {"a": torch.tensor([3.0, 4.0]), "b": torch.full((2, 2), 1 + 2**-23)}},
+            "initial weights of b",
+        ),
+        ({"drifted": ["b"]}, "copies differ between ranks of b"),
+    ],
+)
+def test_what_is_off_is_named(changes, off):
+    assert verdict(**changes) == f"OFF: {off}"
+
+
+def test_a_difference_is_relative_to_the_references_norm():
+    assert parity.relative(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+    assert parity.relative(torch.zeros(2), torch.zeros(2)) == 0
+    assert parity.relative(torch.ones(2), torch.zeros(2)) == math.inf
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_of_the_table_is_accepted(name):
+    layout = LAYOUTS[name]
+    plan = parity.make_plan(None, 4, [], LAYOUTS)
+    JobConfig().parse_args(plan.command_line(layout.task, layout), world_size=layout.ranks)
+    assert layout.task in TASKS
+
+
+def test_the_reference_is_plain_whatever_the_options_say(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        "[parallelism]\ntensor_parallel_degree = 4\n[training]\nseq_len = 32\n[compile]\nenable = true\n"
+    )
+    options = ["--training.mixed_precision_param", "bfloat16", "--model.dim=128"]
+    plan = parity.make_plan(str(file), 7, options, {"fsdp4": LAYOUTS["fsdp4"]})
+    reference = JobConfig().parse_args(plan.command_line("plain"), world_size=1)
+    layout = JobConfig().parse_args(plan.command_line("plain", LAYOUTS["fsdp4"]), world_size=4)
+    assert (reference.parallelism, reference.compile.enable) == (JobConfig().parallelism, False)
+    assert (layout.parallelism, layout.compile.enable) == (JobConfig().parallelism, False)
+    assert reference.training.mixed_precision_param == "float32"
+    assert layout.training.mixed_precision_param == "bfloat16"
+    for config in (reference, layout):
+        assert (config.model.dim, config.training.seq_len, config.training.steps) == (128, 32, 7)
+        assert config.training.global_batch_size == 4 * config.training.local_batch_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--layouts", "fsdp2,tpp2"], "'tpp2' is unknown; did you mean tp2?"),
+        (["--layouts", ""], "'' is unknown"),
+        (["--trainning.steps", "3"], "did you mean --training.steps or --validation.steps?"),
+        (["--model.n_heads", "7"], "must divide model.dim"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--json", "nowhere/table.json"], "its folder does not exist"),
+    ],
+)
+def test_a_users_fault_is_one_message_and_status_2(capsys, arguments, text):
+    assert parity.main(arguments) == 2
+    assert text in capsys.readouterr().err

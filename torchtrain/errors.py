@@ -1,0 +1,46 @@
+"""What can end a run, and how: every exception of the project, with its exit status.
+
+UserError              2    a user error: its message alone, no traceback
+  SharedUserError      2    raised by every rank with one text, printed by rank 0 alone
+  ConfigError          2    all faults of a configuration, one per line
+PeerFault              1, 2 another rank has failed and printed the cause; the status is that rank's
+NonFinite              1    loss or gradient is not a number
+CheckpointError        1    a checkpoint could not be written or read
+Stopped          128 + n    signal n asked the run to stop, and it did after a whole step
+"""
+
+import signal
+
+
+class UserError(ValueError):
+    """A user error: shown as its message alone, without a traceback, with exit status 2."""
+
+
+class SharedUserError(UserError):
+    """A user error that every rank raises with the same text, so rank 0 alone prints it."""
+
+
+class ConfigError(UserError):
+    """All faults of a configuration, one per line."""
+
+
+class PeerFault(RuntimeError):
+    """Another rank has failed and prints the cause; this one only stops, with the same status."""
+
+    is_user_error = False
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient is infinite or not a number."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; names the ranks that failed and why."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to stop, and it did so after a whole step."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
+        self.signal_number = signal_number
