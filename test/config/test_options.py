@@ -153,7 +153,7 @@ SHOWN_BY = {
 
 
 def test_every_option_has_a_test():
-    tests = "".join(path.read_text() for path in (ROOT / "test").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "test").rglob("test_*.py"))
     assert set(SHOWN_BY) == set(all_options())
     assert not [name for name in SHOWN_BY.values() if f"def {name}(" not in tests]
 

@@ -14,9 +14,10 @@ import pyarrow.parquet
 import pytest
 from helpers.launching import ROOT, TINY, environment
 
+from torchtrain.catalog import datasets as registry
 from torchtrain.catalog.datasets import DATASETS, find_dataset, import_custom
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import corpora, registry
+from torchtrain.datasets import corpora
 from torchtrain.datasets.corpora import Corpus, open_corpus
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
