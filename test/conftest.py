@@ -1,7 +1,13 @@
 import pytest
 from helpers.launching import write_corpus
+from hypothesis import settings
 
-# Those that last longest begin first: one that began last would keep a worker busy when the others are done.
+# The same examples in each run, and as long as each takes: a busy machine must not fail a test.
+settings.register_profile("torchtrain", deadline=None, derandomize=True)
+settings.load_profile("torchtrain")
+
+# Those that last longest begin first: one that began last would keep a worker busy when the others
+# are done.
 LONGEST = (
     "test_parity.py",
     "test_launch.py",
@@ -12,7 +18,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The order of files; xdist's --no-loadscope-reorder keeps it."""
+    """Set the order of files; xdist's --no-loadscope-reorder keeps it."""
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 

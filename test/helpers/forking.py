@@ -1,7 +1,7 @@
-"""Ranks without their start: each is a fork of one process that has imported everything, the trainer included.
+"""Ranks without their start: forks of one process that has imported everything, the trainer too.
 
-What a user starts, torchrun and its ranks, is for `launching`: where the start, or what ends a run, is what is tested.
-That forked ranks train as launched ones do, to the bit, is shown by test_training.
+What a user starts, torchrun and its ranks, is for `launching`: for tests of the start, or of what
+ends a run. That forked ranks train as launched ones do, to the bit, is shown by test_training.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ FORKS.set_forkserver_preload(["train"])
 
 
 def enter(rank, world_size, port, printed, action, arguments):
-    """A rank's process, as torchrun hands it to train.py but for what is printed, which goes to a file."""
+    """Be a rank's process, as torchrun starts train.py, but print to a file."""
     with open(printed, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -72,31 +72,36 @@ class Ranks:
 
     @property
     def statuses(self):
-        """Of each rank, None while it runs."""
+        """The exit status of each rank, None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def alive(self):
-        """Whether no rank has ended."""
+        """Return whether no rank has ended."""
         return all(status is None for status in self.statuses)
 
     def finish(self, timeout_s):
-        """Wait for the end of all, or, once one has failed or time is up, end them. Returns their exit statuses."""
+        """Wait until all have ended and return their exit statuses.
+
+        Once one has failed, the others have GRACE_S; those left when the time is up are killed.
+        """
         deadline = time.monotonic() + timeout_s
         failed = False
         try:
-            while None in self.statuses and (left := deadline - time.monotonic()) > 0:
-                wait(
-                    [process.sentinel for process in self.processes if process.exitcode is None],
-                    left,
-                )
+            # One look per turn: a rank may end between two, and a wait for nobody lasts to the end.
+            while running := [process for process in self.processes if process.exitcode is None]:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                wait([process.sentinel for process in running], left)
                 if any(self.statuses) and not failed:
-                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+                    failed = True
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
         finally:
             self.kill()
         return self.statuses
 
     def kill(self):
-        """SIGKILL to all that still run; returns when they are gone."""
+        """Send SIGKILL to all that still run; return when they are gone."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -105,7 +110,7 @@ class Ranks:
 
 @contextmanager
 def running(world_size, overrides):
-    """A training run in the background; whatever is left of it at the end is killed."""
+    """Run a training run in the background; whatever is left of it at the end is killed."""
     ranks = Ranks(world_size, run_trainer, options(overrides))
     try:
         yield ranks
@@ -114,7 +119,7 @@ def running(world_size, overrides):
 
 
 def on_ranks(world_size, action, *arguments, expect=0, timeout_s=TIMEOUT_S):
-    """Run `action(*arguments)`, a function of a module, on each rank, to the end. Returns what was printed."""
+    """Run `action(*arguments)`, a module's function, on each rank and return what was printed."""
     ranks = Ranks(world_size, action, *arguments)
     statuses = ranks.finish(timeout_s)
     assert statuses == [expect] * world_size, (
@@ -124,12 +129,12 @@ def on_ranks(world_size, action, *arguments, expect=0, timeout_s=TIMEOUT_S):
 
 
 def in_group(world_size, action, *arguments, **limits):
-    """The same, in a process group of all these ranks."""
+    """Do what `on_ranks` does, in a process group of all these ranks."""
     return on_ranks(world_size, act_in_group, action, arguments, **limits)
 
 
 def act_in_group(action, arguments):
-    """A rank of `in_group`."""
+    """Be a rank of `in_group`."""
     join_process_group(60)
     action(*arguments)
     dist.barrier()
@@ -137,10 +142,10 @@ def act_in_group(action, arguments):
 
 
 def run_trainer(arguments):
-    """train.py with these options. Returns its exit status."""
+    """Run train.py with these options and return its exit status."""
     return trainer.main(JobConfig().parse_args(arguments))
 
 
 def train(world_size, overrides, expect=0):
-    """A training run to its end. Returns what was printed."""
+    """Run a training run to its end and return what was printed."""
     return on_ranks(world_size, run_trainer, options(overrides), expect=expect)

@@ -1,4 +1,4 @@
-"""Start real runs from tests: the launcher as a user starts it, on a tiny model and a corpus made up on the spot."""
+"""Start real runs from tests, by the launcher as users do, on a tiny model and a made-up corpus."""
 
 import json
 import os
@@ -34,7 +34,7 @@ TINY = {
 
 
 def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
-    """A folder of text files with enough structure for a loss to fall; the same for the same arguments everywhere."""
+    """Write text files with enough structure for a loss to fall, always the same for one seed."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(60)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> Path:
 def data_loader(
     dataset, global_batch: int, rank: int, degree: int, microbatch: int, *more, **options
 ) -> DataLoader:
-    """The part of one of `degree` data-parallel ranks; sizes count sequences."""
+    """Build the loader of one of `degree` data-parallel ranks; sizes count sequences."""
     accumulation, rest = divmod(global_batch, degree * microbatch)
     assert rest == 0
     return DataLoader(
@@ -56,7 +56,7 @@ def data_loader(
 
 
 def options(overrides: dict) -> list[str]:
-    """Command-line options of TINY with `overrides` over it; a value None leaves the option out."""
+    """Return TINY with `overrides` over it as command-line options; None leaves one out."""
     merged = {**TINY, **overrides}
     pairs = [
         (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
@@ -67,7 +67,7 @@ def options(overrides: dict) -> list[str]:
 
 
 def environment(ranks: int, **extra: str) -> dict[str, str]:
-    """One thread a rank, and nothing of a launcher that this test itself may run under."""
+    """Return the environment of a run: one thread per rank, nothing of a launcher around it."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -88,7 +88,7 @@ def environment(ranks: int, **extra: str) -> dict[str, str]:
 
 
 def start(ranks: int, overrides: dict, **extra: str) -> subprocess.Popen:
-    """A run in the background, in a process group of its own so that it can be ended whole."""
+    """Start a run in the background, in its own process group so that it can be ended whole."""
     return subprocess.Popen(
         [sys.executable, "-m", "torchtrain.tools.launch", *options(overrides)],
         env=environment(ranks, **extra),
@@ -101,7 +101,7 @@ def start(ranks: int, overrides: dict, **extra: str) -> subprocess.Popen:
 
 @contextmanager
 def running(ranks: int, overrides: dict, **extra: str):
-    """The same as a context: whatever is left of the run is killed at the end."""
+    """Start a run as a context: whatever is left of it is killed at the end."""
     process = start(ranks, overrides, **extra)
     try:
         yield process
@@ -112,7 +112,7 @@ def running(ranks: int, overrides: dict, **extra: str):
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and all its ranks, and nobody else."""
+    """Send SIGKILL to the launcher and all its ranks, and nobody else."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -128,5 +128,5 @@ def launched(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The logged lines of a run."""
+    """Return the logged lines of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

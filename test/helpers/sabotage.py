@@ -1,4 +1,4 @@
-"""The ranks of torchtrain.tools.parity with faults built in: a case whose name is one of FAULTS runs under it."""
+"""The ranks of torchtrain.tools.parity with faults built in: a case named as a fault has it."""
 
 import os
 import signal
