@@ -49,14 +49,16 @@ from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.lr_scheduling import build_schedule, differences, get_lr_scheduler, set_step
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops, peak_memory_gib
-from torchtrain.models.llama import Transformer, flops_per_token
+from torchtrain.models.decoder import Decoder
+from torchtrain.models.llama import Transformer
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.apply import DTYPES, build_parts, named_weights
-from torchtrain.parallelisms.context_parallel import Ring, shard_sequence
-from torchtrain.parallelisms.initial_weights import materialise
+from torchtrain.parallelisms.context_parallel import shard_sequence
+from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.mesh import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
+from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
@@ -83,7 +85,7 @@ class Trainer:
     mesh: DeviceMesh
     batch: BatchPlan
     loader: DataLoader
-    parts: dict[int, Transformer]
+    parts: dict[int, Decoder]
     """This rank's part of the model: all of it, or by number its pipeline stages."""
     weights: dict[str, nn.Parameter]
     """Their parameters by their names in the whole model: what is updated and saved."""
@@ -329,7 +331,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
 
     parts = build_parts(shape, mesh, dims, config)
     for part in parts.values():
-        materialise(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
+        materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     weights = named_weights(parts.values())
     optimizer = build_optimizer(weights.values(), config.optimizer)
     losses = sequence_losses
@@ -344,7 +346,10 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     my_part: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731 (a rank that shares no sequence computes all of it)
     if dims.cp > 1:
         my_part = partial(shard_sequence, ring=Ring.of(mesh["cp"], config.parallelism))
-    context = partial(loss_context, dims.tp > 1 and not config.parallelism.disable_loss_parallel)
+    context = partial(
+        loss_context,
+        vocabulary_sharded=dims.tp > 1 and not config.parallelism.disable_loss_parallel,
+    )
     pipeline = None
     if dims.pp > 1:
         pipeline = Pipeline(parts, mesh, dims, config, batch.microbatch_size, device, losses)
@@ -562,7 +567,11 @@ def open_metrics(
     peak = peak_flops(trainer.device, DTYPES[training.mixed_precision_param])
     peak = None if peak is None else peak * dist.get_world_size()
     return MetricsLogger(
-        trainer.config, folder.path, facts, flops_per_token(trainer.shape, training.seq_len), peak
+        trainer.config,
+        folder.path,
+        facts,
+        next(iter(trainer.parts.values())).flops_per_token(training.seq_len),
+        peak,
     )
 
 

@@ -27,8 +27,8 @@ from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
 from torchtrain.loss import IGNORE_INDEX, count_valid
-from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms.fsdp import reshard
+from torchtrain.models.decoder import Decoder
+from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.parallelisms.mesh import ParallelDims
 
 
@@ -98,7 +98,7 @@ class Validator:
         separators: tuple[int, int] | None,
         batch: BatchPlan,
         dims: ParallelDims,
-        parts: Collection[Transformer],
+        parts: Collection[Decoder],
         device: torch.device,
     ) -> None:
         """`separators` (of documents) and `batch` are those of training, `parts` what this rank has of the model."""
@@ -138,7 +138,7 @@ class Validator:
             known = token_bytes[batch.labels.clamp(min=0)].where(batch.labels != IGNORE_INDEX, 0.0)
             losses = losses_of(batch).double()
             totals += torch.stack([losses.sum(), count_valid(batch.labels).sum(), known.sum()])
-        reshard(self.parts)
+        free_gathered(self.parts)
         # Ranks that share a sample all read it. Its loss only those of the last stage have, each of the tensor ranks.
         dist.all_reduce(totals)
         loss, valid, size = (

@@ -21,12 +21,8 @@ from torchtrain.config_manager import options as all_options
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.parallelisms import apply
-from torchtrain.parallelisms.context_parallel import (
-    Ring,
-    RingAttention,
-    UlyssesAttention,
-    apply_context_parallel,
-)
+from torchtrain.parallelisms.context_parallel import UlyssesAttention, apply_context_parallel
+from torchtrain.parallelisms.ring_attention import Ring, RingAttention
 from torchtrain.tools.layouts import DOCUMENTS
 
 MODEL_KEYS = (
@@ -740,44 +736,51 @@ def test_a_request_to_stop_is_not_lost_nor_doubled(device):
 def test_sharing_options_reach_the_model(data, device, monkeypatch):
     """What they then do is test_parity's and the techniques' own tests' to show."""
     calls = {}
-    for technique in ("tensor", "context"):
-        name = f"apply_{technique}_parallel"
-
-        def note(model, mesh, parallelism, *, technique=technique):
-            calls[technique] = (mesh, parallelism)
-
-        monkeypatch.setattr(apply, name, note)
+    monkeypatch.setattr(apply.Ring, "of", lambda *given: given)
     monkeypatch.setattr(apply, "apply_fsdp", lambda *_, **__: None)
     monkeypatch.setattr(train.ParallelDims, "fsdp_mesh", lambda *_: None)
+    for technique in ("tensor", "context"):
+
+        def note(model, *given, technique=technique):
+            calls[technique] = given
+
+        monkeypatch.setattr(apply, f"apply_{technique}_parallel", note)
     model = train.Transformer(train.shape_for(config_of(data), 2048))
 
-    def given(*args):
+    def parallelized(*args):
         config = JobConfig().parse_args([*options(data), *args], world_size=2)
         dims = train.ParallelDims.from_config(config.parallelism, 2)
         apply.parallelize(model, FakeMesh(), dims, config)
-        assert all(parallelism is config.parallelism for _, parallelism in calls.values())
-        return calls.popitem() if calls else None
+        return config.parallelism
 
-    assert given() is None
-    technique, (mesh, parallelism) = given("--parallelism.tensor_parallel_degree=2")
-    assert (technique, mesh) == ("tensor", "tp")
-    cp = "--parallelism.context_parallel_degree=2"
-    technique, (mesh, parallelism) = given(cp)
-    assert (technique, mesh) == ("context", "cp")
+    parallelized()
+    assert not calls
+    given = parallelized("--parallelism.tensor_parallel_degree=2")
+    assert calls.popitem() == ("tensor", ("tp", given))
+    given = parallelized(
+        "--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_method=ulysses"
+    )
+    assert calls.popitem() == ("context", (("cp", given), "ulysses"))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("given", "headtail", "gathers"),
+    [
+        ({}, True, True),
+        ({"context_parallel_rotate_method": "alltoall"}, True, False),
+        ({"context_parallel_load_balancer": "none"}, False, True),
+    ],
+)
+def test_the_ring_options_reach_the_ring(device, given, headtail, gathers):
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    assert Ring.of(mesh, parallelism)[2:] == (1, True, True)
-    for option, facts in (
-        ("rotate_method=alltoall", (1, True, False)),
-        ("load_balancer=none", (1, False, True)),
-    ):
-        _, (_, parallelism) = given(
-            "--parallelism.context_parallel_degree=2", f"--parallelism.context_parallel_{option}"
-        )
-        assert Ring.of(mesh, parallelism)[2:] == facts
+    ring = Ring.of(mesh, Parallelism(**given))
+    assert ring[1:] == (0, 1, headtail, gathers)
+    model = train.Transformer(train.shape_for(JobConfig(), 2048))
     for method, kernel in (("ring", RingAttention), ("ulysses", UlyssesAttention)):
-        apply_context_parallel(model, mesh, Parallelism(context_parallel_method=method))
-        assert type(model.layers["0"].attention.inner_attention) is kernel
-        model = train.Transformer(model.shape)
+        apply_context_parallel(model, ring, method)
+        kernels = {type(block.attention.inner_attention) for block in model.layers.values()}
+        assert kernels == {kernel}
 
 
 class FakeMesh:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from torchtrain.models.llama import RotaryPositions
+from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.pipeline_parallel import AccumulatingStage, TiedOutput
 from torchtrain.tools import parity_ranks
 

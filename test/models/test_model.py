@@ -12,13 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from torchtrain.catalog.models import FLAVORS, ModelShape
 from torchtrain.loss import sequence_losses
-from torchtrain.models.llama import (
-    Attention,
-    Transformer,
-    flops_per_token,
-    rotary_frequencies,
-    rotate,
-)
+from torchtrain.models.attention import Attention
+from torchtrain.models.llama import Transformer
+from torchtrain.models.rotary import rotary_frequencies, rotate
 
 TINY = ModelShape(dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61)
 GROUPED = dataclasses.replace(TINY, n_kv_heads=2)
@@ -355,10 +351,9 @@ def test_flops_are_six_a_weight_and_the_attention_square():
     # One layer of width 8, 2 heads of 4, 1 key/value head, feed-forward 16, vocabulary 10, 32 tokens, by hand.
     shape = ModelShape(8, 1, 2, 1, 16, 10)
     weights = 8 * 8 + 2 * (4 * 8) + 8 * 8 + 3 * 8 * 16 + 10 * 8
-    assert flops_per_token(shape, 32) == 6 * weights + 12 * 8 * 32
-    assert (
-        flops_per_token(dataclasses.replace(shape, tied_embeddings=True), 32)
-        == 6 * weights + 12 * 8 * 32
-    )
+    model = Transformer(shape)
+    assert model.flops_per_token(32) == 6 * weights + 12 * 8 * 32
+    tied = Transformer(dataclasses.replace(shape, tied_embeddings=True))
+    assert tied.flops_per_token(32) == 6 * weights + 12 * 8 * 32
     # Per token 2 products of 2·S·D each forward, and twice that backward.
-    assert flops_per_token(shape, 64) - flops_per_token(shape, 32) == 3 * 2 * 2 * 32 * 8
+    assert model.flops_per_token(64) - model.flops_per_token(32) == 3 * 2 * 2 * 32 * 8

@@ -14,18 +14,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config_manager import Parallelism
 from torchtrain.loss import IGNORE_INDEX, sequence_losses
-from torchtrain.models.llama import RotaryPositions, Transformer
-from torchtrain.parallelisms.activation_checkpoint import keep_costly
+from torchtrain.models.llama import Transformer
+from torchtrain.models.rotary import RotaryPositions
+from torchtrain.parallelisms.activation_checkpoint import save_only
 from torchtrain.parallelisms.compile import apply_compile
-from torchtrain.parallelisms.context_parallel import (
-    Ring,
-    apply_context_parallel,
-    attend,
-    attend_backward,
-    shard_sequence,
-)
+from torchtrain.parallelisms.context_parallel import apply_context_parallel, shard_sequence
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
-from torchtrain.parallelisms.initial_weights import materialise
+from torchtrain.parallelisms.initial_weights import materialize
+from torchtrain.parallelisms.ring_attention import Ring, attend, attend_backward
 
 LOSS, GRADIENT = 1e-6, 1e-5  # relative, fp32: only the order of sums differs
 BATCH, SEQUENCE, VOCABULARY = 3, 48, 64
@@ -57,21 +53,18 @@ class ContiguousPositions(RotaryPositions):
         return self.at(torch.arange(length) + dist.get_rank() * length)
 
 
-def build(kv_heads, bf16):
+def build(kv_heads):
     shape = ModelShape(
         dim=64, n_layers=2, n_heads=8, n_kv_heads=kv_heads, ffn_hidden_dim=96, vocab_size=VOCABULARY
     )
     model = Transformer(shape)
-    materialise(model, torch.device("cpu"), seed=1)
+    materialize(model, torch.device("cpu"), seed=1)
     with torch.no_grad():
         for block in (
             model.layers.values()
         ):  # attention far from uniform, so that its mask and positions matter
             block.attention.wq.weight *= 8
             block.attention.wk.weight *= 8
-    if bf16:
-        model.to(torch.bfloat16)
-        apply_emulated_bf16(model)
     return model
 
 
@@ -112,14 +105,23 @@ def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
     parallelism = Parallelism(
         **{f"context_parallel_{key}": value for key, value in options.items()}
     )
-    reference, model = build(kv_heads, "bf16" in extra), build(kv_heads, "bf16" in extra)
-    apply_context_parallel(model, mesh, parallelism)
+    reference, model = build(kv_heads), build(kv_heads)
+    ring = Ring.of(mesh, parallelism)
+    apply_context_parallel(model, ring, parallelism.context_parallel_method)
+    if "bf16" in extra:
+        for each in (reference, model):
+            apply_emulated_bf16(each.to(torch.bfloat16))
     if "contiguous-positions" in extra:
         model.rope = ContiguousPositions(model.shape)
     if "recomputed" in extra:
         recompute(model)
     if "costly-kept" in extra:
-        recompute(model, context_fn=partial(create_selective_checkpoint_contexts, keep_costly))
+        recompute(
+            model,
+            context_fn=partial(
+                create_selective_checkpoint_contexts, save_only(model.ops_worth_saving)
+            ),
+        )
     if "compiled" in extra:
         apply_compile(
             model, "aot_eager"
@@ -128,7 +130,6 @@ def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
     tokens, labels = batch()
     valid = (labels != IGNORE_INDEX).sum()
     expected_logits, expected_loss = forward_backward(reference, tokens, labels, valid)
-    ring = Ring.of(mesh, parallelism)
     shards = [shard_sequence(x, ring) for x in (tokens, labels)]
     logits, loss = forward_backward(model, *shards, valid)
     dist.all_reduce(loss)
@@ -208,12 +209,13 @@ def test_gpu_kernels_take_these_arguments(dtype, queries, keys, causal):
         torch.empty(2, length, heads, 64, device="meta", dtype=dtype).transpose(1, 2)
         for length, heads in ((queries, 8), (keys, 4), (keys, 4))
     )
-    result, lse, *state = attend(q, k, v, causal)
+    attended = attend(q, k, v, causal=causal)
+    result, lse, _ = attended
     assert (result.shape, result.dtype, lse.shape, lse.dtype) == (
         q.shape,
         dtype,
         q.shape[:3],
         torch.float32,
     )
-    gradients = attend_backward(result, q, k, v, result, lse, state, causal)
+    gradients = attend_backward(result, q, k, v, attended, causal=causal)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]

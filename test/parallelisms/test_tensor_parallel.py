@@ -23,7 +23,7 @@ from torchtrain.models.llama import Transformer
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import apply_fsdp
-from torchtrain.parallelisms.initial_weights import materialise
+from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel, loss_context
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
@@ -79,7 +79,7 @@ def build(case):
         Training(mixed_precision_param="float32"),
         reshard_after_forward="default",
     )
-    materialise(model, torch.device("cpu"), SEED)
+    materialize(model, torch.device("cpu"), SEED)
     return model
 
 
@@ -103,7 +103,7 @@ def train(case, model, optimizer, first=0):
     losses, norms, gradients = [], [], {}
     for step in range(first, first + STEPS):
         tokens, labels = batch_of(step)
-        with loss_context(case.tp > 1 and case.loss_parallel):
+        with loss_context(vocabulary_sharded=case.tp > 1 and case.loss_parallel):
             loss = (
                 sequence_losses(model(tokens[mine]), labels[mine]).sum() / count_valid(labels).sum()
             )

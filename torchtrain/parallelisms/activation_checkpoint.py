@@ -1,14 +1,14 @@
 """Activation checkpointing: keep less of the forward, and run parts of it again in the backward.
 
-Sources: Chen et al. 2016 (arXiv:1604.06174), Korthikanti et al. 2022 (arXiv:2205.05198, the selective form),
-https://docs.pytorch.org/docs/stable/checkpoint.html and, for the compiler's budget,
-https://pytorch.org/blog/activation-checkpointing-techniques/
+Sources: Chen et al. 2016 (arXiv:1604.06174), Korthikanti et al. 2022 (arXiv:2205.05198, the
+selective form), https://docs.pytorch.org/docs/stable/checkpoint.html and, for the compiler's
+budget, https://pytorch.org/blog/activation-checkpointing-techniques/
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 import torch._functorch.config
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -17,51 +17,55 @@ from torch.utils.checkpoint import (
 )
 
 from torchtrain.config_manager import ActivationCheckpoint
-from torchtrain.models.llama import Transformer
-
-# No dropout anywhere, so the random state need not be put back for the second forward.
-RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+from torchtrain.models.decoder import Decoder
 
 
-def apply_within_blocks(model: Transformer, config: ActivationCheckpoint) -> None:
-    """The modes that choose operations, to be applied before compilation, which traces them."""
-    # A switch of the compiler's, for the whole process: put back where another mode is asked for.
-    torch._functorch.config.activation_memory_budget = (
-        config.memory_budget if config.mode == "memory_budget" else 1.0
-    )
+def apply_within_blocks(model: Decoder, config: ActivationCheckpoint) -> None:
+    """Apply the modes that choose operations, before compilation, which traces them."""
+    # A switch of the compiler's for the whole process: restored where another mode is asked for.
+    uses_budget = config.mode == "memory_budget"
+    torch._functorch.config.activation_memory_budget = config.memory_budget if uses_budget else 1.0
     if config.mode == "selective" and config.selective_ac_option == "op":
-        chosen = partial(create_selective_checkpoint_contexts, keep_costly)
+        policy = save_only(model.ops_worth_saving)
+        contexts = partial(create_selective_checkpoint_contexts, policy)
         for block in model.layers.values():
-            block.forward = partial(checkpoint, block.forward, context_fn=chosen, **RECOMPUTE)  # type: ignore[method-assign]
+            recompute(block, context_fn=contexts)
 
 
-def apply_around_blocks(model: Transformer, config: ActivationCheckpoint) -> None:
-    """The modes that recompute whole blocks, to be applied after compilation: a block's compiled forward runs again.
+def apply_around_blocks(model: Decoder, config: ActivationCheckpoint) -> None:
+    """Apply the modes that recompute whole blocks, after compilation: the compiled forward reruns.
 
-    (Traced with the block they would be the same, but torch 2.13 fails there with tensor parallelism on a CPU.)
-    The forward is replaced, not the module, so parameter names stay as they are.
+    (Traced with the block they would be the same, but torch 2.13 fails there with tensor
+    parallelism on a CPU.)
     """
-    every = {"full": "1", "selective": config.selective_ac_option}.get(config.mode, "op")
+    if config.mode == "full":
+        every = 1
+    elif config.mode == "selective" and config.selective_ac_option != "op":
+        every = int(config.selective_ac_option)
+    else:
+        return
     for layer, block in model.layers.items():
-        if every != "op" and int(layer) % int(every) == 0:
-            block.forward = partial(checkpoint, block.forward, **RECOMPUTE)  # type: ignore[method-assign]
+        if int(layer) % every == 0:
+            recompute(block)
 
 
-def keep_costly(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is slow to compute for its size, matrix products and attention; recompute the rest."""
-    return CheckpointPolicy.MUST_SAVE if op in COSTLY_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def recompute(block: torch.nn.Module, **options: Any) -> None:
+    """Run the block's forward again in the backward.
+
+    The forward is replaced, not the module, so parameter names stay as they are. There is no
+    dropout anywhere, so the random state need not be restored for the second forward.
+    """
+    block.forward = partial(  # type: ignore[method-assign]
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+    )
 
 
-aten = torch.ops.aten
-COSTLY_OPS = frozenset(
-    {
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.higher_order.flex_attention,
-    }
-)
+def save_only(operations: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
+    """Return the policy that saves the results of these operations and recomputes all others."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in operations:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

@@ -10,6 +10,7 @@ from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config_manager import JobConfig, plan_stages
 from torchtrain.logging_utils import logger
+from torchtrain.models.decoder import Decoder
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, apply_within_blocks
 from torchtrain.parallelisms.compile import apply_compile
@@ -18,16 +19,17 @@ from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emu
 from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
 from torchtrain.parallelisms.mesh import ParallelDims
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
+from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel
 
 
 def build_parts(
     shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig
-) -> dict[int, Transformer]:
+) -> dict[int, Decoder]:
     """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
     stages = plan_stages(config.parallelism, shape.pieces)
     rank = mesh["pp"].get_local_rank() if dims.pp > 1 else 0
-    parts = {}
+    parts: dict[int, Decoder] = {}
     for stage in stages_of(
         rank, config.parallelism.pipeline_parallel_schedule, len(stages), dims.pp
     ):
@@ -44,7 +46,7 @@ def build_parts(
     return parts
 
 
-def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
+def named_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:
     """The parameters by their names in the whole model; a tied output, which may be a stage's copy, is left out."""
     return {
         name: parameter
@@ -54,14 +56,15 @@ def named_weights(parts: Iterable[Transformer]) -> dict[str, nn.Parameter]:
     }
 
 
-def parallelize(
-    model: Transformer, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig
-) -> None:
+def parallelize(model: Decoder, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig) -> None:
     """Apply every technique the config asks for, in place, from the innermost to the outermost.
 
     Tensor and context parallelism change what a block computes on a rank, recomputation of chosen operations wraps its
     forward, compilation traces all of that, recomputation of whole blocks and FSDP's hooks go around.
     """
+    if dims.cp > 1:
+        ring = Ring.of(mesh["cp"], config.parallelism)
+        apply_context_parallel(model, ring, config.parallelism.context_parallel_method)
     if needs_emulation(mesh.device_type, DTYPES[config.training.mixed_precision_param]):
         logger.info(
             "bf16: this processor has no bf16 products; they run in fp32 on bf16 values, rounded as there"
@@ -69,8 +72,6 @@ def parallelize(
         apply_emulated_bf16(model)
     if dims.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], config.parallelism)
-    if dims.cp > 1:
-        apply_context_parallel(model, mesh["cp"], config.parallelism)
     apply_within_blocks(model, config.activation_checkpoint)
     if config.compile.enable and "model" in config.compile.components:
         apply_compile(model, config.compile.backend)

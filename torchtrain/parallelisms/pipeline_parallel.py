@@ -26,8 +26,9 @@ from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import SCHEDULES, stages_of
 from torchtrain.config_manager import JobConfig, check_batch, plan_stages
 from torchtrain.errors import SharedUserError, UserError
-from torchtrain.models.llama import RotaryPositions, Transformer
-from torchtrain.parallelisms.fsdp import DTYPES, fsdp_modules, reshard
+from torchtrain.models.decoder import Decoder
+from torchtrain.models.rotary import RotaryPositions
+from torchtrain.parallelisms.fsdp import DTYPES, free_gathered, fsdp_modules
 from torchtrain.parallelisms.mesh import ParallelDims
 
 
@@ -128,7 +129,7 @@ class Pipeline:
 
     def __init__(
         self,
-        parts: dict[int, Transformer],
+        parts: dict[int, Decoder],
         mesh: DeviceMesh,
         dims: ParallelDims,
         config: JobConfig,
@@ -190,7 +191,7 @@ class Pipeline:
         """The losses alone, as `forward_backward` returns them, of a batch of the evaluation plan's sizes."""
         self.tied.take_weight()
         losses = self._pass(self.forward_only.eval, tokens, labels, documents)
-        reshard(self.parts.values())
+        free_gathered(self.parts.values())
         return losses
 
     def _pass(
@@ -336,7 +337,7 @@ class TiedOutput:
 
     def __init__(
         self,
-        parts: dict[int, Transformer],
+        parts: dict[int, Decoder],
         plan: PipelinePlan,
         group: dist.ProcessGroup,
         device: torch.device,

@@ -1,20 +1,24 @@
-"""Tensor parallelism: the ranks of a row of the mesh share each matrix product, and with it its weight.
+"""Tensor parallelism: ranks share each matrix product, and with it its weight.
 
-Pairs of products need one exchange: the first weight is split by its outputs (whole heads, feed-forward columns), so
-each rank goes on with what it has; the second is split by its inputs, and its partial results are summed (Shoeybi et
-al. 2019, arXiv:1909.08053). Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) halves that sum in two: it
-leaves each rank a piece of the sequence, on which the norms work, and the norm's result is gathered before the next
-product. It moves as many bytes and keeps 1/R of the activations between the products. Loss parallelism never gathers
-the logits, the largest tensor there is: the softmax's maximum and sum are reduced instead.
+Pairs of products need one exchange: the first weight is split by its outputs (whole heads,
+feed-forward columns), so each rank continues with what it has; the second is split by its inputs,
+and its partial results are summed (Shoeybi et al. 2019, arXiv:1909.08053). Sequence parallelism
+(Korthikanti et al. 2022, arXiv:2205.05198) splits that sum in two: it leaves each rank a shard of
+the sequence, on which the norms work, and the norm's result is gathered before the next product.
+It moves as many bytes and keeps 1/R of the activations between the products. Loss parallelism
+never gathers the logits, the largest tensor there is: the softmax's maximum and sum are reduced
+instead.
 
-What each module does is the model's own statement, `tensor_parallel_plan`; the styles are those of
-https://docs.pytorch.org/docs/stable/distributed.tensor.parallel.html, which run on every backend.
+What each module does is the model's own statement, `Decoder.tensor_parallel_plan`; the styles are
+those of https://docs.pytorch.org/docs/stable/distributed.tensor.parallel.html, which run on every
+backend.
 
 Letters: B batch, S sequence, D model width, V vocabulary, R ranks of the tensor-parallel mesh.
 """
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,78 +34,81 @@ from torch.distributed.tensor.placement_types import Placement
 
 from torchtrain.config_manager import Parallelism
 from torchtrain.errors import SharedUserError
-from torchtrain.models.llama import Transformer
+from torchtrain.models.decoder import Decoder, Role
 
 
-def apply_tensor_parallel(
-    model: Transformer, tp_mesh: DeviceMesh, parallelism: Parallelism
-) -> None:
-    """Split the model's weights over the mesh and let its modules exchange what they must, in place.
+def apply_tensor_parallel(model: Decoder, tp_mesh: DeviceMesh, parallelism: Parallelism) -> None:
+    """Split the model's weights over the mesh and let its modules exchange what they must.
 
-    All parameters become DTensors on this mesh, the norms' too, so that FSDP lays every one of them on one and the
-    same mesh, and the optimizer can update them together. Between blocks run plain tensors: [B, S / R, D] with
-    sequence parallelism, else [B, S, D]. The rotations stay plain and whole, since attention sees the whole sequence.
+    All parameters become DTensors on this mesh, the norms' too, so that FSDP lays every one of
+    them on one and the same mesh, and the optimizer can update them together. Between blocks run
+    plain tensors: [B, S / R, D] with sequence parallelism, else [B, S, D]. The rotations stay
+    plain and whole, since attention sees the whole sequence.
 
     Args:
-        model: on the meta device, before FSDP. Query and key/value heads and the feed-forward width must be divisible
-            by R, and with sequence parallelism the sequence it will be given; the config check has seen to that.
+        model: on the meta device, before FSDP; changed in place. R must divide the query and the
+            key/value heads and the feed-forward width, and with sequence parallelism the sequence
+            it will be given; the config check has seen to that.
         tp_mesh: of one dimension.
-        parallelism: says whether the activations between the products are sharded over S (sequence parallelism);
-            whether the logits are a DTensor [B, S, V] sharded over V, for a loss inside `loss_context` (loss
-            parallelism), or plain and whole on each rank; and whether the compiler is to cut the products in pieces
-            and overlap them with their exchange (async).
+        parallelism: says whether the activations between the products are sharded over S (sequence
+            parallelism); whether the logits are a DTensor [B, S, V] sharded over V, for a loss
+            inside `loss_context` (loss parallelism), or plain and whole on each rank; and whether
+            the compiler is to split the products and overlap them with their exchange (async).
 
     Raises:
         UserError: a vocabulary too small for R ranks; async without CUDA.
     """
-    _check_vocabulary(model, tp_mesh.size())
+    _check_vocabulary(model.shape.vocab_size, tp_mesh.size())
     if parallelism.enable_async_tensor_parallel:
         _enable_async(tp_mesh)
     between: Placement = Replicate() if parallelism.disable_sequence_parallel else Shard(1)
-    styles = {
+    styles: dict[Role, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "norm": NormThenGather(between),
         "columns": ColwiseParallel(),
         "rows": RowwiseParallel(output_layouts=between),
         "logits": ColwiseParallel(use_local_output=False),
     }
-    plan = {
-        name: styles[role]
-        for name, role in model.tensor_parallel_plan.items()
-        if (model.layers if "*" in name else model.keeps(name))
-    }
+    plan = {}
+    for name, role in model.tensor_parallel_plan.items():
+        is_here = len(model.layers) > 0 if "*" in name else model.keeps(name)
+        if is_here:
+            plan[name] = styles[role]
     parallelize_module(model, tp_mesh, plan)
     model.tie()
-    # The sum is still under way when the style returns. A compiled block cannot take such a tensor, and waiting for it
-    # by hand loses its gradient; an operation on it waits, and keeps it.
     if model.keeps("tok_embeddings"):
+        # The sum is still under way when the style returns. A compiled block cannot take such a
+        # tensor, and waiting for it by hand loses its gradient; an operation on it waits, and
+        # keeps it.
         model.tok_embeddings.register_forward_hook(lambda module, inputs, h: h * 1.0)
     if model.keeps("output") and parallelism.disable_loss_parallel:
-        # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in its outputs.
+        # Copied, since what comes out of a DTensor is a view, and FSDP warns of views in outputs.
         model.output.register_forward_hook(
             lambda module, inputs, logits: logits.full_tensor().clone()
         )
 
 
-def loss_context(loss_parallel: bool) -> AbstractContextManager[None]:
-    """What the loss and its backward must run in; where the logits are whole it changes nothing."""
-    return vocabulary_sharded_loss() if loss_parallel else nullcontext()
+def loss_context(*, vocabulary_sharded: bool) -> AbstractContextManager[None]:
+    """Return the context for the loss and its backward; it changes nothing for whole logits."""
+    return vocabulary_sharded_loss() if vocabulary_sharded else nullcontext()
 
 
 class NormThenGather(ParallelStyle):
-    """A norm with its whole weight on every rank, on the part of the sequence that the rank holds; then all of it.
+    """A norm with its whole weight on every rank, on the rank's shard of the sequence; then all.
 
-    The result is a DTensor [B, S, D], the same on all ranks: gathered once, and in the backward summed and scattered
-    once, for all products that read it. The weight's gradient, which sees a part of the sequence alone, is a partial
-    sum that FSDP reduces over this mesh before its own.
+    The result is a DTensor [B, S, D], the same on all ranks: gathered once, and in the backward
+    summed and scattered once, for all products that read it. The weight's gradient, which sees a
+    shard of the sequence alone, is a partial sum that FSDP reduces over this mesh before its own.
     """
 
     def __init__(self, layout: Placement) -> None:
         self.layout = layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        # torch's own annotation of the two functions leaves out that what they return is taken.
-        return distribute_module(module, device_mesh, input_fn=self._wrap, output_fn=self._gather)  # type: ignore[arg-type]
+        # torch's annotation of the two functions does not say that their results are used.
+        wrap: Any = self._wrap
+        gather: Any = self._gather
+        return distribute_module(module, device_mesh, input_fn=wrap, output_fn=gather)
 
     def _wrap(self, module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(inputs[0], mesh, [self.layout], run_check=False)
@@ -110,30 +117,34 @@ class NormThenGather(ParallelStyle):
         return output.redistribute(mesh, [Replicate()])
 
 
-def _check_vocabulary(model: Transformer, ranks: int) -> None:
-    """Vocabulary and FSDP's cuts may be uneven; an empty share of the vocabulary would hang the loss."""
-    vocab_size = model.shape.vocab_size
+def _check_vocabulary(vocab_size: int, ranks: int) -> None:
+    """Check that every rank has a share of the vocabulary.
+
+    Shares may be uneven, FSDP's too; an empty one would hang the loss.
+    """
     rows = -(-vocab_size // ranks)
     if rows * (ranks - 1) >= vocab_size:
         raise SharedUserError(
-            f"a vocabulary of {vocab_size} cut into pieces of {rows} leaves ranks without any: lower "
-            f"parallelism.tensor_parallel_degree = {ranks}, or pad with model.vocab_size = {rows * ranks}"
+            f"a vocabulary of {vocab_size} split into shares of {rows} leaves ranks without any: "
+            f"lower parallelism.tensor_parallel_degree = {ranks}, or pad with "
+            f"model.vocab_size = {rows * ranks}"
         )
 
 
 def _enable_async(mesh: DeviceMesh) -> None:
-    """Have Inductor cut each product next to a collective into pieces, and copy them through symmetric memory."""
+    """Have Inductor split each product next to a collective, and copy through symmetric memory."""
     if mesh.device_type != "cuda":
         raise SharedUserError(
-            "parallelism.enable_async_tensor_parallel needs CUDA (it copies between the GPUs of a node by symmetric "
-            f"memory), and this run is on {mesh.device_type}: leave it out, the results are the same without"
+            "parallelism.enable_async_tensor_parallel needs CUDA (it copies between the GPUs of a "
+            f"node by symmetric memory), and this run is on {mesh.device_type}: leave it out, the "
+            "results are the same without"
         )
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
     with warnings.catch_warnings():
-        # Called deprecated, yet without it Inductor silently leaves the collectives as they are, up to torch 2.13 at
-        # least: https://github.com/pytorch/pytorch/issues/193027
+        # Called deprecated, yet without it Inductor silently leaves the collectives as they are,
+        # up to torch 2.13 at least: https://github.com/pytorch/pytorch/issues/193027
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(mesh.get_group().group_name)

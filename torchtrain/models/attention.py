@@ -1,0 +1,49 @@
+"""Causal self-attention with grouped queries, its kernel a module of its own.
+
+Letters: B batch, S sequence, D model width, H query heads, K key/value heads, C head width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtrain.catalog.models import ModelShape
+from torchtrain.models.document_masking import Mask, masked_attention
+from torchtrain.models.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Causal self-attention.
+
+    With K < H each key/value head serves H/K query heads (Ainslie et al. 2023, arXiv:2305.13245).
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.head_width = shape.dim // shape.n_heads
+        kv_width = shape.n_kv_heads * self.head_width
+        self.wq = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.wk = nn.Linear(shape.dim, kv_width, bias=False)
+        self.wv = nn.Linear(shape.dim, kv_width, bias=False)
+        self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.inner_attention: nn.Module = CausalAttention()
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask | None = None) -> Tensor:
+        """Take x [B, S, D] and rotations [S, 1, C/2], complex, to [B, S, D]."""
+        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, H, C]
+        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, K, C]
+        v = self.wv(x).unflatten(-1, (-1, self.head_width))  # [B, S, K, C]
+        q, k, v = (states.transpose(1, 2) for states in (q, k, v))  # heads before positions
+        mixed = self.inner_attention(q, k, v, mask)  # [B, H, S, C]
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+class CausalAttention(nn.Module):
+    """The kernel alone: softmax(q kᵀ / √C), masked to the past, times v."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
+        """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
+        if mask is not None:
+            return masked_attention(q, k, v, mask)
+        # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.
+        is_grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
