@@ -333,7 +333,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     for part in parts.values():
         materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     weights = named_weights(parts.values())
-    optimizer = build_optimizer(weights.values(), config.optimizer)
+    optimizer = build_optimizer(weights, config.optimizer)
     losses = sequence_losses
     # The compiler's cache on disk takes all ranks' sharded tensors for the same, and would hand a rank another one's
     # share of the vocabulary (https://github.com/pytorch/pytorch/issues/188390), or the name of another run's group.

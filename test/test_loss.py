@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtrain.loss import IGNORE_INDEX, count_valid, sequence_losses
+from torchtrain.loss import count_valid, sequence_losses
+from torchtrain.utils import IGNORE_INDEX
 
 B, S, V = 3, 17, 29
 

@@ -1,4 +1,4 @@
-"""The loss: sums of token cross-entropies, to be divided once by the valid labels of the whole global batch.
+"""The loss: sums of token cross-entropies, divided once by the valid labels of the global batch.
 
 Letters: B batch, S sequence, V vocabulary.
 """
@@ -7,20 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-IGNORE_INDEX = -100
-"""A label that is not valid: it adds nothing to the loss, to the gradient or to the count. PyTorch's own default."""
+from torchtrain.utils import IGNORE_INDEX
 
 
 def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each sequence's sum, in nats, of the cross-entropies of its valid labels, computed in fp32.
+    """Return the sum, in nats, of the cross-entropies of each sequence's valid labels.
 
     Args:
-        logits: [B, S, V], any floating-point type; may be sharded over V where cross entropy knows how to take that
-            (`parallelisms.tensor_parallel.loss_context`), the labels and the result are whole on each rank.
+        logits: [B, S, V], any floating-point type; may be sharded over V where cross entropy knows
+            how to take that (`parallelisms.tensor_parallel.loss_context`). Labels and result are
+            whole on each rank.
         labels: [B, S], int64, in 0 .. V-1 or IGNORE_INDEX.
 
     Returns:
-        [B], fp32. Sums, not means: they add up over microbatches and ranks whatever their numbers of valid labels.
+        [B], computed in fp32. Sums, not means: they add up over microbatches and ranks whatever
+        their numbers of valid labels.
     """
     token_losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -31,5 +32,5 @@ def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def count_valid(labels: Tensor) -> Tensor:
-    """The number of valid labels of each sequence: [B, S] to [B], int64."""
+    """Return the number of valid labels of each sequence: [B, S] to [B], int64."""
     return (labels != IGNORE_INDEX).sum(dim=1)

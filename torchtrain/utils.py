@@ -1,13 +1,19 @@
 """Small helpers without torch, shared by every room."""
 
 import difflib
+import importlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torchtrain.errors import UserError
+
+IGNORE_INDEX = -100
+"""A label that is not valid: it adds nothing to the loss, the gradient or the count. PyTorch's own
+default."""
 
 METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object a logged step
 
@@ -21,6 +27,21 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 def expanded(path: str | Path) -> Path:
     """`path` with its `~` resolved; with that of an unknown user it stays as it is (where `Path.expanduser` raises)."""
     return Path(os.path.expanduser(path))
+
+
+def load_attribute(path: str, what: str) -> Any:
+    """Import what the catalog names as "module:attribute".
+
+    Raises:
+        UserError: there is no such module or attribute; names `what` asked for it.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{what} is registered as {path!r}, which cannot be imported: {error}"
+        ) from error
 
 
 def cores() -> int:

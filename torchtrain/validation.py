@@ -26,10 +26,11 @@ from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
-from torchtrain.loss import IGNORE_INDEX, count_valid
+from torchtrain.loss import count_valid
 from torchtrain.models.decoder import Decoder
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.parallelisms.mesh import ParallelDims
+from torchtrain.utils import IGNORE_INDEX
 
 
 class ValidationSet:

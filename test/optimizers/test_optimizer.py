@@ -1,6 +1,7 @@
 """The optimizer against its written-out update, and the gradient norm against the whole gradient's."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.optimizers import OPTIMIZERS
 from torchtrain.config_manager import Optimizer
+from torchtrain.errors import UserError
 from torchtrain.models.llama import Transformer
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.optimizers.clipping import clip_grad_norm_, total_norm
@@ -35,7 +38,7 @@ def gradients_of_step(step):
 
 def run(config, steps=3):
     model = Small()
-    optimizer = build_optimizer(model.parameters(), config)
+    optimizer = build_optimizer(dict(model.named_parameters()), config)
     for step in range(1, steps + 1):
         for name, gradient in gradients_of_step(step).items():
             model.get_parameter(name).grad = gradient
@@ -96,7 +99,9 @@ def test_adam_and_adamw_differ():
 
 @pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
 def test_the_implementation_asked_for_is_the_one_used(implementation):
-    optimizer = build_optimizer(Small().parameters(), Optimizer(implementation=implementation))
+    optimizer = build_optimizer(
+        dict(Small().named_parameters()), Optimizer(implementation=implementation)
+    )
     for group in optimizer.param_groups:
         assert group["fused"] == (implementation == "fused")
         assert group["foreach"] == (implementation == "foreach")
@@ -105,7 +110,9 @@ def test_the_implementation_asked_for_is_the_one_used(implementation):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_weight_decay_leaves_out_norms_and_only_them(tied):
     model = Transformer(ModelShape(16, 2, 2, 1, 32, 11, tied_embeddings=tied))
-    groups = build_optimizer(model.parameters(), Optimizer(weight_decay=0.3)).param_groups
+    groups = build_optimizer(
+        dict(model.named_parameters()), Optimizer(weight_decay=0.3)
+    ).param_groups
     decays = {
         id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]
     }
@@ -116,6 +123,28 @@ def test_weight_decay_leaves_out_norms_and_only_them(tied):
     )
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (0.0 if name.endswith("norm.weight") else 0.3), name
+
+
+def test_a_users_optimizer_is_built_from_the_weights_by_name(tmp_path, monkeypatch):
+    (tmp_path / "users_optimizer.py").write_text(
+        "import torch\n"
+        "def build(weights, config):\n"
+        "    chosen = [weight for name, weight in weights.items() if name == 'matrix']\n"
+        "    return torch.optim.SGD(chosen, lr=config.lr / 2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(OPTIMIZERS, "mine", "users_optimizer:build")
+    weights = dict(Small().named_parameters())
+    config = SimpleNamespace(name="mine", lr=0.5)
+    optimizer = build_optimizer(weights, config)
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.25
+    assert [id(weight) for weight in group["params"]] == [id(weights["matrix"])]
+    for wrong in ("users_optimizer:absent", "no_such_module:build"):
+        monkeypatch.setitem(OPTIMIZERS, "mine", wrong)
+        with pytest.raises(UserError, match=rf"optimizer.name = 'mine' is registered as '{wrong}'"):
+            build_optimizer(weights, config)
 
 
 def with_gradients(*gradients):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config_manager import Parallelism
-from torchtrain.loss import IGNORE_INDEX, sequence_losses
+from torchtrain.loss import sequence_losses
 from torchtrain.models.llama import Transformer
 from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.activation_checkpoint import save_only
@@ -22,6 +22,7 @@ from torchtrain.parallelisms.context_parallel import apply_context_parallel, sha
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
 from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.ring_attention import Ring, attend, attend_backward
+from torchtrain.utils import IGNORE_INDEX
 
 LOSS, GRADIENT = 1e-6, 1e-5  # relative, fp32: only the order of sums differs
 BATCH, SEQUENCE, VOCABULARY = 3, 48, 64

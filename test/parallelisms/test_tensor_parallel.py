@@ -136,7 +136,7 @@ def largest_drift(model):
 
 def start(case):
     model = build(case)
-    return model, build_optimizer(model.parameters(), OptimizerConfig(lr=1e-3))
+    return model, build_optimizer(dict(model.named_parameters()), OptimizerConfig(lr=1e-3))
 
 
 def checkpointer(scratch, name):

@@ -1,32 +1,39 @@
-"""Adam and AdamW over plain or sharded parameters."""
+"""The optimizer of the run, built from the weights by their names in the whole model."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from torchtrain.catalog.optimizers import OPTIMIZERS
 from torchtrain.config_manager import Optimizer as OptimizerConfig
+from torchtrain.utils import load_attribute
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    """The optimizer of [optimizer] over these parameters, each of which comes once.
+def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """Build the optimizer that `optimizer.name` stands for in the catalog.
 
-    Weight decay is for matrices: norm weights, the only parameters of one dimension, scale what the next matrix reads,
-    and decaying them would fight their value of 1. AdamW's decay is decoupled (Loshchilov & Hutter, arXiv:1711.05101),
-    Adam's is added to the gradient.
+    Args:
+        weights: what this rank updates, each parameter once.
+        config: the section [optimizer].
+
+    Raises:
+        UserError: the catalog's entry cannot be imported.
     """
-    parameters = list(parameters)
-    groups = [
-        {
-            "params": [matrix for matrix in parameters if matrix.ndim > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [vector for vector in parameters if vector.ndim <= 1], "weight_decay": 0.0},
+    build = load_attribute(OPTIMIZERS[config.name], f"optimizer.name = {config.name!r}")
+    return build(weights, config)
+
+
+def decay_groups(weights: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Split the weights into a group with weight decay and one without.
+
+    Weight decay is for matrices: norm weights, the only parameters of one dimension, scale what
+    the next matrix reads, and decaying them would fight their value of 1.
+    """
+    matrices = [weight for weight in weights.values() if weight.ndim > 1]
+    vectors = [weight for weight in weights.values() if weight.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    algorithm = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
-    implementation = {name: config.implementation == name for name in ("fused", "foreach")}
-    return algorithm(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **implementation
-    )

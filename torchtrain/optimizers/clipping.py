@@ -13,13 +13,12 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Scale the gradients in place so that the norm of the whole model's gradient is at most `max_norm`.
+    """Scale the gradients in place to a norm, over the whole model, of at most `max_norm`.
 
     A collective call for sharded parameters: every rank of their meshes must make it.
 
     Args:
-        parameters: plain tensors or DTensors, each once (as `Module.parameters()` lists them); those without a
-            gradient are passed over.
+        parameters: plain tensors or DTensors, each once; those without a gradient are skipped.
         max_norm: of the 2-norm.
         stages: the ranks that have the model's other parameters (pipeline parallelism).
 
@@ -28,52 +27,51 @@ def clip_grad_norm_(
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = total_norm(gradients, stages)
-    scale = (max_norm / (norm + 1e-6)).clamp(
-        max=1.0
-    )  # as PyTorch's own clipping; a norm that is NaN stays visible
+    # As PyTorch's own clipping does; a norm that is NaN stays visible.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         _local(gradient).mul_(scale)
     return norm
 
 
 def total_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
-    """The 2-norm of all gradients together, every element of every shard counted once: 0-dim, fp32.
+    """Return the 2-norm of all gradients, every element of every shard counted once: 0-dim, fp32.
 
-    `torch.nn.utils.get_total_norm` is not used: a CPU's fp32 norm adds a whole tensor's squares in a few running sums
-    and is off by 1e-5 at a million elements and 1e-3 at twenty million, and in bf16 it keeps three digits. Here fp32
-    sums run over one row each, and fp64 takes it from there.
+    `torch.nn.utils.get_total_norm` is not used: a CPU's fp32 norm adds a whole tensor's squares in
+    a few running sums and is off by 1e-5 at a million elements and 1e-3 at twenty million, and in
+    bf16 it keeps three digits. Here fp32 sums run over one row each, and fp64 takes it from there.
     """
     squares: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         rows = torch.linalg.vector_norm(_local(gradient), dim=-1, dtype=torch.float32)
         squares[_sharded_over(gradient)].append(rows.double().square().sum())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
-    for shards, parts in squares.items():
-        part = torch.stack(parts).sum()
+    for shards, terms in squares.items():
+        subtotal = torch.stack(terms).sum()
         for mesh, dim in shards:
-            dist.all_reduce(part, group=mesh.get_group(dim))
-        total += part
+            dist.all_reduce(subtotal, group=mesh.get_group(dim))
+        total += subtotal
     if stages is not None:
         dist.all_reduce(total, group=stages)
     return total.sqrt().float()
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
+    """Return this rank's part, sharing its memory."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sharded_over(gradient: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
-    """The mesh, with each of its dimensions whose ranks hold different parts; none for a tensor that is whole.
+    """Return the mesh with each of its dimensions whose ranks hold different parts.
 
-    Not their process groups: those are equal by identity alone, so that ranks could come to different numbers of sums.
+    A tensor that is whole has none. Process groups would not do as keys: they are equal by
+    identity alone, so that ranks could come to different numbers of sums.
     """
     if not isinstance(gradient, DTensor):
         return ()
-    assert not any(placement.is_partial() for placement in gradient.placements), (
-        "the gradient is not reduced yet"
-    )
-    dims = [
-        dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()
-    ]
-    return tuple((gradient.device_mesh, dim) for dim in dims)
+    sharded = []
+    for dim, placement in enumerate(gradient.placements):
+        assert not placement.is_partial(), "the gradient is not reduced yet"
+        if not placement.is_replicate():
+            sharded.append((gradient.device_mesh, dim))
+    return tuple(sharded)

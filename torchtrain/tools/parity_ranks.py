@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 import train
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import Microbatch
-from torchtrain.loss import IGNORE_INDEX
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.ranks import end_with_launcher, join_process_group, set_timeout
+from torchtrain.utils import IGNORE_INDEX
 
 DONE = "parity: done "  # goes before a case's name in rank 0's output
 

@@ -1,0 +1,33 @@
+"""Adam (Kingma & Ba 2014, arXiv:1412.6980) and AdamW, over plain or sharded parameters."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from torchtrain.config_manager import Optimizer as OptimizerConfig
+from torchtrain.optimizers.build import decay_groups
+
+
+def build_adam(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Adam:
+    """Build Adam, whose weight decay is added to the gradient."""
+    return torch.optim.Adam(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
+
+
+def build_adamw(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Build AdamW, whose weight decay is decoupled (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    return torch.optim.AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
