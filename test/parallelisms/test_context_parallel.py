@@ -35,14 +35,19 @@ WAYS = {
     "ulysses": {"method": "ulysses", "rotate_method": "allgather"},
 }
 BALANCERS = {"contiguous": "none", "headtail": "headtail"}
-GRID = [f"{way}/{balancer}/{kv}kv" for way in WAYS for balancer in BALANCERS for kv in (4, 8)]
+CONTIGUOUS = [f"{way}/contiguous/8kv" for way in WAYS]
+BALANCED = [f"{way}/headtail/4kv" for way in WAYS]
+# How blocks are recomputed and compiled does not depend on how keys and values go round.
 EXTRAS = [
-    f"{way}/headtail/4kv/{extra}"
-    for way in WAYS
-    for extra in ("recomputed", "costly-kept", "compiled", "bf16")
+    "gathered-ring/headtail/4kv/recomputed",
+    "rotated-ring/headtail/4kv/costly-kept",
+    "rotated-ring/headtail/4kv/compiled",
+    "ulysses/headtail/4kv/costly-kept",
+    "ulysses/headtail/4kv/compiled",
+    *(f"{way}/bf16" for way in BALANCED),
 ]
-WRONG = [f"{way}/headtail/4kv/contiguous-positions" for way in WAYS]
-CASES = {2: GRID + EXTRAS + WRONG, 4: [case for case in GRID if case.endswith("4kv")]}
+WRONG = [f"{way}/contiguous-positions" for way in BALANCED]
+CASES = {2: CONTIGUOUS + BALANCED + EXTRAS + WRONG, 4: BALANCED}
 """By the number of ranks."""
 
 
