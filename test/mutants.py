@@ -1,0 +1,509 @@
+"""The table of mutate.py: for each file, a mistake in words, the exact text, and what it becomes.
+
+A mistake is one that a person makes and a reader overlooks: an edge, a sign, a reduction, a unit, a
+check left out. One that changes nothing that can be observed does not belong here.
+"""
+
+NAMED = (
+    "the schedule is stepped before the optimizer",
+    "gradients are not clipped",
+    "the finite check comes after the update",
+    "a non-finite gradient with a finite loss is let through",
+    "debug.seed does not reach the weights",
+    "a parameter's name is not part of its seed",
+    "all weights are drawn with one deviation",
+    "norm weights start at 0.9",
+    "label 0 is not counted as valid",
+    "document masking is not applied in validation",
+    "a negative weight decay is accepted",
+    "ranks that see different corpora train on",
+    "each rank stops by its own signal",
+    "memory is that of rank 0 alone",
+    "data time is that of rank 0 alone",
+)
+"""Those that passed all tests of the suite once; they are run first."""
+
+MUTANTS = {
+    "torchtrain/loss.py": [
+        ("label 0 is not counted as valid", "(labels != IGNORE_INDEX).sum", "(labels > 0).sum"),
+        ("losses are computed in the compute precision", "flatten(0, 1).float()", "flatten(0, 1)"),
+        ("a sequence's loss is a mean", ".sum(dim=1)\n\n\ndef", ".mean(dim=1)\n\n\ndef"),
+    ],
+    "torchtrain/lr_scheduling.py": [
+        ("the rate lags by a step", "lr_factor(epoch + 1, schedule)", "lr_factor(epoch, schedule)"),
+        (
+            "the shortest warm-up is 1 step",
+            "max(2, int(config.warmup_ratio",
+            "max(1, int(config.warmup_ratio",
+        ),
+        ("warmup_steps = 0 is taken for unset", "if warmup is None:", "if not warmup:"),
+        (
+            "the warm-up may be longer than the run",
+            "warmup = min(warmup, total)",
+            "warmup = int(warmup)",
+        ),
+        (
+            "the decay is rounded down",
+            "round(config.decay_ratio * total)",
+            "int(config.decay_ratio * total)",
+        ),
+        (
+            "the decay may overlap the warm-up",
+            "decay = min(decay, round(config.decay_ratio * total))",
+            "decay = round(config.decay_ratio * total)",
+        ),
+        (
+            "the rate goes on falling past the last step",
+            "    step = min(step, schedule.total_steps)\n",
+            "",
+        ),
+        ("the sqrt decay is linear in p", "1 - math.sqrt(p)", "1 - p"),
+        (
+            "the cosine decays to the middle",
+            "(1 + math.cos(math.pi * p)) / 2",
+            "(1 + math.cos(math.pi * p / 2)) / 2",
+        ),
+        (
+            "the lowest rate is added, not interpolated",
+            "(1 - schedule.min_lr_factor) * falling",
+            "falling",
+        ),
+        (
+            "the whole run's steps are training.steps",
+            "config.total_steps or training_steps",
+            "training_steps",
+        ),
+        (
+            "a resumed scheduler keeps the optimizer's rate",
+            '        group["lr"] = rate\n',
+            "        pass\n",
+        ),
+    ],
+    "torchtrain/models/llama.py": [
+        ("the final norm is left out", "self.output(self.norm(h))", "self.output(h)"),
+        (
+            "no residual around the feed-forward",
+            "return h + self.feed_forward",
+            "return self.feed_forward",
+        ),
+        ("the gate is not activated", "F.silu(self.w1(x)) * self.w3(x)", "self.w1(x) * self.w3(x)"),
+        (
+            "gate and value are swapped",
+            "F.silu(self.w1(x)) * self.w3(x)",
+            "F.silu(self.w3(x)) * self.w1(x)",
+        ),
+        (
+            "norm_eps is not handed to the block's norms",
+            "self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)",
+            "self.ffn_norm = nn.RMSNorm(shape.dim)",
+        ),
+        (
+            "norm_eps is not handed to the final norm",
+            "self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)\n        self.output",
+            "self.norm = nn.RMSNorm(shape.dim)\n        self.output",
+        ),
+        (
+            "the deviation does not shrink with depth",
+            "0.02 / math.sqrt(2 * (layer + 1))",
+            "0.02 / math.sqrt(2)",
+        ),
+        (
+            "the deviation shrinks as if layers were counted from 0",
+            "2 * (layer + 1)",
+            "2 * max(layer, 1)",
+        ),
+        ("all weights are drawn with one deviation", "return self.shape.dim**-0.5", "return 0.02"),
+        ("a tied embedding starts at 1", "0.02 if self.shape.tied_embeddings else 1.0", "1.0"),
+        (
+            "w2 starts as wide as w1",
+            '"attention.wo.weight", "feed_forward.w2.weight"',
+            '"attention.wo.weight", "feed_forward.w4.weight"',
+        ),
+        (
+            "flops leave out the key and value projections",
+            "2 * shape.dim + 2 * kv_width",
+            "2 * shape.dim + kv_width",
+        ),
+        (
+            "flops count the attention's square once",
+            "12.0 * shape.n_layers * shape.dim",
+            "6.0 * shape.n_layers * shape.dim",
+        ),
+    ],
+    "torchtrain/models/attention.py": [
+        ("attention sees the future", "is_causal=True", "is_causal=False"),
+        (
+            "keys are not rotated",
+            "k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)",
+            "k = self.wk(x).unflatten(-1, (-1, self.head_width))",
+        ),
+    ],
+    "torchtrain/models/rotary.py": [
+        (
+            "rope_theta is a constant",
+            "1.0 / shape.rope_theta**exponents",
+            "1.0 / 10000.0**exponents",
+        ),
+        (
+            "positions do not restart in a document",
+            "positions if documents is None else positions - documents",
+            "positions",
+        ),
+        (
+            "RoPE's scaling is not applied",
+            "if shape.rope_scaling_factor == 1.0:",
+            "if shape.rope_scaling_factor >= 1.0:",
+        ),
+        (
+            "RoPE's scaling keeps the low frequencies",
+            "(kept + (1 - kept) / shape.rope_scaling_factor)",
+            "(kept / shape.rope_scaling_factor + (1 - kept))",
+        ),
+        (
+            "pairs turn the other way",
+            "torch.polar(torch.ones_like(angles), angles)",
+            "torch.polar(torch.ones_like(angles), -angles)",
+        ),
+        (
+            "the compiled rotation has a sign wrong",
+            "even * sin + odd * cos",
+            "odd * cos - even * sin",
+        ),
+    ],
+    "torchtrain/models/document_masking.py": [
+        (
+            "a query sees the whole of its document",
+            "same_document.tril().unsqueeze(1)",
+            "same_document.unsqueeze(1)",
+        ),
+        ("the mask in blocks leaves out the own position", "(query >= key) &", "(query > key) &"),
+    ],
+    "torchtrain/models/decoder.py": [
+        (
+            "the tie is not made again after a move",
+            "        super()._apply(fn, recurse)\n        self.tie()\n",
+            "        super()._apply(fn, recurse)\n",
+        ),
+    ],
+    "torchtrain/optimizers/build.py": [
+        (
+            "norms decay too",
+            '"params": vectors, "weight_decay": 0.0',
+            '"params": vectors, "weight_decay": weight_decay',
+        ),
+        (
+            "matrices do not decay",
+            '"params": matrices, "weight_decay": weight_decay',
+            '"params": matrices, "weight_decay": 0.0',
+        ),
+    ],
+    "torchtrain/optimizers/adam.py": [
+        (
+            "AdamW's betas are swapped",
+            """    return torch.optim.AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),""",
+            """    return torch.optim.AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta2, config.beta1),""",
+        ),
+        (
+            "AdamW's epsilon is PyTorch's default",
+            """AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+""",
+            """AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+""",
+        ),
+        ("Adam is AdamW", "return torch.optim.Adam(", "return torch.optim.AdamW("),
+    ],
+    "torchtrain/optimizers/clipping.py": [
+        ("gradients are scaled up to the norm", ".clamp(max=1.0)", ""),
+        (
+            "the norm of other pipeline stages is left out",
+            "    if stages is not None:\n        dist.all_reduce(total, group=stages)\n",
+            "",
+        ),
+        (
+            "the norm of other shards is left out",
+            "            dist.all_reduce(subtotal, group=mesh.get_group(dim))\n",
+            "            pass\n",
+        ),
+        ("whole tensors are counted once per rank", "if not placement.is_replicate():", "if True:"),
+        (
+            "the norm is summed without squares",
+            "rows.double().square().sum()",
+            "rows.double().sum()",
+        ),
+        (
+            "the norm that is returned is the clipped one",
+            "    return norm\n",
+            "    return norm * scale\n",
+        ),
+    ],
+    "torchtrain/parallelisms/initial_weights.py": [
+        (
+            "debug.seed does not reach the weights",
+            'f"{seed}/{name}".encode()',
+            'f"0/{name}".encode()',
+        ),
+        (
+            "a parameter's name is not part of its seed",
+            'f"{seed}/{name}".encode()',
+            'f"{seed}".encode()',
+        ),
+        ("norm weights start at 0.9", "whole.fill_(1.0)", "whole.fill_(0.9)"),
+        ("values are not cut off", "CUTOFF = 3.0", "CUTOFF = 30.0"),
+        (
+            "each rank takes the first shard",
+            "start = min(mesh.get_local_rank(mesh_dim) * size, length)",
+            "start = 0",
+        ),
+        (
+            "weights are drawn in the parameter's precision",
+            "torch.empty(parameter.shape, dtype=torch.float32, device=device)",
+            "torch.empty(parameter.shape, dtype=parameter.dtype, device=device)",
+        ),
+        (
+            "FSDP's cut of a tensor-parallel shard is taken first",
+            "return isinstance(cut[1], _StridedShard)",
+            "return not isinstance(cut[1], _StridedShard)",
+        ),
+    ],
+    "torchtrain/parallelisms/fsdp.py": [
+        (
+            "gradients are averaged over the ranks",
+            "set_gradient_divide_factor(1.0)",
+            "set_gradient_divide_factor(2.0)",
+        ),
+        (
+            "gradients are reduced in the compute precision",
+            "reduce_dtype=DTYPES[training.mixed_precision_reduce]",
+            "reduce_dtype=DTYPES[training.mixed_precision_param]",
+        ),
+        (
+            "resharding is always on",
+            'frees_blocks = reshard_after_forward != "never"',
+            "frees_blocks = True",
+        ),
+        (
+            "gathered weights stay after a validation",
+            "            module.reshard()\n",
+            "            pass\n",
+        ),
+    ],
+    "torchtrain/parallelisms/tensor_parallel.py": [
+        (
+            "an empty share of the vocabulary is accepted",
+            "if rows * (ranks - 1) >= vocab_size:",
+            "if rows * (ranks - 1) > vocab_size:",
+        ),
+        (
+            "sequence parallelism cannot be switched off",
+            "Replicate() if parallelism.disable_sequence_parallel else Shard(1)",
+            "Shard(1)",
+        ),
+    ],
+    "torchtrain/parallelisms/context_parallel.py": [
+        (
+            "shards of headtail are two neighbors",
+            "chunks[ring.rank], chunks[-1 - ring.rank]",
+            "chunks[2 * ring.rank], chunks[2 * ring.rank + 1]",
+        ),
+        (
+            "positions do not restart in documents that are sharded",
+            "            positions = positions - documents\n",
+            "            pass\n",
+        ),
+        (
+            "gradients of an exchange are not exchanged",
+            "return exchange_parts(grad, ctx.group), None",
+            "return grad, None",
+        ),
+    ],
+    "torchtrain/parallelisms/ring_attention.py": [
+        (
+            "later ranks' keys are seen whole",
+            "return Seen(rows=second_half, columns=everything, causal=False)",
+            "return Seen(rows=everything, columns=everything, causal=False)",
+        ),
+        (
+            "partial results are not weighed",
+            "added = (part.lse - whole_lse).exp().unsqueeze(-1)",
+            "added = (part.lse - part.lse).exp().unsqueeze(-1)",
+        ),
+        (
+            "gradients of shared heads are not summed in fp32",
+            "sum(dim=2, dtype=torch.float32)",
+            "sum(dim=2)",
+        ),
+        (
+            "the gradient of rotated keys is overwritten",
+            "grad_kv = collectives.wait_tensor(traveling) + grad_kv",
+            "collectives.wait_tensor(traveling)",
+        ),
+    ],
+    "torchtrain/parallelisms/activation_checkpoint.py": [
+        ("every other layer means all", "if int(layer) % every == 0:", "if int(layer) >= 0:"),
+        (
+            "the budget of the compiler stays on",
+            "config.memory_budget if uses_budget else 1.0",
+            "config.memory_budget",
+        ),
+    ],
+    "torchtrain/parallelisms/pipeline_parallel.py": [
+        (
+            "PyTorch divides by the microbatches again",
+            "plan.microbatches, loss_fn=self._loss, scale_grads=False)\n        if",
+            "plan.microbatches, loss_fn=self._loss, scale_grads=True)\n        if",
+        ),
+        ("a tied output's gradient is not handed in", "        self.tied.hand_in_gradient()\n", ""),
+        (
+            "a tied output keeps its first weight",
+            "        self.tied.take_weight()\n        self.divisor = valid\n",
+            "        self.divisor = valid\n",
+        ),
+        (
+            "backwards stay split under recomputation",
+            "SCHEDULES[schedule].splits_backward and needs_whole",
+            "SCHEDULES[schedule].splits_backward and compiled",
+        ),
+        (
+            "a split backward adds up in the compute precision",
+            "                    parameter.to_accumulated_grad_if_needed()\n",
+            "",
+        ),
+    ],
+    "torchtrain/datasets/documents.py": [
+        (
+            "a document's end predicts the next one's beginning",
+            "    labels[(labels == bos) & ((tokens == bos) | (bos != eos))] = HIDDEN\n",
+            "",
+        ),
+        (
+            "documents begin one token late",
+            "begins[:, 1:] |= labels[:, :-1] == HIDDEN",
+            "begins[:, 1:] |= labels[:, 1:] == HIDDEN",
+        ),
+    ],
+    "torchtrain/datasets/data_order.py": [
+        ("epochs have one order", "data order {seed} {epoch}", "data order {seed}"),
+        ("seeds have one order", "data order {seed} {epoch}", "data order {epoch}"),
+        ("values at the border are let through", "outside = values >= n", "outside = values > n"),
+    ],
+    "torchtrain/datasets/samples.py": [
+        (
+            "sequences do not overlap by a token",
+            "self.n_samples, self.seed) * self.seq_len\n",
+            "self.n_samples, self.seed) * (self.seq_len + 1)\n",
+        ),
+        (
+            "the last whole sequence is dropped",
+            "(len(self._tokens) - 1 + (",
+            "(len(self._tokens) - 2 + (",
+        ),
+        ("the seed is not part of the identity", '            "seed": self.seed,\n', ""),
+    ],
+    "torchtrain/datasets/mixture.py": [
+        (
+            "a mixture counts a sample too many",
+            "int(np.searchsorted(places, rest))",
+            'int(np.searchsorted(places, rest, side="right"))',
+        ),
+        (
+            "a source's number forgets earlier periods",
+            "periods * in_a_period[sources] + self._ranks[places]",
+            "self._ranks[places]",
+        ),
+    ],
+    "torchtrain/datasets/packing.py": [
+        (
+            "long documents lose the token at the cut",
+            "offsets = number * seq_len\n",
+            "offsets = number * (seq_len + 1)\n",
+        ),
+        (
+            "packing takes the emptiest row",
+            "(fitting & -fitting).bit_length() - 1",
+            "fitting.bit_length() - 1",
+        ),
+        (
+            "labels go over from one document to the next",
+            "at + length - 1] = piece[1:]\n",
+            "at + length - 1] = piece[1:]\n                labels[sample, max(at - 1, 0)] = piece[0]\n",
+        ),
+        (
+            "the sequence length is not part of the packing's key",
+            "*fingerprints, str(seq_len)]",
+            "*fingerprints]",
+        ),
+        ("a single token makes a sequence", "pieces[sizes > 1]", "pieces[sizes > 0]"),
+    ],
+    "torchtrain/datasets/loader.py": [
+        (
+            "steps overlap by a batch",
+            "(step - 1 - self._origin_step) * self.global_batch_size",
+            "max(0, step - 2 - self._origin_step) * self.global_batch_size",
+        ),
+        (
+            "every data rank reads the first share",
+            "slice(data_parallel_rank * of_a_rank, (data_parallel_rank + 1) * of_a_rank)",
+            "slice(0, of_a_rank)",
+        ),
+        (
+            "the position of a stream is the least read",
+            "max(place, positions[name])",
+            "min(place, positions[name])",
+        ),
+        (
+            "an epoch's begin is told a step late",
+            "begun > math.ceil(before[name])",
+            "begun > math.floor(before[name]) + 1",
+        ),
+        (
+            "the state's step is not checked",
+            'if saved.get("samples_consumed") != consumed:',
+            "if False:",
+        ),
+        (
+            "a stream that stalls is waited for",
+            "if time.monotonic() - since >= self._stall_timeout_s:",
+            "if time.monotonic() - since >= 1000 * self._stall_timeout_s:",
+        ),
+    ],
+    "torchtrain/ranks.py": [
+        (
+            "ranks that see different corpora train on",
+            "        if theirs != first:\n",
+            "        if False:\n",
+        ),
+        (
+            "a rank's fault stays its own",
+            "dist.all_reduce(failed, group=group)",
+            "dist.barrier(group=group)",
+        ),
+        (
+            "a user's fault on another rank is a crash",
+            "told.is_user_error = isinstance(fault, UserError)",
+            "told.is_user_error = False",
+        ),
+        (
+            "ranks outlive their launcher",
+            "prctl(set_parent_death_signal, signal.SIGKILL)",
+            "prctl(set_parent_death_signal, 0)",
+        ),
+        (
+            "the timeout of training is that of the start",
+            "        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)\n",
+            "        pass\n",
+        ),
+    ],
+}
