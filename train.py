@@ -32,22 +32,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtrain import __version__
 from torchtrain.catalog.models import ModelShape
 from torchtrain.checkpoint.checkpointer import Checkpointer, Progress, Source
-from torchtrain.config_manager import (
-    BatchPlan,
-    LRScheduler,
-    model_shape,
-    plan_batch,
-    to_toml,
-    tokenizer_path,
-)
+from torchtrain.config.layout import BatchPlan, plan_batch
+from torchtrain.config.plans import find_tokenizer, plan_schedule, plan_shape
+from torchtrain.config.schema import LRScheduler
+from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid, sequence_losses
-from torchtrain.lr_scheduling import build_schedule, differences, get_lr_scheduler, set_step
 from torchtrain.lr_scheduling import describe as describe_schedule
+from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_flops, peak_memory_gib
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.llama import Transformer
@@ -310,7 +306,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         PeerFault: the same, on the other ranks.
     """
     configure_numerics(config)
-    tokenizer = together(lambda: load_tokenizer(tokenizer_path(config.model)))
+    tokenizer = together(lambda: load_tokenizer(find_tokenizer(config.model)))
     # On a host whose token cache is warm the ranks wait for one that builds it.
     dataset, validation_set = together(lambda: open_data(config, tokenizer), patient_group())
     require_equal(
@@ -383,13 +379,13 @@ def open_data(config: JobConfig, tokenizer: Tokenizer) -> tuple[Dataset, Validat
 
 def shape_for(config: JobConfig, tokenizer_size: int) -> ModelShape:
     """The model's shape with its vocabulary settled; 0 takes the tokenizer's."""
-    shape = model_shape(config.model)
+    shape = plan_shape(config.model)
     if shape.vocab_size == 0:
         return replace(shape, vocab_size=tokenizer_size)
     if shape.vocab_size < tokenizer_size:
         raise UserError(
             f"model.vocab_size = {shape.vocab_size} is smaller than the tokenizer's {tokenizer_size} pieces "
-            f"({tokenizer_path(config.model)}); give at least that, or 0 to take the tokenizer's"
+            f"({find_tokenizer(config.model)}); give at least that, or 0 to take the tokenizer's"
         )
     return shape
 
@@ -410,6 +406,8 @@ def run(config: JobConfig, device: torch.device) -> None:
     rank = dist.get_rank()
     if config.job.print_config:
         logger.info(to_toml(config))
+    for note in config.notes:
+        logger.info(f"config     {note}")
     folder = together(lambda: RunFolder(config, owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
@@ -478,8 +476,8 @@ def schedule_changes(config: JobConfig, saved: Progress) -> list[str]:
         for key, value in saved.config["lr_scheduler"].items()
         if key in LRScheduler.model_fields
     }
-    before = build_schedule(LRScheduler(**known), saved.config["training"]["steps"])
-    now = build_schedule(config.lr_scheduler, config.training.steps)
+    before = plan_schedule(LRScheduler(**known), saved.config["training"]["steps"])
+    now = plan_schedule(config.lr_scheduler, config.training.steps)
     changes = differences(asdict(before), now)
     rate = saved.config["optimizer"]["lr"]
     if rate != config.optimizer.lr:
@@ -536,7 +534,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     if config.validation.enable:
         logger.info(f"validation {trainer.validator.describe()}")
     if config.lr_scheduler.log_schedule:
-        schedule = build_schedule(config.lr_scheduler, config.training.steps)
+        schedule = plan_schedule(config.lr_scheduler, config.training.steps)
         logger.info(f"lr         {describe_schedule(schedule, config.optimizer.lr)}")
     return {
         "torchtrain": __version__,

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchtrain.config_manager import JobConfig, LRScheduler
+from torchtrain.config.plans import Schedule, plan_schedule
+from torchtrain.config.schema import LRScheduler
+from torchtrain.config_manager import JobConfig
 from torchtrain.lr_scheduling import (
-    Schedule,
-    build_schedule,
     describe,
     differences,
     get_lr_scheduler,
@@ -23,7 +23,7 @@ from torchtrain.lr_scheduling import (
 
 
 def factors(steps, training_steps=None, **options):
-    schedule = build_schedule(LRScheduler(**options), training_steps or steps)
+    schedule = plan_schedule(LRScheduler(**options), training_steps or steps)
     return [lr_factor(step, schedule) for step in range(1, steps + 1)]
 
 
@@ -96,9 +96,9 @@ def test_factors_of_short_runs(options, expected):
 
 
 def test_warm_up_is_a_tenth_of_the_run():
-    schedule = build_schedule(LRScheduler(), 1000)
+    schedule = plan_schedule(LRScheduler(), 1000)
     assert schedule == Schedule(1000, 100, 0, 900, "linear", 0.1)
-    assert build_schedule(LRScheduler(warmup_ratio=0.05, decay_ratio=0.2), 1000) == Schedule(
+    assert plan_schedule(LRScheduler(warmup_ratio=0.05, decay_ratio=0.2), 1000) == Schedule(
         1000, 50, 750, 200, "linear", 0.1
     )
 
@@ -119,7 +119,7 @@ SHARES = st.floats(0, 1)
     min_lr_factor=SHARES,
 )
 def test_every_schedule_rises_stays_falls(steps, **options):
-    schedule = build_schedule(LRScheduler(**options), steps)
+    schedule = plan_schedule(LRScheduler(**options), steps)
     warmup, stable, decay = schedule.warmup_steps, schedule.stable_steps, schedule.decay_steps
     assert min(warmup, stable, decay) >= 0
     assert warmup + stable + decay == steps
@@ -162,14 +162,14 @@ def test_resuming_gives_the_rates_of_the_run_that_was_not_stopped(resumed_at):
 def test_a_changed_schedule_takes_its_rate_from_the_new_config():
     _, scheduler = scheduled(job(20, lr=1e-3))
     set_step(scheduler, 10)
-    assert scheduler.get_last_lr() == [1e-3 * lr_factor(11, build_schedule(LRScheduler(), 20))] * 2
+    assert scheduler.get_last_lr() == [1e-3 * lr_factor(11, plan_schedule(LRScheduler(), 20))] * 2
 
 
 def test_differences_are_named_one_by_one():
-    saved = json.loads(json.dumps(asdict(build_schedule(LRScheduler(), 10))))
-    assert differences(saved, build_schedule(LRScheduler(), 10)) == []
+    saved = json.loads(json.dumps(asdict(plan_schedule(LRScheduler(), 10))))
+    assert differences(saved, plan_schedule(LRScheduler(), 10)) == []
     changed = differences(
-        saved, build_schedule(LRScheduler(decay_type="cosine", warmup_steps=3), 10)
+        saved, plan_schedule(LRScheduler(decay_type="cosine", warmup_steps=3), 10)
     )
     assert changed == [
         "warmup_steps was 2, is 3",
@@ -177,13 +177,13 @@ def test_differences_are_named_one_by_one():
         "decay_type was linear, is cosine",
     ]
     del saved["decay_type"]
-    assert differences(saved, build_schedule(LRScheduler(), 10)) == [
+    assert differences(saved, plan_schedule(LRScheduler(), 10)) == [
         "decay_type was None, is linear"
     ]
 
 
 def test_the_start_line_states_the_schedule():
-    line = describe(build_schedule(LRScheduler(decay_ratio=0.5, decay_type="sqrt"), 100), 8e-4)
+    line = describe(plan_schedule(LRScheduler(decay_ratio=0.5, decay_type="sqrt"), 100), 8e-4)
     assert "\n" not in line
     for part in (
         "max 0.0008",

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from torchtrain.config_manager import JobConfig, Metrics
+from torchtrain.config.schema import Metrics
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch

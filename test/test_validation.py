@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 import train
 from torchtrain import ranks
-from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig, plan_validation
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.sources import plan_validation_sources
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -422,14 +424,6 @@ def test_training_on_ranks_is_not_disturbed(run_of):
 # ---- what is refused ----
 
 REFUSED = {
-    "path alone": (
-        ["--validation.dataset_path=."],
-        ["dataset_path", "no effect without validation.dataset"],
-    ),
-    "share of a named set": (
-        ["--validation.dataset=python_stdlib", "--validation.held_out_share=0.5"],
-        ["held_out_share = 0.5 has no effect", 'validation.dataset = "python_stdlib"'],
-    ),
     "unknown set": (
         ["--validation.dataset=txet"],
         ["validation.dataset = 'txet' is unknown, did you mean text?"],
@@ -500,7 +494,7 @@ def test_torchtitans_section_is_accepted_when_disabled():
     config = JobConfig().parse_args(
         [*given, "--validation.local_batch_size=3", "--validation.seq_len=7"], world_size=8
     )
-    assert plan_validation(config) == []
+    assert plan_validation_sources(config) == []
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ was at T. Decaying to a tenth of the maximum, exactly at the last step, follows 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchtrain.config.plans import Schedule, plan_schedule
 from torchtrain.config_manager import JobConfig
-from torchtrain.config_manager import LRScheduler as LRSchedulerConfig
 
 CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda p: 1 - p,
@@ -30,42 +30,6 @@ CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
 }
 """g(p) by `lr_scheduler.decay_type`."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A schedule with every number settled; T = warmup_steps + stable_steps + decay_steps."""
-
-    total_steps: int
-    """T, at least 1."""
-    warmup_steps: int
-    """W, 0 for none."""
-    stable_steps: int
-    decay_steps: int
-    """D, 0 for none."""
-    decay_type: Literal["linear", "sqrt", "cosine"]
-    min_lr_factor: float
-    """m."""
-
-
-def build_schedule(config: LRSchedulerConfig, training_steps: int) -> Schedule:
-    """Settle W and D: what does not fit into the run is cut, first the decay, then the warm-up."""
-    total = config.total_steps or training_steps
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = max(2, int(config.warmup_ratio * total))
-    warmup = min(warmup, total)
-    decay = total - warmup
-    if config.decay_ratio is not None:
-        decay = min(decay, round(config.decay_ratio * total))
-    return Schedule(
-        total_steps=total,
-        warmup_steps=warmup,
-        stable_steps=total - warmup - decay,
-        decay_steps=decay,
-        decay_type=config.decay_type,
-        min_lr_factor=config.min_lr_factor,
-    )
 
 
 def lr_factor(step: int, schedule: Schedule) -> float:
@@ -82,7 +46,7 @@ def lr_factor(step: int, schedule: Schedule) -> float:
 
 def get_lr_scheduler(optimizer: Optimizer, job_config: JobConfig) -> LambdaLR:
     """Build the scheduler, with the rate of step 1 set; step it right after each optimizer step."""
-    schedule = build_schedule(job_config.lr_scheduler, job_config.training.steps)
+    schedule = plan_schedule(job_config.lr_scheduler, job_config.training.steps)
     # PyTorch's epoch e is the number of optimizer steps taken: it asks for the rate of step e + 1.
     return LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, schedule))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchtrain.config_manager import Profiling
+from torchtrain.config.schema import Profiling
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 

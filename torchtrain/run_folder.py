@@ -6,7 +6,9 @@ import os
 import socket
 from typing import Any, TextIO
 
-from torchtrain.config_manager import JobConfig, output_folders, to_toml
+from torchtrain.config.plans import list_output_folders
+from torchtrain.config.toml import to_toml
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import METRICS_FILE, expanded, write_durably
@@ -60,7 +62,7 @@ class RunFolder:
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
         names |= {
             folder.parts[0]
-            for folder in output_folders(self.config).values()
+            for folder in list_output_folders(self.config).values()
             if not folder.is_absolute()
         }
         earlier = sorted(name for name in names if (self.path / name).exists())

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.config_manager import BatchPlan, JobConfig, of_validation, plan_validation
+from torchtrain.config.layout import BatchPlan
+from torchtrain.config.sources import plan_validation_sources
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_order import permuted
 from torchtrain.datasets.loader import Microbatch, microbatches
 from torchtrain.datasets.prepare import open_tokens
@@ -46,13 +48,14 @@ class ValidationSet:
         try:
             caches = [
                 open_tokens(source, config.data, tokenizer, log)
-                for source in plan_validation(config)
+                for source in plan_validation_sources(config)
             ]
             self.datasets = [
                 PackedDataset(cache, self.seq_len, seed=0, keep_rest=True) for cache in caches
             ]
         except UserError as fault:
-            raise UserError(f"validation: {of_validation(fault)}") from fault
+            text = str(fault).replace("training.dataset", "validation.dataset")
+            raise UserError(f"validation: {text}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
         known = self.datasets and all(
             dataset.manifest.bytes is not None for dataset in self.datasets

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtrain.checkpoint import checkpointer as checkpoint
 from torchtrain.checkpoint.checkpointer import INDEX, MARKER, STATE, Checkpointer, Progress
-from torchtrain.config_manager import Checkpoint
+from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import CheckpointError, UserError
 
 # A tiny model whose sizes no number of ranks divides

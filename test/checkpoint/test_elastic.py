@@ -13,7 +13,9 @@ from helpers.launching import data_loader, metrics, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training, plan_batch
+from torchtrain.config.layout import plan_batch
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.schema import Data, Training
 from torchtrain.datasets import loader
 from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset

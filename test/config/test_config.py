@@ -9,24 +9,16 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
+from torchtrain.config import torchtitan_keys
 
 from torchtrain.catalog.models import FLAVORS
-from torchtrain.config_manager import (
-    SECTIONS,
-    UNSUPPORTED_KEYS,
-    UNSUPPORTED_SECTIONS,
-    JobConfig,
-    Parallelism,
-    Training,
-    check,
-    data_parallel_degree,
-    model_shape,
-    options,
-    parse_or_exit,
-    plan_batch,
-    to_toml,
-    tokenizer_path,
-)
+from torchtrain.config.checks import check
+from torchtrain.config.layout import plan_batch, plan_degrees
+from torchtrain.config.options import options
+from torchtrain.config.plans import find_tokenizer, plan_shape
+from torchtrain.config.schema import SECTIONS, Parallelism, Training
+from torchtrain.config.toml import to_toml
+from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +77,7 @@ BAD_TOML = {
     ),
     "key without section": (
         "steps = 5",
-        ["steps = 5", "must stand in a section", "mean training.steps or validation.steps?"],
+        ["steps = 5", "must be in a section", "mean training.steps or validation.steps?"],
     ),
     "value for a section": ("training = 5", ["training = 5", "write [training] and its keys"]),
     "array of sections": ("[[training]]\nsteps = 5", ["write [training] and its keys"]),
@@ -164,7 +156,7 @@ BAD_TOML = {
     ),
     "config file in a file": (
         '[job]\nconfig_file = "a"',
-        ["job.config_file", "command line alone"],
+        ["job.config_file", "command line only"],
     ),
     "unsupported section": (
         "[memory_estimation]\nenable = true",
@@ -219,18 +211,6 @@ BAD_TOML = {
         '[data]\nmixture = ["text no = 1"]',
         ['data.mixture: "text no"', "does not exist"],
     ),
-    "mixture and dataset": (
-        '[data]\nmixture = ["python_stdlib = 1"]\n[training]\ndataset = "c4"',
-        ['training.dataset = "c4" has no effect', "data.mixture"],
-    ),
-    "streams of what is cached": (
-        "[data]\nstreams = 4",
-        ["data.streams = 4 has no effect while data.streaming = false"],
-    ),
-    "stream of a token file": (
-        '[training]\ndataset = "tokens"\ndataset_path = "run.toml"\n[data]\nstreaming = true',
-        ["data.streaming = true has no effect: token files are read where they lie"],
-    ),
     "stream packed": (
         '[data]\nstreaming = true\npacking = "best_fit"',
         ["data.packing", "before the first step"],
@@ -238,14 +218,6 @@ BAD_TOML = {
     "stream held out": (
         "[data]\nstreaming = true\n[validation]\nenable = true",
         ["no documents can be held out", "validation.dataset"],
-    ),
-    "type of no token file": (
-        '[data]\ntoken_dtype = "uint16"',
-        ["data.token_dtype", "has no effect"],
-    ),
-    "changes of no checkpoint": (
-        "[checkpoint]\naccept_changed_data = true",
-        ["accept_changed_data", "enable = false"],
     ),
     "two tokenizers": (
         '[model]\ntokenizer_path = "a"\nhf_assets_path = "b"',
@@ -262,47 +234,23 @@ BAD_TOML = {
     ),
     "kv heads of the flavor": (
         "[model]\nn_heads = 8",
-        ["n_kv_heads = 16", "n_heads = 8", "flavor's own; give it too"],
+        ["n_kv_heads = 16", "n_heads = 8", "it does not follow n_heads; set it too"],
     ),
     "rope factors": (
         "[model]\nrope_scaling_factor = 8\nrope_high_freq_factor = 1",
         ["rope_high_freq_factor = 1.0", "above"],
     ),
-    "load_step unused": (
-        "[checkpoint]\nload_step = 5",
-        ["checkpoint.load_step = 5 has no effect", "enable = false"],
-    ),
     "load_step zero": (
         "[checkpoint]\nenable = true\nload_step = 0",
         ["load_step = 0", "-1, or a whole number >= 1"],
-    ),
-    "load_only unused": (
-        "[checkpoint]\nload_only = true",
-        ["checkpoint.load_only = true has no effect"],
-    ),
-    "first step of nothing": (
-        "[checkpoint]\nenable = true\nload_only = true\nenable_first_step_checkpoint = true",
-        ["enable_first_step_checkpoint = true has no effect"],
-    ),
-    "initial path unused": (
-        '[checkpoint]\ninitial_load_path = "."',
-        ["initial_load_path", "has no effect"],
     ),
     "initial path missing": (
         '[checkpoint]\nenable = true\ninitial_load_path = "no"',
         ['"no" is not a folder'],
     ),
-    "initial state of nothing": (
-        "[checkpoint]\nenable = true\ninitial_load_model_only = false",
-        ["has no effect without checkpoint.initial_load_path"],
-    ),
     "profiler window": (
         "[profiling]\nenable_profiling = true\nprofile_freq = 3",
         ["profile_freq = 3", "at least 4"],
-    ),
-    "warning only": (
-        "[debug]\ndeterministic_warn_only = true",
-        ["has no effect", "debug.deterministic = false"],
     ),
     "not TOML": ("[training]\nsteps = \n", ["line 2, column 9", "2 | steps ="]),
     "not TOML, CRLF": ("[training]\r\n\r\nsteps = x\r\n", ["line 3, column 9", "3 | steps = x"]),
@@ -329,6 +277,71 @@ def test_bad_file_gets_one_clear_fault(name):
     assert said.startswith("The configuration has 1 fault:\n  run.toml: "), said
     for fragment in fragments:
         assert fragment in said
+
+
+# Each with one option that another one leaves without effect: the file, and what the note holds.
+IDLE = {
+    "mixture and dataset": (
+        '[data]\nmixture = ["python_stdlib = 1"]\n[training]\ndataset = "c4"',
+        ['training.dataset = "c4" has no effect', "data.mixture"],
+    ),
+    "streams of what is cached": (
+        "[data]\nstreams = 4",
+        ["data.streams = 4 has no effect while data.streaming = false"],
+    ),
+    "stream of a token file": (
+        '[training]\ndataset = "tokens"\ndataset_path = "run.toml"\n[data]\nstreaming = true',
+        ["data.streaming = true has no effect: token files are read in place"],
+    ),
+    "validation path alone": (
+        '[validation]\nenable = true\ndataset_path = "."',
+        ["dataset_path", "no effect without validation.dataset"],
+    ),
+    "share of a named set": (
+        '[validation]\nenable = true\ndataset = "python_stdlib"\nheld_out_share = 0.5',
+        ["held_out_share = 0.5 has no effect", '"python_stdlib"'],
+    ),
+    "type of no token file": (
+        '[data]\ntoken_dtype = "uint16"',
+        ["data.token_dtype", "has no effect"],
+    ),
+    "changes of no checkpoint": (
+        "[checkpoint]\naccept_changed_data = true",
+        ["accept_changed_data", "enable = false"],
+    ),
+    "load_step unused": (
+        "[checkpoint]\nload_step = 5",
+        ["checkpoint.load_step = 5 has no effect", "enable = false"],
+    ),
+    "load_only unused": (
+        "[checkpoint]\nload_only = true",
+        ["checkpoint.load_only = true has no effect"],
+    ),
+    "first step of nothing": (
+        "[checkpoint]\nenable = true\nload_only = true\nenable_first_step_checkpoint = true",
+        ["enable_first_step_checkpoint = true has no effect"],
+    ),
+    "initial path unused": (
+        '[checkpoint]\ninitial_load_path = "."',
+        ["initial_load_path", "has no effect"],
+    ),
+    "initial state of nothing": (
+        "[checkpoint]\nenable = true\ninitial_load_model_only = false",
+        ["has no effect without checkpoint.initial_load_path"],
+    ),
+    "warning only": (
+        "[debug]\ndeterministic_warn_only = true",
+        ["has no effect", "debug.deterministic = false"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_an_option_without_effect_is_noted_and_taken(name):
+    text, fragments = IDLE[name]
+    (note,) = parse(text).notes
+    for fragment in fragments:
+        assert fragment in note
 
 
 BAD_COMMAND_LINE = {
@@ -374,9 +387,9 @@ BAD_COMMAND_LINE = {
     "not a bool": (["--compile.enable", "yes"], ['compile.enable = "yes"', "true or false"]),
     "bad list": (["--compile.components", "model,x"], ['["model", "x"]', "model, loss"]),
     "none for what cannot be unset": (["--training.steps", "none"], ['training.steps = "none"']),
-    "stray word": (["train"], ['"train"', "belongs to no option"]),
-    "single dash": (["-steps"], ['"-steps"', "belongs to no option"]),
-    "empty argument": ([""], ['""', "belongs to no option"]),
+    "stray word": (["train"], ['"train"', "unexpected argument"]),
+    "single dash": (["-steps"], ['"-steps"', "unexpected argument"]),
+    "empty argument": ([""], ['""', "unexpected argument"]),
     "bare dashes": (["--"], ["unknown"]),
     "not UTF-8": (["--job.description", "\udcff"], ["job.description", "UTF-8 text"]),
     "unsupported option": (
@@ -425,7 +438,7 @@ def test_bad_command_line_gets_one_clear_fault(name):
 
 def test_all_faults_are_in_one_report():
     said = report(
-        "[training]\nstpes = 5\nsteps = 0\n[modl]\n[optimizer]\nlr = nan\n[checkpoint]\nload_step = 3",
+        "[training]\nstpes = 5\nsteps = 0\n[modl]\n[optimizer]\nlr = nan\n[checkpoint]\nload_step = 0",
         *(
             "--trainin.x",
             "--compile.enable=2",
@@ -446,7 +459,7 @@ def test_all_faults_are_in_one_report():
         "  command line: --debug.seed has no value",
         '  command line: compile.enable = "2"',
         "  command line: training.global_batch_size = 25",
-        "  run.toml: checkpoint.load_step = 3 has no effect",
+        "  run.toml: checkpoint.load_step = 0",
     ):
         assert sum(line.startswith(start) for line in lines) == 1, said
 
@@ -479,9 +492,7 @@ def test_clash_names_all_places_its_values_came_from():
 
 
 def test_every_key_of_torchtitan_is_ours_or_refused_as_not_supported_yet():
-    refused = [
-        f"{section}.{key}" for section, keys in UNSUPPORTED_KEYS.items() for key in keys.split()
-    ]
+    refused = list(torchtitan_keys.KEYS)
     assert len(refused) == len(set(refused)) == 33
     assert not set(refused) & set(options())
     for name in refused:
@@ -490,7 +501,7 @@ def test_every_key_of_torchtitan_is_ours_or_refused_as_not_supported_yet():
             f"{name} = 1: is a torchtitan v0.2.2 option that torchtrain does not support yet"
             in report(f"[{section}]\n{key} = 1")
         )
-    for section in UNSUPPORTED_SECTIONS:
+    for section in torchtitan_keys.SECTIONS:
         assert section not in SECTIONS
         assert f"[{section}]: this section is a torchtitan v0.2.2 option" in report(
             f"[{section}]\nx = 1"
@@ -527,36 +538,10 @@ BAD_SHARING = {
         ["must be divisible by 8", "tensor-parallel degree 2"],
     ),
     "feed-forward": ([TP2, "--model.ffn_hidden_dim=7"], ["must divide model.ffn_hidden_dim = 7"]),
-    "rotation": (
-        [
-            CP2,
-            "--parallelism.context_parallel_method=ulysses",
-            "--parallelism.context_parallel_rotate_method=alltoall",
-        ],
-        ['context_parallel_rotate_method has no effect with context_parallel_method = "ulysses"'],
-    ),
-    "no tp": (
-        ["--parallelism.disable_loss_parallel"],
-        ["has no effect while parallelism.tensor_parallel_degree = 1"],
-    ),
-    "no cp": (
-        ["--parallelism.context_parallel_method=ulysses"],
-        ["no effect while parallelism.context_parallel_deg"],
-    ),
     "budget": (["--activation_checkpoint.mode=memory_budget"], ["it needs compile.enable = true"]),
     "async": (
         [TP2, "--parallelism.enable_async_tensor_parallel"],
         ["it needs compile.enable = true"],
-    ),
-    "no pp": (
-        [
-            "--parallelism.pipeline_parallel_schedule=GPipe",
-            "--parallelism.pipeline_parallel_microbatch_size=2",
-        ],
-        [
-            'pipeline_parallel_schedule = "GPipe" has no effect while parallelism.pipeline_parallel_degree = 1',
-            "pipeline_parallel_microbatch_size = 2 has no effect",
-        ],
     ),
     "pp product": (
         ["--parallelism.pipeline_parallel_degree=3"],
@@ -609,15 +594,6 @@ BAD_SHARING = {
         [PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings,layers.0;layers.2,norm"],
         ["missing: layers.1", "output", "the model's pieces are, in order: tok_embeddings to"],
     ),
-    "pp both cuts": (
-        [
-            PP2,
-            "--model.n_layers=1",
-            "--parallelism.pipeline_parallel_layers_per_stage=1",
-            "--parallelism.module_fqns_per_model_part=tok_embeddings;layers.0,norm,output",
-        ],
-        ["pipeline_parallel_layers_per_stage = 1 has no effect with module_fqns_per_model_part"],
-    ),
     "pp empty stage": (
         [PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings;"],
         ["a list of lists of names"],
@@ -643,6 +619,54 @@ def test_layouts_that_cannot_be_are_refused(name):
     said = report("", *args, world_size=4)
     for fragment in fragments:
         assert fragment in said
+
+
+# Each with one option that another one leaves without effect, on 4 ranks.
+IDLE_LAYOUTS = {
+    "rotation": (
+        [
+            CP2,
+            "--parallelism.context_parallel_method=ulysses",
+            "--parallelism.context_parallel_rotate_method=alltoall",
+        ],
+        ['alltoall" has no effect with parallelism.context_parallel_method = "ulysses"'],
+    ),
+    "no tp": (
+        ["--parallelism.disable_loss_parallel"],
+        ["has no effect while parallelism.tensor_parallel_degree = 1"],
+    ),
+    "no cp": (
+        ["--parallelism.context_parallel_method=ulysses"],
+        ["no effect while parallelism.context_parallel_deg"],
+    ),
+    "no pp": (
+        [
+            "--parallelism.pipeline_parallel_schedule=GPipe",
+        ],
+        [
+            'pipeline_parallel_schedule = "GPipe" has no effect while parallelism.pipeline_parallel_degree = 1',
+        ],
+    ),
+    "pp both cuts": (
+        [
+            PP2,
+            "--model.n_layers=1",
+            "--parallelism.pipeline_parallel_layers_per_stage=1",
+            "--parallelism.module_fqns_per_model_part=tok_embeddings;layers.0,norm,output",
+        ],
+        [
+            "pipeline_parallel_layers_per_stage = 1 has no effect with parallelism.module_fqns_per_model_part"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDLE_LAYOUTS)
+def test_a_layout_option_without_effect_is_noted_and_taken(name):
+    args, fragments = IDLE_LAYOUTS[name]
+    (note,) = parse("", *args, world_size=4).notes
+    for fragment in fragments:
+        assert fragment in note
 
 
 def test_layouts_that_can_be_are_accepted():
@@ -809,7 +833,7 @@ def test_overrides_go_over_the_flavor():
     config = parse(
         '[model]\nname = "llama2"\nflavor = "7B"\nn_layers = 3\nrope_theta = 5\ntied_embeddings = true'
     )
-    shape = model_shape(config.model)
+    shape = plan_shape(config.model)
     base = FLAVORS["llama2"]["7B"]
     assert (shape.n_layers, shape.rope_theta, shape.tied_embeddings) == (3, 5.0, True)
     assert (shape.dim, shape.n_heads, shape.vocab_size) == (base.dim, base.n_heads, base.vocab_size)
@@ -821,11 +845,11 @@ def test_every_dimension_of_a_shape_can_be_overridden():
 
 
 def test_tokenizer_path():
-    assert tokenizer_path(JobConfig().model) == str(
+    assert find_tokenizer(JobConfig().model) == str(
         ROOT / "torchtrain" / "datasets" / "debug_tokenizer.model"
     )
-    assert tokenizer_path(parse('[model]\ntokenizer_path = "a/b"').model) == "a/b"
-    assert tokenizer_path(parse('[model]\nhf_assets_path = "c"').model) == "c"
+    assert find_tokenizer(parse('[model]\ntokenizer_path = "a/b"').model) == "a/b"
+    assert find_tokenizer(parse('[model]\nhf_assets_path = "c"').model) == "c"
 
 
 def test_data_parallel_degree():
@@ -833,7 +857,7 @@ def test_data_parallel_degree():
         section = Parallelism(
             data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard
         )
-        return data_parallel_degree(section, world_size)
+        return plan_degrees(section, world_size).data_parallel
 
     assert degree(1, -1, 6) == degree(2, -1, 6) == degree(2, 3, 6) == degree(6, 1, 6) == 6
     for replicate, shard in ((4, -1), (1, 1), (2, 2), (12, -1)):
@@ -926,7 +950,7 @@ def test_launchers_check(capsys):
     assert "--training.steps" in capsys.readouterr().out
 
 
-CHECK = "import sys, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); sys.exit('torch' in sys.modules)"
+CHECK = "import sys, torchtrain.config.options as o, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); sys.exit('torch' in sys.modules)"
 
 
 def check_command(*args: str) -> list[str]:
@@ -948,7 +972,7 @@ def test_neither_help_nor_check_imports_torch():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (
         check,
-        [part.replace("c.parse_or_exit(sys.argv[1:], 2)", "c.print_help()") for part in check],
+        [part.replace("c.parse_or_exit(sys.argv[1:], 2)", "o.print_help()") for part in check],
     ):
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
         assert ended.returncode == 0, ended.stderr

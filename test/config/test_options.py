@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from torchtrain import ranks
-from torchtrain.config_manager import JobConfig, Parallelism
-from torchtrain.config_manager import options as all_options
+from torchtrain.config.options import options as all_options
+from torchtrain.config.schema import Parallelism
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.parallelisms import apply

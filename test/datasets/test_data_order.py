@@ -10,7 +10,7 @@ from helpers.launching import data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtrain.config_manager import Data, Training
+from torchtrain.config.schema import Data, Training
 from torchtrain.datasets import loader
 from torchtrain.datasets.data_order import locate, permuted
 from torchtrain.datasets.loader import build_dataset

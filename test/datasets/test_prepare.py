@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from helpers.launching import ROOT, options, write_corpus
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import prepare, token_cache
 from torchtrain.datasets.corpora import file_corpus
 from torchtrain.datasets.loader import build_dataset

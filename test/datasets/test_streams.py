@@ -10,7 +10,8 @@ import pytest
 from helpers.forking import train
 from helpers.launching import data_loader, metrics, write_corpus
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, Data, Training
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.schema import Data, Training
 from torchtrain.datasets.corpora import Corpus, Document, custom_corpus, open_corpus
 from torchtrain.datasets.loader import STEPS_AHEAD, DataLoader, build_dataset
 from torchtrain.datasets.streams import StreamDataset

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers.launching import data_loader
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, JobConfig
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import token_cache, token_file
 from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.samples import PackedDataset

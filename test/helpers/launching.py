@@ -9,7 +9,7 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torchtrain.config_manager import BatchPlan
+from torchtrain.config.layout import BatchPlan
 from torchtrain.datasets.loader import DataLoader
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,8 @@ import torch
 from helpers.launching import data_loader, options, write_corpus
 
 from torchtrain.catalog.models import ModelShape
-from torchtrain.config_manager import Data, JobConfig, Training
+from torchtrain.config.schema import Data, Training
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import packing
 from torchtrain.datasets.documents import split_documents
 from torchtrain.datasets.loader import build_dataset

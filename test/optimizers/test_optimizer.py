@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.optimizers import OPTIMIZERS
-from torchtrain.config_manager import Optimizer
+from torchtrain.config.schema import Optimizer
 from torchtrain.errors import UserError
 from torchtrain.models.llama import Transformer
 from torchtrain.optimizers.build import build_optimizer

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from torchtrain.catalog.models import ModelShape
-from torchtrain.config_manager import Parallelism
+from torchtrain.config.schema import Parallelism
 from torchtrain.loss import sequence_losses
 from torchtrain.models.llama import Transformer
 from torchtrain.models.rotary import RotaryPositions

@@ -9,7 +9,9 @@ from helpers.forking import on_ranks
 from helpers.launching import ROOT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torchtrain.config_manager import JobConfig, model_shape, plan_batch
+from torchtrain.config.layout import plan_batch
+from torchtrain.config.plans import plan_shape
+from torchtrain.config_manager import JobConfig
 from torchtrain.loss import sequence_losses
 from torchtrain.parallelisms.apply import build_parts, named_weights
 from torchtrain.parallelisms.mesh import ParallelDims
@@ -21,7 +23,7 @@ def facts(config, ranks, rank):
     dims = ParallelDims.from_config(config.parallelism, ranks)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     mesh = dims.build_mesh("cpu")
-    parts = build_parts(model_shape(config.model), mesh, dims, config)
+    parts = build_parts(plan_shape(config.model), mesh, dims, config)
     plan = None
     if dims.pp > 1:
         size = plan_batch(config.training, dims.data_parallel).microbatch_size

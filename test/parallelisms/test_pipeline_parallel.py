@@ -32,7 +32,8 @@ from torchtrain.catalog.schedules import (
     default_stages,
     stages_of,
 )
-from torchtrain.config_manager import JobConfig, plan_stages
+from torchtrain.config.layout import plan_stages
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.mesh import ParallelDims
@@ -40,7 +41,7 @@ from torchtrain.parallelisms.pipeline_parallel import Pipeline, plan_pipeline
 from torchtrain.ranks import join_process_group
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
-PIECES = SHAPE.pieces
+PIECES = SHAPE.layer_names
 
 
 def counts(parts):
@@ -62,7 +63,7 @@ def counts(parts):
     ],
 )
 def test_layers_are_cut_evenly_but_for_the_ends(layers, stages, first, last, expected):
-    pieces = ModelShape(32, layers, 4, 2, 64, 50).pieces
+    pieces = ModelShape(32, layers, 4, 2, 64, 50).layer_names
     parts = cut_evenly(pieces, stages, first, last)
     assert counts(parts) == expected
     assert [piece for part in parts for piece in part] == pieces
@@ -157,7 +158,7 @@ def planned(*args, world_size=4):
         ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8", *args],
         world_size,
     )
-    return plan_stages(config.parallelism, FLAVORS["llama3"]["debugmodel"].pieces)
+    return plan_stages(config.parallelism, FLAVORS["llama3"]["debugmodel"].layer_names)
 
 
 def test_cutting_options_cut():

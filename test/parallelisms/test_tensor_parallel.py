@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.checkpoint.checkpointer import Checkpointer, Progress
-from torchtrain.config_manager import Checkpoint, Parallelism, Training
-from torchtrain.config_manager import Optimizer as OptimizerConfig
+from torchtrain.config.schema import Checkpoint, Parallelism, Training
+from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.errors import UserError
 from torchtrain.loss import count_valid, sequence_losses
 from torchtrain.models.llama import Transformer

@@ -73,8 +73,8 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def find_dataset(name: str, path: str | None) -> DatasetSpec:
-    """What `training.dataset` = `name` means, with `training.dataset_path` = `path`.
+def find_dataset(name: str, path: str | None, option: str = "training.dataset") -> DatasetSpec:
+    """Return what the option = `name` means, with the option + "_path" = `path`.
 
     A name with a slash that is not in the table is a local folder if there is one, else `owner/name` of the Hugging
     Face Hub; `@revision`, `:config` and `:config:split` may follow.
@@ -82,8 +82,8 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
     Raises:
         UserError: unknown, without the path it needs, with one it takes no notice of, or with one that isn't there.
     """
-    given = f"training.dataset = {name!r}"
-    spec = DATASETS.get(name) or _by_place(name)
+    given = f"{option} = {name!r}"
+    spec = DATASETS.get(name) or _by_place(name, given)
     if spec is None:
         close = nearest(name, DATASETS)
         hint = f", did you mean {close}?" if close else ""
@@ -91,27 +91,27 @@ def find_dataset(name: str, path: str | None) -> DatasetSpec:
             f"{given} is unknown{hint}; allowed: {', '.join(DATASETS)}, or owner/name[@revision][:config[:split]]"
         )
     if spec.needs_path and not path:
-        raise UserError(f"{given} needs training.dataset_path: {spec.description}")
+        raise UserError(f"{given} needs {option}_path: {spec.description}")
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
-        raise UserError(f"training.dataset_path = {path!r} has no effect: {given} takes no path")
+        raise UserError(f"{option}_path = {path!r} has no effect: {given} takes no path")
     if path and not spec.texts and not expanded(path).exists():
-        raise UserError(f"training.dataset_path = {path!r} does not exist (seen from {Path.cwd()})")
+        raise UserError(f"{option}_path = {path!r} does not exist (seen from {Path.cwd()})")
     return spec
 
 
-def _by_place(name: str) -> DatasetSpec | None:
+def _by_place(name: str, given: str) -> DatasetSpec | None:
     if "/" not in name:
         return None
-    given, _, rest = name.partition(":")
+    address, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
-    repository, _, revision = given.partition("@")
+    repository, _, revision = address.partition("@")
     hub = HubSource(repository, config or None, split or "train", revision or None)
     if expanded(repository).is_dir():
         return DatasetSpec("a local folder that the package datasets can read", hub=hub)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^:@]+)?(:[^:]*){0,2}", name):
         raise UserError(
-            f"training.dataset = {name!r} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
+            f"{given} is neither a folder that exists (seen from {Path.cwd()}) nor a dataset of "
             "the Hugging Face Hub, owner/name[@revision][:config[:split]]"
         )
     return DatasetSpec("a dataset of the Hugging Face Hub", hub=hub)

@@ -39,8 +39,8 @@ class ModelShape:
     """Context length, in tokens, that the unscaled frequencies were trained for."""
 
     @property
-    def pieces(self) -> list[str]:
-        """Names of the modules between which the model can be cut, in the order of the forward."""
+    def layer_names(self) -> list[str]:
+        """Names of the layers between which a pipeline can split the model, in the order of the forward."""
         return [
             "tok_embeddings",
             *(f"layers.{layer}" for layer in range(self.n_layers)),

@@ -42,7 +42,7 @@ def cut_evenly(pieces: list[str], stages: int, first_less: int, last_less: int) 
     """The pieces of each stage: equal numbers of layers, but fewer where the embedding and the output are.
 
     Args:
-        pieces: embedding, layers, final norm and output (`ModelShape.pieces`).
+        pieces: embedding, layers, final norm and output (`ModelShape.layer_names`).
         stages: how many there shall be.
         first_less: layers that the embedding stands for.
         last_less: the same of final norm and output.

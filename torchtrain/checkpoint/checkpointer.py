@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
-from torchtrain.config_manager import Checkpoint
+from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import CheckpointError, SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together

@@ -18,14 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrain.config_manager import (
-    BatchPlan,
-    Data,
-    DataSource,
-    Training,
-    Validation,
-    plan_sources,
-)
+from torchtrain.config.layout import BatchPlan
+from torchtrain.config.schema import Data, Training, Validation
+from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.datasets.documents import require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.packing import BestFitDataset

@@ -21,14 +21,10 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from torchtrain.config_manager import (
-    Data,
-    DataSource,
-    JobConfig,
-    plan_sources,
-    plan_validation,
-    tokenizer_path,
-)
+from torchtrain.config.plans import find_tokenizer
+from torchtrain.config.schema import Data
+from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
+from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.corpora import Corpus, open_corpus, split_corpus
 from torchtrain.datasets.token_cache import (
     Encode,
@@ -142,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--workers {own.workers}: must be at least 1")
     try:
         config = JobConfig().parse_args(of_the_run, world_size=0)
-        path = tokenizer_path(config.model)
+        path = find_tokenizer(config.model)
         tokenizer = load_tokenizer(path)
         encode = partial(encode_in_workers, own.workers, path)
         trained_on = plan_sources(config.training, config.data, config.validation)
@@ -151,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             for source in trained_on
             if source.dataset == "tokens" or not config.data.streaming
         ]
-        if not (sources := [*cached, *plan_validation(config)]):
+        if not (sources := [*cached, *plan_validation_sources(config)]):
             raise UserError(
                 "data.streaming = true: the run tokenises documents as it reads them; none to prepare"
             )

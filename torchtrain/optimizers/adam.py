@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from torchtrain.config_manager import Optimizer as OptimizerConfig
+from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.optimizers.build import decay_groups
 
 

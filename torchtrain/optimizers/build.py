@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchtrain.catalog.optimizers import OPTIMIZERS
-from torchtrain.config_manager import Optimizer as OptimizerConfig
+from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.utils import load_attribute
 
 

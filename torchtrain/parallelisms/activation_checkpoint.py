@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from torchtrain.config_manager import ActivationCheckpoint
+from torchtrain.config.schema import ActivationCheckpoint
 from torchtrain.models.decoder import Decoder
 
 

@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
-from torchtrain.config_manager import JobConfig, plan_stages
+from torchtrain.config.layout import plan_stages
+from torchtrain.config_manager import JobConfig
 from torchtrain.logging_utils import logger
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.llama import Transformer
@@ -27,7 +28,7 @@ def build_parts(
     shape: ModelShape, mesh: DeviceMesh, dims: ParallelDims, config: JobConfig
 ) -> dict[int, Decoder]:
     """This rank's part of the model on the meta device, parallelized: all of it, or by number its pipeline stages."""
-    stages = plan_stages(config.parallelism, shape.pieces)
+    stages = plan_stages(config.parallelism, shape.layer_names)
     rank = mesh["pp"].get_local_rank() if dims.pp > 1 else 0
     parts: dict[int, Decoder] = {}
     for stage in stages_of(

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from torchtrain.config_manager import Training
+from torchtrain.config.schema import Training
 from torchtrain.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtrain.config_manager import Parallelism, data_parallel_degree
+from torchtrain.config.layout import plan_degrees
+from torchtrain.config.schema import Parallelism
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,10 @@ class ParallelDims:
     @classmethod
     def from_config(cls, parallelism: Parallelism, world_size: int) -> "ParallelDims":
         """Resolve -1 to what is left; the config check has already refused what cannot be."""
-        replicate = parallelism.data_parallel_replicate_degree
         return cls(
             pp=parallelism.pipeline_parallel_degree,
-            dp_replicate=replicate,
-            dp_shard=data_parallel_degree(parallelism, world_size) // replicate,
+            dp_replicate=parallelism.data_parallel_replicate_degree,
+            dp_shard=plan_degrees(parallelism, world_size).dp_shard,
             cp=parallelism.context_parallel_degree,
             tp=parallelism.tensor_parallel_degree,
         )

@@ -24,7 +24,8 @@ from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _Pipe
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import SCHEDULES, stages_of
-from torchtrain.config_manager import JobConfig, check_batch, plan_stages
+from torchtrain.config.layout import check_batch, plan_stages
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.rotary import RotaryPositions
@@ -85,7 +86,7 @@ def plan_pipeline(
     parallelism, size = config.parallelism, config.parallelism.pipeline_parallel_microbatch_size
     schedule, stages = (
         parallelism.pipeline_parallel_schedule,
-        len(plan_stages(parallelism, shape.pieces)),
+        len(plan_stages(parallelism, shape.layer_names)),
     )
     compiled = config.compile.enable and "model" in config.compile.components
     needs_whole = compiled or config.activation_checkpoint.mode != "none"

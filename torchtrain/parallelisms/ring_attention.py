@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrain.config_manager import Parallelism
+from torchtrain.config.schema import Parallelism
 
 aten = torch.ops.aten
 # These ops, unlike torch.distributed's functions, can be traced by torch.compile and have the same

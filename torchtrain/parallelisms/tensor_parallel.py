@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import loss_parallel as vocabulary_sharded_loss
 from torch.distributed.tensor.placement_types import Placement
 
-from torchtrain.config_manager import Parallelism
+from torchtrain.config.schema import Parallelism
 from torchtrain.errors import SharedUserError
 from torchtrain.models.decoder import Decoder, Role
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtrain.config_manager import DEBUG_TOKENIZER, BatchPlan, Data, Training
+from torchtrain.config.layout import BatchPlan
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.schema import Data, Training
 from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer

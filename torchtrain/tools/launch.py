@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from torchtrain.config_manager import parse_or_exit, print_help, wants_help
+from torchtrain.config.options import print_help, wants_help
+from torchtrain.config_manager import parse_or_exit
 from torchtrain.utils import cores
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,7 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtrain.config_manager import JobConfig, options, read_command_line
+from torchtrain.config.options import options
+from torchtrain.config.reading import read_command_line
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.tools.launch import RENDEZVOUS_VARIABLES, ROOT, SPIN_COUNT, visible_gpus
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout
@@ -373,7 +375,8 @@ def make_plan(
     Raises:
         UserError: the reference's configuration has a fault.
     """
-    given, faults = read_command_line(trainer_options)
+    read = read_command_line(trainer_options)
+    given, faults = read.values, read.faults
     if faults:
         raise UserError("\n".join(fault.text for fault in faults))
     file = config_file or str(ROOT / "train_configs" / "debug_model.toml")

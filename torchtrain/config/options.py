@@ -1,0 +1,131 @@
+"""The fields described in words: for --help, the command line and the messages."""
+
+import functools
+import os
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from torchtrain.catalog.datasets import DATASETS
+from torchtrain.catalog.models import FLAVORS
+from torchtrain.config.schema import SECTIONS
+from torchtrain.config.toml import quoted
+
+BOUNDS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+}
+TYPES = {
+    "integer": "a whole number",
+    "number": "a finite number",
+    "boolean": "true or false",
+    "string": "UTF-8 text",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field, described."""
+
+    kind: str
+    """JSON Schema's name of its type: integer, number, boolean, string, array; "lists" of lists."""
+    optional: bool
+    """Whether it can be unset."""
+    allowed: str
+    """Type and bounds, in words."""
+    default: Any
+    doc: str
+
+
+@functools.cache
+def options() -> dict[str, Option]:
+    """Return every field by its full name, `section.key`, in the order of declaration."""
+    found = {}
+    for section, model in SECTIONS.items():
+        for key, schema in model.model_json_schema()["properties"].items():
+            optional = "anyOf" in schema
+            value_schema = schema["anyOf"][0] if optional else schema
+            found[f"{section}.{key}"] = Option(
+                kind=_kind(value_schema),
+                optional=optional,
+                allowed=_in_words(value_schema),
+                default=schema["default"],
+                doc=schema["description"],
+            )
+    return found
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if schema.get("items", {}).get("type") == "array":
+        return "lists"
+    return str(schema["type"])
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "array":
+        items = schema["items"]
+        if "enum" in items:
+            return "a list with at least one of " + ", ".join(items["enum"])
+        what = "lists of names" if items["type"] == "array" else "texts"
+        return f"a list of {what}, none empty"
+    words = TYPES[schema["type"]]
+    if "minLength" in schema:
+        words += ", not empty"
+    if "not" in schema:  # CountOrAuto
+        words = f"{schema['minimum']}, or {words}"
+        schema = {**schema, "minimum": 1}
+    limits = [f"{sign} {schema[bound]:,}" for bound, sign in BOUNDS.items() if bound in schema]
+    return f"{words} {' and '.join(limits)}".rstrip()
+
+
+def wants_help(args: list[str]) -> bool:
+    """Return whether the command line asks for help, anywhere."""
+    return "-h" in args or "--help" in args
+
+
+def print_help() -> None:
+    """Print the help; a reader that has seen enough (`--help | head`) is not a fault."""
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def help_text() -> str:
+    """Return every option with what it allows, its default and its meaning."""
+    lines = [
+        "Train a Llama. Options can also be set in a TOML file, as KEY under [SECTION];",
+        "the command line takes precedence.",
+        "",
+        "  --SECTION.KEY VALUE or --SECTION.KEY=VALUE",
+        "  A true/false option without a value means true. Commas separate the items of a list,",
+        "  semicolons the lists of a list of lists. The value none unsets an option whose default",
+        "  is unset.",
+    ]
+    for section, model in SECTIONS.items():
+        lines += ["", f"[{section}] {model.__doc__}"]
+        for name, option in options().items():
+            if name.startswith(f"{section}."):
+                lines.append(f"  --{name}  ({option.allowed}; default: {quoted(option.default)})")
+                lines += _indented(option.doc)
+                for line in known_names(name):
+                    lines += _indented(line)
+    return "\n".join(lines)
+
+
+def known_names(name: str) -> list[str]:
+    """Return what an option can name, one line for each: families with flavors, datasets."""
+    if name == "model.flavor":
+        return [f"{family}: {', '.join(flavors)}" for family, flavors in FLAVORS.items()]
+    if name == "training.dataset":
+        return [f"{dataset}: {spec.description}" for dataset, spec in DATASETS.items()]
+    return []
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")

@@ -1,0 +1,233 @@
+"""Reading a config: command line over TOML file over defaults, every fault in one report."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from torchtrain.catalog.datasets import import_custom
+from torchtrain.config.checks import NAMED_BY_USERS, check
+from torchtrain.config.faults import Fault, unknown_key, unknown_section, value_fault
+from torchtrain.config.notes import find_idle_options
+from torchtrain.config.options import Option, options, print_help, wants_help
+from torchtrain.config.schema import SECTIONS, Config
+from torchtrain.config.toml import quoted, shortened
+from torchtrain.errors import ConfigError, UserError
+
+COMMAND_LINE = "command line"
+
+
+@dataclass
+class Source:
+    """The config file or the command line, as read."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """Values by full name, `section.key`; not checked yet."""
+    faults: list[Fault] = field(default_factory=list)
+    """What is wrong with the file, the arguments or their names."""
+
+
+@dataclass
+class Report:
+    """All faults found so far, and the options that they make unreliable."""
+
+    lines: list[str] = field(default_factory=list)
+    unreliable: set[str] = field(default_factory=set)
+
+    def add(self, where: str, fault: Fault) -> None:
+        """Note a fault found in the file, or on the command line, called `where`."""
+        self.lines.append(f"{where}: {fault.text}")
+        self.unreliable.update(fault.keys)
+
+    def raise_if_any(self) -> None:
+        """Raise all faults as one ConfigError, where there are any."""
+        if not self.lines:
+            return
+        heading = "1 fault" if len(self.lines) == 1 else f"{len(self.lines)} faults"
+        indented = [f"  {line}" for line in self.lines]
+        raise ConfigError("\n".join([f"The configuration has {heading}:", *indented]))
+
+
+def read_config(
+    args_list: list[str] | None = None, world_size: int | None = None
+) -> tuple[Config, list[str]]:
+    """Read default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
+
+    Args:
+        args_list: the command line; by default this process's.
+        world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1. 0: not
+            known, so no layout is checked.
+
+    Returns:
+        The config, and the options that have no effect, a sentence each.
+
+    Raises:
+        ConfigError: every fault that can be known, in one report.
+    """
+    args = sys.argv[1:] if args_list is None else args_list
+    if wants_help(args):
+        print_help()
+        raise SystemExit(0)
+    sources = [read_command_line(args)]
+    config_file = sources[0].values.get("job.config_file")
+    if config_file is not None:
+        sources.insert(0, read_toml(config_file))
+
+    report = Report()
+    origin: dict[str, str] = {}
+    config = _merge(sources, report, origin)
+    if config.experimental.custom_import:
+        try:
+            import_custom(config.experimental.custom_import)
+        except UserError as fault:
+            name = "experimental.custom_import"
+            report.add(origin[name], Fault((name, *NAMED_BY_USERS), str(fault)))
+    if world_size is None:
+        world_size = _launched_world_size(report)
+    for clash in check(config, world_size or None):
+        if not report.unreliable.intersection(clash.keys):
+            where = dict.fromkeys(origin[key] for key in clash.keys if key in origin)
+            report.add(", ".join(where) or "defaults", Fault((), clash.text))
+    report.raise_if_any()
+    return config, find_idle_options(config)
+
+
+def _merge(sources: list[Source], report: Report, origin: dict[str, str]) -> Config:
+    """Return the valid values, later sources first; `origin` gets where each comes from."""
+    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for source in sources:
+        for fault in source.faults:
+            report.add(source.name, fault)
+        for name, value in source.values.items():
+            value_problem = value_fault(name, value)
+            if value_problem is not None:
+                report.add(source.name, value_problem)
+        for name in source.values.keys() - report.unreliable:
+            section, _, key = name.partition(".")
+            merged[section][key] = source.values[name]
+            origin[name] = source.name
+    return Config.model_validate(merged)
+
+
+def _launched_world_size(report: Report) -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    world_size = int(text) if text.isdecimal() else 0
+    if world_size == 0:
+        fault = Fault((), f"WORLD_SIZE = {quoted(text)}: must be a whole number >= 1")
+        report.add("environment", fault)
+    return world_size
+
+
+def read_command_line(args: list[str]) -> Source:
+    """Read the arguments; their values are checked later, by `value_fault`."""
+    source = Source(COMMAND_LINE)
+    rest = list(args)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            text = f"unexpected argument {quoted(argument)}; expected --section.key value"
+            source.faults.append(Fault((), text))
+            continue
+        name, equals, text = argument[2:].partition("=")
+        has_value = bool(equals)
+        if not has_value and rest and not rest[0].startswith("--"):
+            has_value = True
+            text = rest.pop(0)
+        option = options().get(name)
+        if option is None:
+            source.faults.append(unknown_key(name, given=f"--{name}", prefix="--"))
+        elif name in source.values:
+            source.faults.append(Fault((name,), f"--{name} is given twice; give it once"))
+        elif has_value:
+            source.values[name] = _parse_value(option, text)
+        elif option.kind == "boolean":
+            source.values[name] = True
+        else:
+            text = f"--{name} has no value; it must be {option.allowed}"
+            source.faults.append(Fault((name,), text))
+    return source
+
+
+def _parse_value(option: Option, text: str) -> Any:
+    """Return the text as a value of the option's type, or as it is, to be refused by the check."""
+    if option.optional and text == "none":
+        return None
+    if option.kind == "boolean":
+        return {"true": True, "false": False}.get(text, text)
+    if option.kind == "array":
+        return text.split(",")
+    if option.kind == "lists":
+        return [part.split(",") for part in text.split(";")]
+    try:
+        return {"integer": int, "number": float, "string": str}[option.kind](text)
+    except ValueError:
+        return text
+
+
+def read_toml(path: str) -> Source:
+    """Read a config file; its values are checked later, by `value_fault`."""
+    source = Source(path)
+    try:
+        tables = _load_tables(path)
+    except UserError as fault:
+        source.faults.append(Fault(tuple(options()), str(fault)))
+        return source
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            source.faults.append(unknown_section(section, table))
+        elif isinstance(table, dict):
+            for key, value in table.items():
+                source.values[f"{section}.{key}"] = value
+        else:
+            given = f"{section} = {quoted(table)}"
+            text = f"{given}: this is a section; write [{section}] and its keys"
+            source.faults.append(Fault((), text))
+    if source.values.pop("job.config_file", None) is not None:
+        text = "job.config_file: belongs on the command line only; leave it out"
+        source.faults.append(Fault(("job.config_file",), text))
+    return source
+
+
+def _load_tables(path: str) -> dict[str, Any]:
+    """Return what the file holds.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8 or not TOML.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as fault:
+        raise UserError(f"the config file cannot be read: {fault.strerror}") from fault
+    except UnicodeDecodeError as fault:
+        line = fault.object[: fault.start].count(b"\n") + 1
+        byte = f"{fault.object[fault.start]:#04x}"
+        raise UserError(
+            f"not UTF-8 text: byte {byte} in line {line}; save the file as UTF-8"
+        ) from fault
+    try:
+        return tomli.loads(text)
+    except (ValueError, RecursionError) as fault:
+        raise UserError(_locate(str(fault), text.replace("\r\n", "\n"))) from fault
+
+
+def _locate(message: str, text: str) -> str:
+    """Return tomli's message with the line that it is about, where it names a location."""
+    problem, _, location = message.partition(" (at ")
+    numbers = re.fullmatch(r"line (\d+), column (\d+)\)", location)
+    if numbers:
+        line, column = int(numbers[1]), int(numbers[2])
+    elif location:  # "end of document"
+        last = text.rstrip("\n")
+        line = last.count("\n") + 1
+        column = len(last) - last.rfind("\n")
+    else:
+        return f"not TOML: {problem}"
+    if problem == "Cannot overwrite a value":
+        problem = "this key was given before; give it once"
+    code = shortened(text.split("\n")[line - 1])
+    return f"not TOML: line {line}, column {column}: {problem}\n      {line} | {code}"
