@@ -57,6 +57,7 @@ def exit_with(statuses):
     return statuses[int(os.environ["RANK"])]
 
 
+@pytest.mark.slow
 def test_each_rank_has_its_own_exit_status():
     ranks = Ranks(3, exit_with, [0, 3, 0])
     assert ranks.finish(60) == [0, 3, 0]
@@ -68,6 +69,7 @@ def wait_for_a_failed_rank():
     signal.pause()
 
 
+@pytest.mark.slow
 def test_when_one_rank_has_failed_the_others_are_ended(monkeypatch):
     monkeypatch.setattr(forking, "GRACE_S", 0.1)
     ranks = Ranks(2, wait_for_a_failed_rank)
@@ -75,6 +77,7 @@ def test_when_one_rank_has_failed_the_others_are_ended(monkeypatch):
     assert "ValueError: the cause" in ranks.printed
 
 
+@pytest.mark.slow
 def test_what_a_rank_printed_is_in_the_failure():
     with pytest.raises(AssertionError, match=r"(?s)exit statuses .*the cause"):
         on_ranks(1, raise_the_cause)
@@ -91,6 +94,7 @@ def leave_a_child(file):
     Path(file).write_text(str(child.pid))
 
 
+@pytest.mark.slow
 def test_a_rank_has_ended_though_its_child_runs_on(tmp_path):
     """Compile workers outlive their rank by a moment and hold what it had open."""
     on_ranks(1, leave_a_child, tmp_path / "pid")

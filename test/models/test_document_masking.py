@@ -60,7 +60,7 @@ def loss_and_gradients(model, batches):
         ({"kv_heads": 1}, None),
         (SCALED, None),
         ({"tied_embeddings": True}, None),
-        (SCALED, "aot_eager"),
+        pytest.param(SCALED, "aot_eager", marks=pytest.mark.slow),
         pytest.param(SCALED, "inductor", marks=pytest.mark.slow),
     ],
 )
