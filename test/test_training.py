@@ -12,6 +12,7 @@ import train as trainer_module
 from torchtrain.config_manager import JobConfig
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.ranks import join_process_group
+from torchtrain.set_up import set_up
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
 
@@ -73,7 +74,7 @@ def first_step(tmp_path_factory, data):
 
 def step_once(arguments, out, mask):
     """A rank's first step, and its weights, gradients, loss and gradient norm, whole; `mask` hides labels unevenly."""
-    trainer = trainer_module.set_up(JobConfig().parse_args(arguments), join_process_group(60))
+    trainer = set_up(JobConfig().parse_args(arguments), join_process_group(60))
     weights = {name: p.detach().full_tensor().clone() for name, p in trainer.weights.items()}
     batches = [masked(batch) if mask else batch for batch in trainer.loader.step_batches(1)]
     loss, _ = trainer_module.forward_backward(trainer, batches)

@@ -18,18 +18,28 @@ from hypothesis import strategies as st
 
 import train
 from torchtrain import ranks
-from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
 from torchtrain.config.sources import plan_validation_sources
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
+from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.metrics import Stopwatch
 from torchtrain.models.llama import Transformer
+from torchtrain.set_up import set_up
+from torchtrain.validation import ValidationSet
 
 ON = {"validation.enable": True, "validation.held_out_share": 0.1}
+
+
+def open_data(config, tokenizer):
+    """What `config` trains on, and what it validates on."""
+    dataset = build_dataset(config.training, config.data, tokenizer, 0, config.validation)
+    plan = plan_run(config, 1, tokenizer_size=tokenizer.vocab_size)
+    return dataset, ValidationSet(plan.validation, config.data, tokenizer, None)
 
 
 def digest(text):
@@ -108,7 +118,7 @@ def test_rows_that_are_no_documents_are_trainings():
 def test_held_out_documents_are_part_of_the_fingerprint_and_of_the_cache(data, tmp_path):
     def fingerprint(**overrides):
         config = JobConfig().parse_args(options({**data, **overrides}))
-        dataset, validation_set = train.open_data(config, load_tokenizer(DEBUG_TOKENIZER))
+        dataset, validation_set = open_data(config, load_tokenizer(DEBUG_TOKENIZER))
         return dataset.identity()["corpus"], validation_set.fingerprint
 
     shares = [
@@ -130,13 +140,15 @@ def test_each_source_of_a_mixture_gives_a_part(tmp_path):
     mixture = ",".join(f"text {folder} = 1" for folder in folders)
     given = {**ON, "data.mixture": mixture, "data.cache_folder": tmp_path / "cache"}
     config = JobConfig().parse_args(options({**given, "training.dataset": None}))
-    dataset, validation_set = train.open_data(config, load_tokenizer(DEBUG_TOKENIZER))
+    dataset, validation_set = open_data(config, load_tokenizer(DEBUG_TOKENIZER))
     left = [part.manifest.documents for part in dataset._datasets]
     held_out = [part.manifest.documents for part in validation_set.datasets]
     assert [a + b for a, b in zip(left, held_out, strict=True)] == [40, 40]
     assert min(held_out) >= 1
     half = validation_set.n_samples // 2
-    order = np.concatenate([validation_set.read(np.arange(at, at + 1))[0] for at in range(half)])
+    order = np.concatenate(
+        [validation_set.read(np.arange(at, at + 1)).tokens for at in range(half)]
+    )
     first = {
         row.tobytes()
         for row in validation_set.datasets[0].read(np.arange(validation_set.datasets[0].n_samples))[
@@ -175,7 +187,7 @@ def by_hand(trainer, texts, seq_len):
             for id in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)
         ]
     )
-    model = Transformer(trainer.shape)
+    model = Transformer(trainer.plan.shape)
     model.load_state_dict(
         {name: weight.full_tensor() for name, weight in trainer.weights.items()}, strict=False
     )
@@ -208,7 +220,7 @@ def test_numbers_equal_those_by_hand(data, device, accented, kind, length):
     }
     given = {**data, **(ON if kind == "held out" else named), **length}
     config = JobConfig().parse_args(options(given), world_size=1)
-    trainer = train.set_up(config, device)
+    trainer = set_up(config, device)
     files = sorted(
         (accented if kind == "named" else write_corpus(accented.parent / "again")).iterdir()
     )
@@ -231,7 +243,7 @@ def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
         "validation.dataset": "tokens",
         "validation.dataset_path": tmp_path / "ids.bin",
     }
-    trainer = train.set_up(JobConfig().parse_args(options({**data, **given}), world_size=1), device)
+    trainer = set_up(JobConfig().parse_args(options({**data, **given}), world_size=1), device)
     found = train.validate(trainer)
     assert found["val_bits_per_byte"] is None
     assert 7 < found["val_loss"] < 9
@@ -242,7 +254,7 @@ def test_steps_are_batches_of_the_global_batch_size(data, device, steps, sequenc
     config = JobConfig().parse_args(
         options({**data, **ON, "validation.steps": steps}), world_size=1
     )
-    validator = train.set_up(config, device).validator
+    validator = set_up(config, device).validator
     counts = []
     validator.run(
         lambda batch: (
@@ -515,7 +527,7 @@ def test_corpora_too_small_to_hold_out_are_refused(tmp_path, texts, message):
         "data.cache_folder": tmp_path / "cache",
     }
     with pytest.raises(UserError, match=message):
-        train.open_data(JobConfig().parse_args(options(given)), load_tokenizer(DEBUG_TOKENIZER))
+        open_data(JobConfig().parse_args(options(given)), load_tokenizer(DEBUG_TOKENIZER))
 
 
 def test_a_faulty_named_set_is_called_validations(data, tmp_path):
@@ -528,6 +540,6 @@ def test_a_faulty_named_set_is_called_validations(data, tmp_path):
     with pytest.raises(
         UserError, match=r"^validation: validation\.dataset_path = .* holds no file"
     ):
-        train.open_data(
+        open_data(
             JobConfig().parse_args(options({**data, **named})), load_tokenizer(DEBUG_TOKENIZER)
         )

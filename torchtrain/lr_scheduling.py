@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchtrain.config.plans import Schedule, plan_schedule
-from torchtrain.config_manager import JobConfig
+from torchtrain.config.schema import Config
 
 CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda p: 1 - p,
@@ -44,7 +44,7 @@ def lr_factor(step: int, schedule: Schedule) -> float:
     return schedule.min_lr_factor + (1 - schedule.min_lr_factor) * falling
 
 
-def get_lr_scheduler(optimizer: Optimizer, job_config: JobConfig) -> LambdaLR:
+def get_lr_scheduler(optimizer: Optimizer, job_config: Config) -> LambdaLR:
     """Build the scheduler, with the rate of step 1 set; step it right after each optimizer step."""
     schedule = plan_schedule(job_config.lr_scheduler, job_config.training.steps)
     # PyTorch's epoch e is the number of optimizer steps taken: it asks for the rate of step e + 1.

@@ -1,159 +1,180 @@
-"""Validation: the loss on documents that are never trained on, after every so many steps of a run.
+"""Validation: the loss on documents that are never trained on, at intervals of a run.
 
-Two numbers. The loss is the sum of the token losses of all sequences over their number of valid labels, in nats a
-token. Bits per byte is the same sum over ln 2 and the bytes of text that the predicted tokens stand for: it compares
-models of different tokenizers. (BOS and EOS cost, and stand for no byte.)
+Two numbers. The loss is the sum of the token losses of all sequences over their number of valid
+labels, in nats per token. Bits per byte is the same sum over ln 2 and the bytes of text that the
+predicted tokens stand for: it compares models of different tokenizers. (BOS and EOS cost, and
+stand for no byte.)
 
-What is read is the same for any number of ranks, and so are the numbers, to rounding: sequences are dealt out in turn,
-and a rank that gets fewer than others makes up for it with rows without a valid label, since all ranks must run the
-model equally often.
+What is read is the same for any number of ranks, and so are the numbers, to rounding: sequences
+are dealt out in turn, and a rank that gets fewer than others makes up for it with sequences
+without a valid label, since all ranks must run the model equally often.
 
 Letters: B sequences that a rank evaluates together, S sequence, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.config.layout import BatchPlan
-from torchtrain.config.sources import plan_validation_sources
-from torchtrain.config_manager import JobConfig
+from torchtrain.config.layout import Degrees
+from torchtrain.config.plans import ValidationPlan
+from torchtrain.config.schema import Data
 from torchtrain.datasets.data_order import permuted
 from torchtrain.datasets.loader import Microbatch, microbatches
 from torchtrain.datasets.prepare import open_tokens
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
+from torchtrain.logging_utils import logger
 from torchtrain.loss import count_valid
-from torchtrain.models.decoder import Decoder
-from torchtrain.parallelisms.fsdp import free_gathered
-from torchtrain.parallelisms.mesh import ParallelDims
 from torchtrain.utils import IGNORE_INDEX
 
 
 class ValidationSet:
-    """The sequences to validate on: each source's documents in a row, cut, the rest of them filled up."""
+    """The sequences to validate on: each source's documents joined and cut, the last filled up."""
 
-    def __init__(self, config: JobConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
-        """Read, and where need be tokenise, what `config.validation` names; without validation nothing.
+    def __init__(
+        self,
+        plan: ValidationPlan,
+        data: Data,
+        tokenizer: Tokenizer,
+        separators: tuple[int, int] | None,
+    ) -> None:
+        """Read, and where need be tokenize, the plan's sources; without validation nothing.
+
+        Args:
+            plan: names the sources.
+            data: how they are read.
+            tokenizer: that of the model.
+            separators: the ids of BOS and EOS under document masking.
 
         Raises:
             UserError: whatever is wrong with a source or the cache folder; nothing to hold out.
         """
-        self.seq_len = config.validation.seq_len or config.training.seq_len
+        self.seq_len = plan.seq_len
+        self.separators = separators
+        self.datasets = []
         try:
-            caches = [
-                open_tokens(source, config.data, tokenizer, log)
-                for source in plan_validation_sources(config)
-            ]
-            self.datasets = [
-                PackedDataset(cache, self.seq_len, seed=0, keep_rest=True) for cache in caches
-            ]
+            for source in plan.sources:
+                cache = open_tokens(source, data, tokenizer, logger.info)
+                self.datasets.append(PackedDataset(cache, self.seq_len, seed=0, keep_rest=True))
         except UserError as fault:
             text = str(fault).replace("training.dataset", "validation.dataset")
             raise UserError(f"validation: {text}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
-        known = self.datasets and all(
-            dataset.manifest.bytes is not None for dataset in self.datasets
-        )
         # What made a token file, and from what text, only its owner can know.
-        self.token_bytes = (
-            tokenizer.token_bytes() if known else np.full(tokenizer.vocab_size, np.nan)
-        )
+        sizes = [dataset.manifest.bytes for dataset in self.datasets]
+        if sizes and None not in sizes:
+            self.token_bytes = tokenizer.token_bytes()
+        else:
+            self.token_bytes = np.full(tokenizer.vocab_size, np.nan)
 
     @property
     def fingerprint(self) -> str:
-        """Of contents, tokenizer and length."""
+        """The fingerprint of contents, tokenizer and sequence length."""
         return "; ".join(dataset.fingerprint for dataset in self.datasets)
 
     def describe(self) -> str:
-        """What it holds, in words."""
+        """Return what it holds, in words."""
         return "; ".join(dataset.manifest.describe() for dataset in self.datasets)
 
-    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels, int64 `[B, S]` each, of the sequences `[B]`; of a number below 0 no label is valid.
+    def read(self, numbers: np.ndarray) -> Microbatch:
+        """Read the sequences with these numbers [B]; of a number below 0 no label is valid.
 
-        Sequences are numbered across the sources in an order of no meaning, so that the first of them stand for all.
+        Sequences are numbered across the sources in a fixed random order, so a prefix is a fair
+        sample.
         """
         tokens = np.zeros((len(numbers), self.seq_len), dtype=np.int64)
         labels = np.full_like(tokens, IGNORE_INDEX)
-        places = np.where(
-            numbers < 0, -1, permuted(np.maximum(numbers, 0), self.n_samples, seed=0, epoch=0)
-        )
+        order = permuted(np.maximum(numbers, 0), self.n_samples, seed=0, epoch=0)
+        samples = np.where(numbers < 0, -1, order)
         start = 0
         for dataset in self.datasets:
-            rows = (places >= start) & (places < start + dataset.n_samples)
-            tokens[rows], labels[rows] = dataset.read(places[rows] - start)
+            rows = (samples >= start) & (samples < start + dataset.n_samples)
+            tokens[rows], labels[rows] = dataset.read(samples[rows] - start)
             start += dataset.n_samples
-        return tokens, labels
+        (batch,) = microbatches(tokens, labels, numbers, len(numbers), self.separators)
+        return batch
 
 
 class Validator:
-    """Says when to validate, and does. All ranks call it together."""
+    """Says when to validate, and validates. All ranks call it together."""
 
     def __init__(
         self,
-        config: JobConfig,
+        plan: ValidationPlan,
         samples: ValidationSet,
-        separators: tuple[int, int] | None,
-        batch: BatchPlan,
-        dims: ParallelDims,
-        parts: Collection[Decoder],
+        degrees: Degrees,
+        data_rank: int,
         device: torch.device,
     ) -> None:
-        """`separators` (of documents) and `batch` are those of training, `parts` what this rank has of the model."""
-        section = config.validation
-        self.samples, self.dims, self.parts, self.device = samples, dims, parts, device
-        self.separators = separators
-        self.freq, self.last_step = section.freq, config.training.steps
-        self.batch_size = section.local_batch_size or batch.microbatch_size
+        """Take the sequences to validate on, and this rank's place among those that read others.
+
+        Args:
+            plan: when, and on how many sequences.
+            samples: the sequences.
+            degrees: of the mesh.
+            data_rank: which of the `degrees.data_parallel` shares of a batch this rank reads.
+            device: of the computation.
+        """
+        self.plan = plan
+        self.samples = samples
+        self.degrees = degrees
+        self.data_rank = data_rank
+        self.device = device
         self.sequences = samples.n_samples
-        if section.steps != -1:
-            self.sequences = min(self.sequences, section.steps * batch.global_batch_size)
+        if plan.max_sequences is not None:
+            self.sequences = min(self.sequences, plan.max_sequences)
 
     def is_due(self, step: int) -> bool:
-        """Whether to validate after `step`."""
-        return self.sequences > 0 and (step % self.freq == 0 or step == self.last_step)
+        """Check whether to validate after `step`."""
+        is_turn = step % self.plan.freq == 0 or step == self.plan.last_step
+        return self.sequences > 0 and is_turn
 
     @torch.no_grad()
     def run(self, losses_of: Callable[[Microbatch], Tensor]) -> dict[str, float | None]:
-        """`val_loss`, nats a token, and `val_bits_per_byte`, None where bytes are not known; the same on every rank.
+        """Validate. Weights, gradients, random state and the training data are left as they are.
 
-        `losses_of` B sequences are this rank's part of their losses [B], as it is in training.
-        Weights, gradients, random state and the training data are left as they are.
+        Args:
+            losses_of: from a microbatch of B sequences on the device to this rank's part of their
+                losses [B], as in training.
+
+        Returns:
+            The same on every rank: `val_loss`, nats per token, and `val_bits_per_byte`, None where
+            the number of bytes is not known.
         """
-        dims, device = self.dims, self.device
-        token_bytes = torch.from_numpy(self.samples.token_bytes).to(device)
-        totals = torch.zeros(
-            3, dtype=torch.float64, device=device
-        )  # loss, valid labels, their bytes
-        together = dims.data_parallel * self.batch_size
-        mine = np.arange(self.batch_size) + dims.data_rank(dist.get_rank()) * self.batch_size
-        for first in range(0, self.sequences, together):
-            numbers = np.where(first + mine < self.sequences, first + mine, -1)
-            (batch,) = microbatches(
-                *self.samples.read(numbers), numbers, self.batch_size, self.separators
-            )
-            batch = batch.to(device)
-            known = token_bytes[batch.labels.clamp(min=0)].where(batch.labels != IGNORE_INDEX, 0.0)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        token_bytes = torch.from_numpy(self.samples.token_bytes).to(self.device)
+        size = self.plan.batch_size
+        own = np.arange(size) + self.data_rank * size
+        for first in range(0, self.sequences, self.degrees.data_parallel * size):
+            numbers = np.where(first + own < self.sequences, first + own, -1)
+            batch = self.samples.read(numbers).to(self.device)
+            is_valid = batch.labels != IGNORE_INDEX
+            label_bytes = token_bytes[batch.labels.clamp(min=0)].where(is_valid, 0.0)
             losses = losses_of(batch).double()
-            totals += torch.stack([losses.sum(), count_valid(batch.labels).sum(), known.sum()])
-        free_gathered(self.parts)
-        # Ranks that share a sample all read it. Its loss only those of the last stage have, each of the tensor ranks.
+            totals[0] += losses.sum()
+            totals[1] += count_valid(batch.labels).sum()
+            totals[2] += label_bytes.sum()
         dist.all_reduce(totals)
-        loss, valid, size = (
-            totals / totals.new_tensor([dims.tp, dims.ranks_a_sample, dims.ranks_a_sample])
-        ).tolist()
-        bits = loss / math.log(2) / size if size > 0 else None  # a NaN is not
-        return {"val_loss": loss / valid, "val_bits_per_byte": bits}
+        # Only ranks of the last stage hold the loss, each of the tensor-parallel ranks all of it;
+        # all ranks that share a sample have counted its labels.
+        loss = totals[0].item() / self.degrees.tp
+        valid = totals[1].item() / self.degrees.ranks_per_sample
+        text_bytes = totals[2].item() / self.degrees.ranks_per_sample
+        bits_per_byte = None
+        if text_bytes > 0:  # where they are not known it is NaN
+            bits_per_byte = loss / math.log(2) / text_bytes
+        return {"val_loss": loss / valid, "val_bits_per_byte": bits_per_byte}
 
     def describe(self) -> str:
-        """What is validated, and how often."""
+        """Return what is validated, and how often, in words."""
         return (
-            f"{self.samples.describe()}; {self.sequences:,} of {self.samples.n_samples:,} sequences of "
-            f"{self.samples.seq_len:,} tokens after every {self.freq} steps and the last"
+            f"{self.samples.describe()}; {self.sequences:,} of {self.samples.n_samples:,} "
+            f"sequences of {self.samples.seq_len:,} tokens after every {self.plan.freq} steps and "
+            "the last"
         )

@@ -9,9 +9,9 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
-from torchtrain.config import torchtitan_keys
 
 from torchtrain.catalog.models import FLAVORS
+from torchtrain.config import torchtitan_keys
 from torchtrain.config.checks import check
 from torchtrain.config.layout import plan_batch, plan_degrees
 from torchtrain.config.options import options

@@ -16,14 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from torchtrain import ranks
+from torchtrain.catalog.models import ModelShape
+from torchtrain.config.layout import plan_degrees
 from torchtrain.config.options import options as all_options
 from torchtrain.config.schema import Parallelism
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
+from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms import apply
 from torchtrain.parallelisms.context_parallel import UlyssesAttention, apply_context_parallel
 from torchtrain.parallelisms.ring_attention import Ring, RingAttention
+from torchtrain.set_up import set_up
 from torchtrain.tools.layouts import DOCUMENTS
 
 MODEL_KEYS = (
@@ -197,7 +201,7 @@ def run(tmp_path, data, device, capsys):
 
 
 def setting_up(data, device, **overrides):
-    return train.set_up(config_of(data, **overrides), device)
+    return set_up(config_of(data, **overrides), device)
 
 
 def weights_after(trainer, steps=3):
@@ -739,19 +743,18 @@ def test_sharing_options_reach_the_model(data, device, monkeypatch):
     calls = {}
     monkeypatch.setattr(apply.Ring, "of", lambda *given: given)
     monkeypatch.setattr(apply, "apply_fsdp", lambda *_, **__: None)
-    monkeypatch.setattr(train.ParallelDims, "fsdp_mesh", lambda *_: None)
     for technique in ("tensor", "context"):
 
         def note(model, *given, technique=technique):
             calls[technique] = given
 
         monkeypatch.setattr(apply, f"apply_{technique}_parallel", note)
-    model = train.Transformer(train.shape_for(config_of(data), 2048))
+    model = Transformer(ModelShape(32, 2, 4, 4, 64, 50))
 
     def parallelized(*args):
         config = JobConfig().parse_args([*options(data), *args], world_size=2)
-        dims = train.ParallelDims.from_config(config.parallelism, 2)
-        apply.parallelize(model, FakeMesh(), dims, config)
+        mesh = FakeMesh(plan_degrees(config.parallelism, 2))
+        apply.parallelize(model, mesh, apply.Techniques.of(config))
         return config.parallelism
 
     parallelized()
@@ -777,7 +780,7 @@ def test_the_ring_options_reach_the_ring(device, given, headtail, gathers):
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     ring = Ring.of(mesh, Parallelism(**given))
     assert ring[1:] == (0, 1, headtail, gathers)
-    model = train.Transformer(train.shape_for(JobConfig(), 2048))
+    model = Transformer(ModelShape(32, 2, 4, 4, 64, 50))
     for method, kernel in (("ring", RingAttention), ("ulysses", UlyssesAttention)):
         apply_context_parallel(model, ring, method)
         kernels = {type(block.attention.inner_attention) for block in model.layers.values()}
@@ -788,8 +791,16 @@ class FakeMesh:
     """Stands for a mesh of CPUs: its dimensions are their names."""
 
     device_type = "cpu"
+    fsdp = "fsdp"
+    sequence_shards = 1
 
-    def __getitem__(self, name):
+    def __init__(self, degrees):
+        self.degrees = degrees
+
+    def has(self, name):
+        return getattr(self.degrees, name) > 1
+
+    def get(self, name):
         return name
 
 
@@ -797,7 +808,7 @@ def test_async_tensor_parallel_needs_cuda(device):
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     with pytest.raises(UserError, match="needs CUDA"):
         apply.apply_tensor_parallel(
-            train.Transformer(train.shape_for(JobConfig(), 2048)),
+            Transformer(ModelShape(32, 2, 4, 4, 64, 50)),
             mesh,
             Parallelism(enable_async_tensor_parallel=True),
         )

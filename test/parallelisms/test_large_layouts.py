@@ -9,36 +9,40 @@ from helpers.forking import on_ranks
 from helpers.launching import ROOT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torchtrain.config.layout import plan_batch
-from torchtrain.config.plans import plan_shape
+from torchtrain.config.plans import plan_run
 from torchtrain.config_manager import JobConfig
 from torchtrain.loss import sequence_losses
-from torchtrain.parallelisms.apply import build_parts, named_weights
-from torchtrain.parallelisms.mesh import ParallelDims
+from torchtrain.models.llama import Transformer
+from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
+from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
+
+
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 def facts(config, ranks, rank):
     """What this one of so many ranks has of the model."""
-    dims = ParallelDims.from_config(config.parallelism, ranks)
+    plan = plan_run(config, ranks)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    mesh = dims.build_mesh("cpu")
-    parts = build_parts(plan_shape(config.model), mesh, dims, config)
-    plan = None
-    if dims.pp > 1:
-        size = plan_batch(config.training, dims.data_parallel).microbatch_size
-        plan = Pipeline(parts, mesh, dims, config, size, torch.device("cpu"), sequence_losses).plan
+    mesh = Mesh(plan.degrees, "cpu", sequence_shards=plan.sequence_shards)
+    stages = own_stages(plan.stages, config.parallelism.pipeline_parallel_schedule, mesh)
+    parts = build_parts(Transformer, plan.shape, stages, mesh, Techniques.of(config))
+    if plan.pipeline is not None:
+        cpu = torch.device("cpu")
+        Pipeline(parts, plan, mesh, cpu, torch.bfloat16, sequence_losses)
     weights = named_weights(parts.values())
-    dist.destroy_process_group()
-    return {
-        "mesh": [list(mesh.mesh_dim_names), list(mesh.shape)],
+    found = {
+        "mesh": {name: mesh.get(name).size() for name in DIMENSIONS if mesh.has(name)},
+        "data_rank": mesh.data_rank,
         "names": list(weights),
         "whole": sum(p.numel() for p in weights.values()),
         "local": sum(p.to_local().numel() for p in weights.values()),
         "dims": sorted({len(p.placements) for p in weights.values()}),
-        "stages": list(parts),
-        "microbatches": None if plan is None else plan.microbatches,
+        "microbatches": None if plan.pipeline is None else plan.pipeline.microbatches,
     }
+    dist.destroy_process_group()
+    return found
 
 
 def find_facts(file, ranks, of, results):
@@ -60,7 +64,7 @@ def facts_of(folder, file, ranks, of):
 )
 def test_70b_is_laid_out_evenly(tmp_path, file, ranks, parameters):
     (found,) = facts_of(tmp_path, file, ranks, [0])
-    assert found["mesh"] == [["dp_shard", "tp"], [ranks // 8, 8]]
+    assert found["mesh"] == {"dp_shard": ranks // 8, "tp": 8}
     assert found["whole"] == parameters
     assert found["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
     # Norms are whole on each rank of tensor parallelism, so a rank holds a little more than its even share.
@@ -74,7 +78,7 @@ def test_405b_is_cut_into_stages_that_together_are_the_model(tmp_path):
     each = facts_of(
         tmp_path, "llama3_405b", ranks, [stage * ranks // pipeline for stage in range(pipeline)]
     )
-    assert all(stage["mesh"] == [["pp", "dp_shard", "tp"], [8, 8, 8]] for stage in each)
+    assert all(stage["mesh"] == {"pp": 8, "dp_shard": 8, "tp": 8} for stage in each)
     assert sum(stage["whole"] for stage in each) == parameters
     names = [name for stage in each for name in stage["names"]]
     assert len(names) == len(set(names)) == 126 * 9 + 3

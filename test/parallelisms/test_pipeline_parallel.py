@@ -8,7 +8,6 @@ from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,13 +31,14 @@ from torchtrain.catalog.schedules import (
     default_stages,
     stages_of,
 )
+from torchtrain.checkpoint.checkpointer import Progress
 from torchtrain.config.layout import plan_stages
+from torchtrain.config.plans import plan_run
 from torchtrain.config_manager import JobConfig
-from torchtrain.errors import SharedUserError, UserError
+from torchtrain.errors import UserError
 from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms.mesh import ParallelDims
-from torchtrain.parallelisms.pipeline_parallel import Pipeline, plan_pipeline
 from torchtrain.ranks import join_process_group
+from torchtrain.set_up import make_plan, set_up
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
 PIECES = SHAPE.layer_names
@@ -214,8 +214,7 @@ def test_pipeline_options_reach_the_schedule(data):
         for recompute in ("none", "full"):
             given = {**data, **PP, **extra, "activation_checkpoint.mode": recompute}
             config = JobConfig().parse_args(options(given), world_size=2)
-            dims = ParallelDims.from_config(config.parallelism, 2)
-            made.append(plan_pipeline(SHAPE, dims, config, 8, config.training.seq_len))
+            made.append(plan_run(config, 2).pipeline)
     plans = [
         (p.schedule, p.stages, p.microbatches, p.microbatch_size, p.last_rank, p.whole_backward)
         for p in made
@@ -235,15 +234,15 @@ def test_pipeline_options_reach_the_schedule(data):
         (3, "1 microbatches for 2 stages; 1F1B takes at least one a stage"),
     ],
 )
-def test_a_resumed_batch_that_does_not_pass_is_refused(data, resumed, text):
+def test_a_resumed_batch_that_does_not_pass_is_refused(data, monkeypatch, resumed, text):
     """With a global batch of -1 it is the checkpoint's, which the config check cannot see."""
     own = {"training.local_batch_size": 9, "training.global_batch_size": -1}
     given = {**data, **PP, **own, "parallelism.pipeline_parallel_microbatch_size": 3}
     config = JobConfig().parse_args(options(given), world_size=2)
-    dims = ParallelDims.from_config(config.parallelism, 2)
-    parts = {0: Transformer(SHAPE)}
-    with pytest.raises(SharedUserError, match="the global batch is the checkpoint's") as fault:
-        Pipeline(parts, SimpleNamespace(), dims, config, resumed, torch.device("cpu"), len)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    saved = Progress(1, 0, {"global_batch_size": resumed}, {})
+    with pytest.raises(UserError, match="the global batch is the checkpoint's") as fault:
+        make_plan(config, 2048, saved)
     assert text in str(fault.value)
 
 
@@ -268,7 +267,7 @@ def found(tmp_path_factory, data):
 
 def evaluate_and_train(arguments, results):
     """A rank that evaluates a batch and trains on it, three times; rank 0 saves what was found."""
-    trainer = trainer_module.set_up(JobConfig().parse_args(arguments), join_process_group(60))
+    trainer = set_up(JobConfig().parse_args(arguments), join_process_group(60))
     batch = trainer.loader.step_batches(1)[0]
     valid = torch.ones((), dtype=torch.int64)
     found = {"evaluated": [], "trained": []}

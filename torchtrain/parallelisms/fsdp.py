@@ -74,7 +74,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def free_gathered(parts: Iterable[nn.Module]) -> None:
-    """Free what a forward without a backward left gathered, so that the weights are shards again."""
+    """Free what a forward without a backward left gathered: the weights are shards again."""
     for part in parts:
         for module in fsdp_modules(part):
             module.reshard()

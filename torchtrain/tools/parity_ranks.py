@@ -24,6 +24,7 @@ from torchtrain.datasets.loader import Microbatch
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.ranks import end_with_launcher, join_process_group, set_timeout
+from torchtrain.set_up import set_up
 from torchtrain.utils import IGNORE_INDEX
 
 DONE = "parity: done "  # goes before a case's name in rank 0's output
@@ -55,8 +56,8 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train as `train.train` does, and collect what is compared: this rank's part of it."""
     started = time.perf_counter()
     config = JobConfig().parse_args(case["options"])
-    trainer = train.set_up(config, device)
-    set_timeout(config.comm.init_timeout_seconds, trainer.mesh.get_all_groups())
+    trainer = set_up(config, device)
+    set_timeout(config.comm.init_timeout_seconds, trainer.mesh.all_groups())
     parameters = trainer.weights
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": gather(parameters)[0]}
     stop = train.StopRequest()
@@ -71,7 +72,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
                 {name: parameter.grad for name, parameter in parameters.items()}
             )
         norm = clip_grad_norm_(
-            trainer.weights.values(), config.training.max_norm, trainer.stage_group
+            trainer.weights.values(), config.training.max_norm, trainer.mesh.group("pp")
         )
         summary, _ = train.combine_ranks(trainer, loss, max_loss, norm, stopwatch, stop)
         results["losses"] += [summary.loss, summary.max_loss]

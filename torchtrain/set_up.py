@@ -1,0 +1,399 @@
+"""Setting up a run: what a step needs, made in order from one plan; resuming; describing it."""
+
+import os
+import platform
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchtrain import __version__
+from torchtrain.checkpoint.checkpointer import Checkpointer, Progress, Source
+from torchtrain.config.layout import BatchPlan
+from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
+from torchtrain.config.schema import Compile, Debug, LRScheduler
+from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.samples import Dataset
+from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtrain.errors import UserError
+from torchtrain.logging_utils import logger
+from torchtrain.loss import sequence_losses
+from torchtrain.lr_scheduling import describe as describe_schedule
+from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
+from torchtrain.metrics import MetricsLogger, peak_flops
+from torchtrain.models.decoder import Decoder
+from torchtrain.models.llama import Transformer
+from torchtrain.optimizers.build import build_optimizer
+from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
+from torchtrain.parallelisms.context_parallel import shard_sequence
+from torchtrain.parallelisms.fsdp import DTYPES
+from torchtrain.parallelisms.initial_weights import materialize
+from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.parallelisms.pipeline_parallel import Pipeline
+from torchtrain.parallelisms.ring_attention import Ring
+from torchtrain.parallelisms.tensor_parallel import loss_context
+from torchtrain.ranks import gathered, patient_group, require_equal, together
+from torchtrain.run_folder import RunFolder
+from torchtrain.validation import ValidationSet, Validator
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""From logits [B, S, V] and labels [B, S] to the sum of each sequence's token losses, [B]."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """What a step needs."""
+
+    config: JobConfig
+    plan: RunPlan
+    """What follows from the config and the world size."""
+    device: torch.device
+    mesh: Mesh
+    loader: DataLoader
+    parts: dict[int, Decoder]
+    """This rank's pipeline stages by their number; without a pipeline the whole model, as 0."""
+    weights: dict[str, nn.Parameter]
+    """Their parameters by their names in the whole model: what is updated and saved."""
+    pipeline: Pipeline | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    sequence_losses: Losses
+    shard: Callable[[Tensor], Tensor]
+    """From tokens or labels [B, S] to what this rank computes: all of them, or under context
+    parallelism its shard [B, S / cp]."""
+    loss_context: Callable[[], AbstractContextManager[None]]
+    """Goes around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
+    validator: Validator
+    """Is never due where there is no validation."""
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens_seen: int = 0
+    """Tokens that the whole job has trained on."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.plan.batch.global_batch_size * self.config.training.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What run.json says of a run: what was derived, and where it runs."""
+
+    torchtrain: str
+    """Version, as are the next two."""
+    torch: str
+    python: str
+    description: str
+    host: str
+    """Rank 0's."""
+    device: str
+    """Name of rank 0's."""
+    world_size: int
+    degrees: dict[str, int]
+    batch: BatchPlan
+    tokens_per_step: int
+    shape: dict[str, int | float | bool]
+    """The model's."""
+    parameters: int
+    """Of the whole model."""
+    data_fingerprint: str
+    validation_fingerprint: str
+    """Empty without validation."""
+    first_step: int
+    """The step after those that had been taken when the run started or resumed."""
+
+
+def set_up(config: JobConfig, device: torch.device, saved: Progress | None = None) -> Trainer:
+    """Make everything a step needs, with initial weights. A collective call.
+
+    Args:
+        config: checked.
+        device: of this rank.
+        saved: what a checkpoint to be loaded says of itself.
+
+    Raises:
+        UserError: tokenizer, corpus, vocabulary or batch that cannot be, on the rank that found it.
+        PeerFault: the same, on the other ranks.
+    """
+    configure_numerics(config.debug)
+    tokenizer = together(lambda: load_tokenizer(find_tokenizer(config.model)))
+    plan = together(lambda: make_plan(config, tokenizer.vocab_size, saved))
+    separators = None
+    if config.training.document_masking:
+        separators = (tokenizer.bos_id, tokenizer.eos_id)
+    dataset = open_dataset(config, tokenizer)
+    validation_set = open_validation_set(config, plan, tokenizer, separators)
+    fingerprints = f"{dataset.fingerprint}; {validation_set.fingerprint}"
+    require_equal(fingerprints, "the corpus, as each rank reads it,")
+
+    mesh = Mesh(plan.degrees, device.type, sequence_shards=plan.sequence_shards)
+    tag_compiler_cache(mesh)
+    stall_s = config.data.stall_timeout_seconds
+    parts = build_model(config, plan, mesh, device)
+    weights = named_weights(parts.values())
+    optimizer = build_optimizer(weights, config.optimizer)
+    losses = build_losses(config.compile)
+    return Trainer(
+        config=config,
+        plan=plan,
+        device=device,
+        mesh=mesh,
+        loader=DataLoader(dataset, plan.batch, mesh.data_rank, separators, stall_s),
+        parts=parts,
+        weights=weights,
+        pipeline=build_pipeline(config, plan, parts, mesh, device, losses),
+        optimizer=optimizer,
+        lr_scheduler=get_lr_scheduler(optimizer, config),
+        sequence_losses=losses,
+        shard=build_shard(config, mesh),
+        loss_context=build_loss_context(config, mesh),
+        validator=Validator(plan.validation, validation_set, plan.degrees, mesh.data_rank, device),
+    )
+
+
+def configure_numerics(debug: Debug) -> None:
+    """Set the process-wide switches that must be set before the first kernel runs."""
+    torch.manual_seed(debug.seed)
+    if debug.deterministic:
+        # cuBLAS is deterministic only with this.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)  # noqa: FBT003
+    torch.autograd.set_detect_anomaly(debug.detect_anomaly)
+
+
+def make_plan(config: JobConfig, tokenizer_size: int, saved: Progress | None) -> RunPlan:
+    """Make the plan of the run, knowing the tokenizer and the checkpoint to be loaded.
+
+    Raises:
+        UserError: what the config check could not see: the vocabulary, or the checkpoint's global
+            batch size, does not fit.
+    """
+    saved_batch = None
+    if saved is not None and config.training.global_batch_size == -1:
+        saved_batch = saved.data["global_batch_size"]
+    try:
+        return plan_run(
+            config,
+            dist.get_world_size(),
+            tokenizer_size=tokenizer_size,
+            global_batch_size=saved_batch,
+        )
+    except UserError as fault:
+        if saved_batch is None:
+            raise
+        raise UserError(
+            f"{fault}; with training.global_batch_size = -1 the global batch is the checkpoint's, "
+            f"{saved_batch}. Change parallelism.pipeline_parallel_microbatch_size, "
+            "training.local_batch_size or the data-parallel degree"
+        ) from fault
+
+
+def open_dataset(config: JobConfig, tokenizer: Tokenizer) -> Dataset:
+    """Open what the run trains on; it is tokenized if need be. A collective call."""
+
+    def build() -> Dataset:
+        return build_dataset(
+            config.training,
+            config.data,
+            tokenizer,
+            config.debug.seed,
+            config.validation,
+            log=logger.info,
+        )
+
+    # On a host whose token cache is warm the ranks wait for one that builds it.
+    return together(build, patient_group())
+
+
+def open_validation_set(
+    config: JobConfig, plan: RunPlan, tokenizer: Tokenizer, separators: tuple[int, int] | None
+) -> ValidationSet:
+    """Open what the run validates on; it is tokenized if need be. A collective call."""
+
+    def build() -> ValidationSet:
+        return ValidationSet(plan.validation, config.data, tokenizer, separators)
+
+    return together(build, patient_group())
+
+
+def tag_compiler_cache(mesh: Mesh) -> None:
+    """Keep the ranks apart in the compiler's cache on disk under tensor parallelism.
+
+    It takes all ranks' sharded tensors for the same, and would hand a rank another one's share of
+    the vocabulary (https://github.com/pytorch/pytorch/issues/188390), or the name of another run's
+    group.
+    """
+    tag = ""
+    if mesh.has("tp"):
+        groups = " ".join(group.group_name for group in mesh.all_groups())
+        tag = f"rank {dist.get_rank()} of {dist.get_world_size()}, groups {groups}"
+    torch.compiler.config.cache_key_tag = tag
+
+
+def build_model(
+    config: JobConfig, plan: RunPlan, mesh: Mesh, device: torch.device
+) -> dict[int, Decoder]:
+    """Build this rank's part of the model with its initial weights."""
+    schedule = config.parallelism.pipeline_parallel_schedule
+    stages = own_stages(plan.stages, schedule, mesh)
+    parts = build_parts(Transformer, plan.shape, stages, mesh, Techniques.of(config))
+    for part in parts.values():
+        materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
+    return parts
+
+
+def build_losses(compile_section: Compile) -> Losses:
+    """Return the loss, compiled where the config asks for it."""
+    if compile_section.enable and "loss" in compile_section.components:
+        return torch.compile(sequence_losses, backend=compile_section.backend, dynamic=False)
+    return sequence_losses
+
+
+def build_pipeline(
+    config: JobConfig,
+    plan: RunPlan,
+    parts: dict[int, Decoder],
+    mesh: Mesh,
+    device: torch.device,
+    losses: Losses,
+) -> Pipeline | None:
+    """Build the pipeline, where there is one."""
+    if plan.pipeline is None:
+        return None
+    dtype = DTYPES[config.training.mixed_precision_param]
+    return Pipeline(parts, plan, mesh, device, dtype, losses)
+
+
+def build_shard(config: JobConfig, mesh: Mesh) -> Callable[[Tensor], Tensor]:
+    """Return the function from tokens or labels [B, S] to what this rank computes of them."""
+    if not mesh.has("cp"):
+        return lambda x: x
+    ring = Ring.of(mesh.get("cp"), config.parallelism)
+    return partial(shard_sequence, ring=ring)
+
+
+def build_loss_context(config: JobConfig, mesh: Mesh) -> Callable[[], AbstractContextManager[None]]:
+    """Return the factory of the context that goes around the loss and its backward."""
+    is_sharded = mesh.has("tp") and not config.parallelism.disable_loss_parallel
+    return partial(loss_context, vocabulary_sharded=is_sharded)
+
+
+def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
+    """Load the weights and, unless only they are wanted, the rest; say what differs."""
+    saved = source.progress
+    if source.model_only:
+        checkpointer.load(source, trainer.weights, None)
+        return
+    accept = trainer.config.checkpoint.accept_changed_data
+    together(lambda: trainer.loader.resume(saved.data, saved.step, accept))
+    checkpointer.load(source, trainer.weights, trainer.optimizer)
+    trainer.step = saved.step
+    trainer.tokens_seen = saved.tokens_seen
+    set_step(trainer.lr_scheduler, trainer.step)
+    for change in schedule_changes(trainer, saved):
+        logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
+
+
+def schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
+    """Return how the current schedule, which counts, differs from the checkpoint's."""
+    section = saved.config["lr_scheduler"]
+    known = {key: value for key, value in section.items() if key in LRScheduler.model_fields}
+    before = plan_schedule(LRScheduler(**known), saved.config["training"]["steps"])
+    changes = differences(asdict(before), trainer.plan.schedule)
+    rate = saved.config["optimizer"]["lr"]
+    now = trainer.config.optimizer.lr
+    if rate != now:
+        changes.insert(0, f"optimizer.lr was {rate}, is {now}")
+    return changes
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """Return what a checkpoint holds beside tensors. A collective call."""
+    positions = gathered(trainer.loader.positions())
+    return Progress(
+        step=trainer.step,
+        tokens_seen=trainer.tokens_seen,
+        data=trainer.loader.state(trainer.step, positions),
+        config=trainer.config.model_dump(mode="json"),
+    )
+
+
+def describe(trainer: Trainer) -> RunFacts:
+    """Say what will run, and return it as facts for run.json."""
+    facts = find_facts(trainer)
+    config, plan, batch = trainer.config, trainer.plan, trainer.plan.batch
+    training = config.training
+    layout = [plan.degrees.describe()]
+    if plan.pipeline is not None:
+        layout.append(plan.pipeline.describe())
+    logger.info(
+        f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
+        f"{facts.world_size} x {facts.device}, outputs in {config.job.dump_folder}"
+    )
+    logger.info(
+        f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters: "
+        f"{plan.shape.describe()}"
+    )
+    logger.info(f"layout     {'; '.join(layout)}")
+    logger.info(
+        f"batch      {batch.global_batch_size} sequences x {training.seq_len} tokens = "
+        f"{facts.tokens_per_step:,} tokens per step; microbatch {batch.microbatch_size}, "
+        f"accumulation {batch.accumulation_steps}"
+    )
+    logger.info(
+        f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
+        f"reductions {training.mixed_precision_reduce}"
+    )
+    logger.info(f"data       {trainer.loader.describe(training.steps)}")
+    if config.validation.enable:
+        logger.info(f"validation {trainer.validator.describe()}")
+    if config.lr_scheduler.log_schedule:
+        logger.info(f"lr         {describe_schedule(plan.schedule, config.optimizer.lr)}")
+    return facts
+
+
+def find_facts(trainer: Trainer) -> RunFacts:
+    """Return the facts for run.json."""
+    plan = trainer.plan
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(plan.shape).parameters())
+    device_name = "cpu"
+    if trainer.device.type != "cpu":
+        device_name = torch.get_device_module(trainer.device).get_device_name()
+    return RunFacts(
+        torchtrain=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        description=trainer.config.job.description,
+        host=socket.gethostname(),
+        device=device_name,
+        world_size=dist.get_world_size(),
+        degrees=asdict(plan.degrees),
+        batch=plan.batch,
+        tokens_per_step=trainer.tokens_per_step,
+        shape=asdict(plan.shape),
+        parameters=parameters,
+        data_fingerprint=trainer.loader.dataset.fingerprint,
+        validation_fingerprint=trainer.validator.samples.fingerprint,
+        first_step=trainer.step + 1,
+    )
+
+
+def open_metrics(trainer: Trainer, folder: RunFolder, facts: RunFacts) -> MetricsLogger | None:
+    """Open rank 0's metrics; the other ranks have none."""
+    if not folder.owner:
+        return None
+    training = trainer.config.training
+    peak = peak_flops(trainer.device, DTYPES[training.mixed_precision_param])
+    if peak is not None:
+        peak *= facts.world_size
+    part = next(iter(trainer.parts.values()))
+    flops_per_token = part.flops_per_token(training.seq_len)
+    return MetricsLogger(trainer.config, folder.path, asdict(facts), flops_per_token, peak)
