@@ -15,7 +15,8 @@ import pytest
 from helpers.launching import ROOT, TINY, environment
 
 from torchtrain.catalog import datasets as registry
-from torchtrain.catalog.datasets import DATASETS, find_dataset, import_custom
+from torchtrain.catalog.custom_import import import_custom
+from torchtrain.catalog.datasets import DATASETS, find_dataset
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import corpora
 from torchtrain.datasets.corpora import Corpus, open_corpus

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from torchtrain.catalog.models import FLAVORS, ModelShape
+from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.loss import sequence_losses
 from torchtrain.models.attention import Attention
 from torchtrain.models.llama import Transformer
@@ -176,7 +176,7 @@ def test_the_scaling_bites_in_every_branch():
 )
 def test_parameter_counts_are_the_published(family, flavor, published):
     with torch.device("meta"):
-        model = Transformer(FLAVORS[family][flavor])
+        model = Transformer(FAMILIES[family].flavors[flavor])
     assert sum(parameter.numel() for parameter in model.parameters()) == published
 
 
@@ -270,7 +270,7 @@ def draw(model, seed=0):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_initial_loss_is_near_that_of_a_uniform_guess(tied):
     shape = dataclasses.replace(
-        FLAVORS["llama2"]["debugmodel"], vocab_size=1024, n_layers=3, tied_embeddings=tied
+        FAMILIES["llama2"].flavors["debugmodel"], vocab_size=1024, n_layers=3, tied_embeddings=tied
     )
     model, tokens = draw(Transformer(shape)), tokens_of(shape, seq_len=129)
     with torch.no_grad():

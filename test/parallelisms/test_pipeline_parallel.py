@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train as trainer_module
-from torchtrain.catalog.models import FLAVORS, ModelShape
+from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.catalog.schedules import (
     SCHEDULES,
-    check_cut,
+    check_split,
     check_microbatches,
     check_stages,
-    cut_evenly,
+    split_evenly,
     default_stages,
     stages_of,
 )
@@ -64,16 +64,16 @@ def counts(parts):
 )
 def test_layers_are_cut_evenly_but_for_the_ends(layers, stages, first, last, expected):
     pieces = ModelShape(32, layers, 4, 2, 64, 50).layer_names
-    parts = cut_evenly(pieces, stages, first, last)
+    parts = split_evenly(pieces, stages, first, last)
     assert counts(parts) == expected
     assert [piece for part in parts for piece in part] == pieces
-    check_cut(parts, pieces)
+    check_split(parts, pieces)
 
 
 @pytest.mark.parametrize(("stages", "first", "last"), [(9, 1, 1), (2, 9, 0), (4, 0, 3)])
 def test_too_few_layers_are_refused(stages, first, last):
     with pytest.raises(UserError, match=rf"6 layers are too few for {stages} pipeline stages"):
-        cut_evenly(PIECES, stages, first, last)
+        split_evenly(PIECES, stages, first, last)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_too_few_layers_are_refused(stages, first, last):
 )
 def test_a_cut_that_is_not_the_model_is_refused(parts, text):
     with pytest.raises(UserError, match=text):
-        check_cut(parts, PIECES)
+        check_split(parts, PIECES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -99,7 +99,7 @@ def test_every_stage_has_one_rank(schedule, ranks):
     assert sorted(stage for mine in owned for stage in mine) == list(range(stages))
     assert all(mine == sorted(mine) for mine in owned)
     v_shaped = stages == 2 * ranks and stages - 1 in owned[0]
-    assert v_shaped == (SCHEDULES[schedule].stages_a_rank == "two")
+    assert v_shaped == (SCHEDULES[schedule].stages_per_rank == "two")
 
 
 def what_torch_accepts(ranks, counts, results):
@@ -132,7 +132,7 @@ def test_the_microbatches_that_are_refused_are_those_that_pytorch_refuses(tmp_pa
     for name, schedule in SCHEDULES.items():
         numbers = (
             (2 * ranks, 3 * ranks)
-            if schedule.stages_a_rank == "several"
+            if schedule.stages_per_rank == "several"
             else (default_stages(name, ranks),)
         )
         counts[name] = [(stages, stages_of(0, name, stages, ranks)) for stages in numbers]
@@ -158,7 +158,7 @@ def planned(*args, world_size=4):
         ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8", *args],
         world_size,
     )
-    return plan_stages(config.parallelism, FLAVORS["llama3"]["debugmodel"].layer_names)
+    return plan_stages(config.parallelism, FAMILIES["llama3"].flavors["debugmodel"].layer_names)
 
 
 def test_cutting_options_cut():
@@ -182,7 +182,7 @@ def test_parts_of_a_model_compute_what_the_whole_does():
     tokens = torch.randint(SHAPE.vocab_size, (2, 8))
     h = tokens
     names = []
-    for pieces in cut_evenly(PIECES, 3, 1, 1):
+    for pieces in split_evenly(PIECES, 3, 1, 1):
         part = Transformer(SHAPE)
         part.load_state_dict(whole.state_dict())
         part.keep(pieces)
@@ -231,7 +231,7 @@ def test_pipeline_options_reach_the_schedule(data):
     ("resumed", "text"),
     [
         (8, "pipeline_parallel_microbatch_size = 3 must divide the 8 sequences"),
-        (3, "1 microbatches for 2 stages; 1F1B takes at least one a stage"),
+        (3, "1 microbatch for 2 stages; 1F1B needs at least one per stage"),
     ],
 )
 def test_a_resumed_batch_that_does_not_pass_is_refused(data, monkeypatch, resumed, text):

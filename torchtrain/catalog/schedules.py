@@ -1,7 +1,8 @@
-"""Pipeline parallelism as data: which schedules there are, what each asks for, and how a model is cut into stages.
+"""The pipeline schedules, as data: how each splits a model into stages, and what it needs.
 
-No torch here: the config check uses it. The schedules' names are PyTorch's
-(https://docs.pytorch.org/docs/stable/distributed.pipelining.html), as are the numbers of microbatches they take.
+No torch here: the config check reads it. The names are PyTorch's
+(https://docs.pytorch.org/docs/stable/distributed.pipelining.html), and so are the numbers of
+microbatches that the schedules accept.
 """
 
 from collections import Counter
@@ -13,120 +14,136 @@ from torchtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """An order in which the ranks pass microbatches forward and backward through their stages."""
+    """An order in which ranks pass microbatches forward and backward through their stages."""
 
-    stages_a_rank: Literal["one", "several", "two"]
-    """"two" are laid out as a V: rank r has stage r and the r-th from the end, so rank 0 has the first and the last."""
+    stages_per_rank: Literal["one", "several", "two"]
+    """"two" form a V: rank r has stage r and the r-th from the end; rank 0 has first and last."""
     splits_backward: bool = False
-    """Whether the gradients of the weights wait, to fill the time in which a rank would be idle."""
+    """Whether the weights' gradients wait, to fill the time in which a rank would be idle."""
     microbatches: Literal["any", "stages", "rounds"] = "any"
-    """"stages": at least as many as stages; "rounds": the same number in each round of about one a rank."""
+    """"stages": at least one per stage; "rounds": as many in each round of about one per rank."""
 
 
 SCHEDULES = {
-    "GPipe": Schedule("one"),
-    "1F1B": Schedule("one", microbatches="stages"),
-    "Interleaved1F1B": Schedule("several", microbatches="rounds"),
-    "InterleavedZeroBubble": Schedule("several", splits_backward=True, microbatches="rounds"),
-    "ZBVZeroBubble": Schedule("two", splits_backward=True),
-    "DualPipeV": Schedule("two", splits_backward=True, microbatches="stages"),
+    "GPipe": Schedule(stages_per_rank="one"),
+    "1F1B": Schedule(stages_per_rank="one", microbatches="stages"),
+    "Interleaved1F1B": Schedule(stages_per_rank="several", microbatches="rounds"),
+    "InterleavedZeroBubble": Schedule(
+        stages_per_rank="several", splits_backward=True, microbatches="rounds"
+    ),
+    "ZBVZeroBubble": Schedule(stages_per_rank="two", splits_backward=True),
+    "DualPipeV": Schedule(stages_per_rank="two", splits_backward=True, microbatches="stages"),
 }
 
 
 def default_stages(schedule: str, ranks: int) -> int:
-    """Stages of all ranks where nothing else is said: as few as the schedule takes."""
-    return ranks if SCHEDULES[schedule].stages_a_rank == "one" else 2 * ranks
+    """Return the fewest stages, over all ranks, that the schedule accepts."""
+    return ranks if SCHEDULES[schedule].stages_per_rank == "one" else 2 * ranks
 
 
-def cut_evenly(pieces: list[str], stages: int, first_less: int, last_less: int) -> list[list[str]]:
-    """The pieces of each stage: equal numbers of layers, but fewer where the embedding and the output are.
+def split_evenly(
+    layer_names: list[str], stages: int, first_less: int, last_less: int
+) -> list[list[str]]:
+    """Return each stage's layer names: equal numbers of blocks, but fewer in the first and last.
 
     Args:
-        pieces: embedding, layers, final norm and output (`ModelShape.layer_names`).
-        stages: how many there shall be.
-        first_less: layers that the embedding stands for.
-        last_less: the same of final norm and output.
+        layer_names: embedding, blocks, final norm and output (`ModelShape.layer_names`).
+        stages: the number of stages.
+        first_less: blocks that the embedding counts for.
+        last_less: blocks that norm and output count for.
 
     Raises:
-        UserError: there are too few layers.
+        UserError: there are too few blocks.
     """
-    embedding, layers, head = pieces[:1], pieces[1:-2], pieces[-2:]
-    share, more = divmod(len(layers) + first_less + last_less, stages)
-    counts = [share + (stage < more) for stage in range(stages)]
+    embedding, blocks, head = layer_names[:1], layer_names[1:-2], layer_names[-2:]
+    share, rest = divmod(len(blocks) + first_less + last_less, stages)
+    counts = [share + 1 if stage < rest else share for stage in range(stages)]
     counts[0] -= first_less
     counts[-1] -= last_less
     if min(counts) < 0 or 0 in counts[1:-1]:
-        raise UserError(
-            f"{len(layers)} layers are too few for {stages} pipeline stages"
-            + (
-                f", the first {first_less} and the last {last_less} layers lighter"
-                if first_less or last_less
-                else ""
-            )
-        )
-    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
-    cut = [layers[end - count : end] for count, end in zip(counts, ends, strict=True)]
-    return [embedding + cut[0], *cut[1:-1], cut[-1] + head]
+        lighter = ""
+        if first_less or last_less:
+            lighter = f", with {first_less} fewer in the first and {last_less} in the last"
+        raise UserError(f"{len(blocks)} layers are too few for {stages} pipeline stages{lighter}")
+    split = []
+    start = 0
+    for count in counts:
+        split.append(blocks[start : start + count])
+        start += count
+    split[0] = embedding + split[0]
+    split[-1] = split[-1] + head
+    return split
 
 
-def check_cut(parts: list[list[str]], pieces: list[str]) -> None:
-    """See that the parts are the model's pieces, each once and in their order.
+def check_split(stages: list[list[str]], layer_names: list[str]) -> None:
+    """Check that the stages have all layers of the model, each once and in order.
 
     Raises:
         UserError: names those that are missing, unknown, given twice or out of order.
     """
-    given = [piece for part in parts for piece in part]
-    faults = {
-        "unknown": [piece for piece in given if piece not in pieces],
-        "given twice": [piece for piece, times in Counter(given).items() if times > 1],
-        "missing": [piece for piece in pieces if piece not in given],
+    given = [name for stage in stages for name in stage]
+    problems = {
+        "unknown": [name for name in given if name not in layer_names],
+        "given twice": [name for name, times in Counter(given).items() if times > 1],
+        "missing": [name for name in layer_names if name not in given],
     }
-    texts = [f"{what}: {', '.join(found[:4])}" for what, found in faults.items() if found]
-    if not texts and given != pieces:
-        texts = [f"out of order: {next(a for a, b in zip(given, pieces, strict=True) if a != b)}"]
+    if not any(problems.values()):
+        pairs = zip(given, layer_names, strict=True)
+        problems["out of order"] = [name for name, expected in pairs if name != expected][:1]
+    texts = [f"{problem}: {', '.join(names[:4])}" for problem, names in problems.items() if names]
     if texts:
         raise UserError(
-            f"{'; '.join(texts)}; the model's pieces are, in order: {pieces[0]} to {', '.join(pieces[-3:])}"
+            f"{'; '.join(texts)}; the model's layers are, in order: {layer_names[0]} to "
+            f"{', '.join(layer_names[-3:])}"
         )
 
 
 def check_stages(schedule: str, stages: int, ranks: int) -> None:
-    """See that the schedule can run so many stages on so many ranks.
+    """Check that the schedule can run so many stages on so many ranks.
 
     Raises:
-        UserError: says how many it takes.
+        UserError: says how many it accepts.
     """
-    multiple = stages % ranks == 0 and stages >= 2 * ranks
-    fits, takes = {
-        "one": (stages == ranks, f"{ranks}, one a rank"),
-        "two": (stages == 2 * ranks, f"{2 * ranks}, two a rank"),
-        "several": (multiple, f"{2 * ranks}, {3 * ranks} or a higher multiple of {ranks}"),
-    }[SCHEDULES[schedule].stages_a_rank]
-    if not fits:
-        raise UserError(f"{stages} stages on {ranks} pipeline ranks; {schedule} takes {takes}")
+    accepted = {
+        "one": f"{ranks}, one per rank",
+        "two": f"{2 * ranks}, two per rank",
+        "several": f"{2 * ranks}, {3 * ranks} or a higher multiple of {ranks}",
+    }
+    fits = {
+        "one": stages == ranks,
+        "two": stages == 2 * ranks,
+        "several": stages % ranks == 0 and stages >= 2 * ranks,
+    }
+    per_rank = SCHEDULES[schedule].stages_per_rank
+    if not fits[per_rank]:
+        raise UserError(
+            f"{stages} stages on {ranks} pipeline ranks; {schedule} accepts {accepted[per_rank]}"
+        )
 
 
 def check_microbatches(schedule: str, microbatches: int, stages: int, ranks: int) -> None:
-    """See that the schedule can run so many microbatches.
+    """Check that the schedule can run so many microbatches.
 
     Raises:
-        UserError: says how many it takes.
+        UserError: says how many it accepts.
     """
     needs = SCHEDULES[schedule].microbatches
+    noun = "microbatch" if microbatches == 1 else "microbatches"
     if needs == "stages" and microbatches < stages:
         raise UserError(
-            f"{microbatches} microbatches for {stages} stages; {schedule} takes at least one a stage"
+            f"{microbatches} {noun} for {stages} stages; {schedule} needs at least one per stage"
         )
     rounds = max(1, microbatches // ranks)
     if needs == "rounds" and microbatches % rounds:
         raise UserError(
-            f"{microbatches} microbatches on {ranks} pipeline ranks; {schedule} takes up to {2 * ranks - 1}, or "
-            f"multiples of {ranks}, or another number that its {rounds} rounds can share equally"
+            f"{microbatches} {noun} on {ranks} pipeline ranks; {schedule} accepts up to "
+            f"{2 * ranks - 1}, or multiples of {ranks}, or another number that its {rounds} rounds "
+            "can share equally"
         )
 
 
 def stages_of(rank: int, schedule: str, stages: int, ranks: int) -> list[int]:
-    """The stages that a rank of the pipeline has, in the order of the forward."""
-    if SCHEDULES[schedule].stages_a_rank == "two":
+    """Return the numbers of the stages that a pipeline rank has, in forward order."""
+    if SCHEDULES[schedule].stages_per_rank == "two":
         return [rank, stages - 1 - rank]
     return list(range(rank, stages, ranks))

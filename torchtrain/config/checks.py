@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torchtrain.catalog.datasets import find_dataset
 from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.optimizers import find_optimizer
 from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config.faults import Fault
 from torchtrain.config.layout import (
@@ -28,6 +29,7 @@ FLAVOR_KEYS = ("model.name", "model.flavor")
 # What the user's own code may add names to.
 NAMED_BY_USERS = (
     *FLAVOR_KEYS,
+    "optimizer.name",
     "training.dataset",
     "data.mixture",
     "validation.dataset",
@@ -47,6 +49,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
     """Return every combination that cannot work; a world size of None leaves the layout out."""
     return [
         *_check_model(config),
+        *_check_optimizer(config),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -145,6 +148,13 @@ def _check_sharing(config: Config, shape: ModelShape) -> Iterator[Fault]:
             yield from _must_divide(
                 context_parallel, shared, *FLAVOR_KEYS, "parallelism.context_parallel_method"
             )
+
+
+def _check_optimizer(config: Config) -> Iterator[Fault]:
+    try:
+        find_optimizer(config.optimizer.name)
+    except UserError as fault:
+        yield Fault(("optimizer.name",), str(fault))
 
 
 def _check_data(config: Config) -> Iterator[Fault]:

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from torchtrain.catalog.schedules import (
-    check_cut,
     check_microbatches,
+    check_split,
     check_stages,
-    cut_evenly,
     default_stages,
+    split_evenly,
 )
 from torchtrain.config.schema import Parallelism, Training
 from torchtrain.errors import UserError
@@ -176,7 +176,7 @@ def plan_stages(parallelism: Parallelism, layer_names: list[str]) -> list[list[s
 
     Args:
         parallelism: the section.
-        layer_names: all layers of the model, in the order of the forward (`ModelShape.layer_names`).
+        layer_names: the model's layers in forward order (`ModelShape.layer_names`).
 
     Raises:
         UserError: the model cannot be split this way, or the schedule does not support this many
@@ -188,7 +188,7 @@ def plan_stages(parallelism: Parallelism, layer_names: list[str]) -> list[list[s
         return [layer_names]
     given = parallelism.module_fqns_per_model_part
     if given is not None:
-        check_cut(given, layer_names)
+        check_split(given, layer_names)
         check_stages(schedule, len(given), ranks)
         return given
     first = parallelism.pipeline_parallel_first_stage_less_layers
@@ -200,7 +200,7 @@ def plan_stages(parallelism: Parallelism, layer_names: list[str]) -> list[list[s
         blocks = len(layer_names) - 3  # all but tok_embeddings, norm and output
         stages = math.ceil((blocks + first + last) / layers_per_stage)
     check_stages(schedule, stages, ranks)
-    return cut_evenly(layer_names, stages, first, last)
+    return split_evenly(layer_names, stages, first, last)
 
 
 def check_batch(parallelism: Parallelism, batch_size: int, stages: int) -> None:
@@ -223,9 +223,8 @@ def check_batch(parallelism: Parallelism, batch_size: int, stages: int) -> None:
         check_microbatches(schedule, batch_size // size, stages, ranks)
     except UserError as fault:
         raise UserError(
-            f"parallelism.pipeline_parallel_schedule: {fault} ({batch_size} sequences pass "
-            f"together, pipeline_parallel_microbatch_size = {size}; training.local_batch_size "
-            "allows more)"
+            f"parallelism.pipeline_parallel_schedule: {fault} (a rank's batch is {batch_size}, "
+            f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)"
         ) from None
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchtrain.catalog.datasets import DATASETS
-from torchtrain.catalog.models import FLAVORS
+from torchtrain.catalog.models import FAMILIES
+from torchtrain.catalog.optimizers import OPTIMIZERS
 from torchtrain.config.schema import SECTIONS
 from torchtrain.config.toml import quoted
 
@@ -118,11 +119,13 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def known_names(name: str) -> list[str]:
-    """Return what an option can name, one line for each: families with flavors, datasets."""
-    if name == "model.flavor":
-        return [f"{family}: {', '.join(flavors)}" for family, flavors in FLAVORS.items()]
-    if name == "training.dataset":
+def known_names(option: str) -> list[str]:
+    """Return what an option can name, one line for each: flavors, optimizers, datasets."""
+    if option == "model.flavor":
+        return [f"{name}: {', '.join(family.flavors)}" for name, family in FAMILIES.items()]
+    if option == "optimizer.name":
+        return [", ".join(OPTIMIZERS)]
+    if option == "training.dataset":
         return [f"{dataset}: {spec.description}" for dataset, spec in DATASETS.items()]
     return []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli
 
-from torchtrain.catalog.datasets import import_custom
+from torchtrain.catalog.custom_import import import_custom
 from torchtrain.config.checks import NAMED_BY_USERS, check
 from torchtrain.config.faults import Fault, unknown_key, unknown_section, value_fault
 from torchtrain.config.notes import find_idle_options

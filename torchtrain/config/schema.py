@@ -145,7 +145,7 @@ class Model(Section):
 class Optimizer(Section):
     """The optimizer."""
 
-    name: Literal["AdamW", "Adam"] = "AdamW"
+    name: Text = "AdamW"
     """Algorithm."""
     lr: Positive = 8e-4
     """Largest learning rate; [lr_scheduler] sets how it is reached and decays."""

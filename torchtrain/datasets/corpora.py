@@ -24,13 +24,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from torchtrain.catalog.custom_import import user_location
 from torchtrain.catalog.datasets import (
     DATASETS,
     HubSource,
     Texts,
     find_dataset,
     source_file,
-    user_place,
 )
 from torchtrain.errors import UserError
 from torchtrain.utils import expanded, nearest, reading
@@ -271,7 +271,7 @@ def custom_corpus(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            problem = f"{user_place(error)}: {type(error).__name__}: {error}"
+            problem = f"{user_location(error)}: {type(error).__name__}: {error}"
             raise UserError(f"{name}, after document {number}: {problem}") from error
 
     return Corpus(" ".join(filter(None, [name, dataset_path])), files, [rows], how=name)
