@@ -32,27 +32,6 @@ MUTANTS = {
     "torchtrain/lr_scheduling.py": [
         ("the rate lags by a step", "lr_factor(epoch + 1, schedule)", "lr_factor(epoch, schedule)"),
         (
-            "the shortest warm-up is 1 step",
-            "max(2, int(config.warmup_ratio",
-            "max(1, int(config.warmup_ratio",
-        ),
-        ("warmup_steps = 0 is taken for unset", "if warmup is None:", "if not warmup:"),
-        (
-            "the warm-up may be longer than the run",
-            "warmup = min(warmup, total)",
-            "warmup = int(warmup)",
-        ),
-        (
-            "the decay is rounded down",
-            "round(config.decay_ratio * total)",
-            "int(config.decay_ratio * total)",
-        ),
-        (
-            "the decay may overlap the warm-up",
-            "decay = min(decay, round(config.decay_ratio * total))",
-            "decay = round(config.decay_ratio * total)",
-        ),
-        (
             "the rate goes on falling past the last step",
             "    step = min(step, schedule.total_steps)\n",
             "",
@@ -69,14 +48,286 @@ MUTANTS = {
             "falling",
         ),
         (
-            "the whole run's steps are training.steps",
-            "config.total_steps or training_steps",
-            "training_steps",
-        ),
-        (
             "a resumed scheduler keeps the optimizer's rate",
             '        group["lr"] = rate\n',
             "        pass\n",
+        ),
+    ],
+    "torchtrain/config/plans.py": [
+        (
+            "the shortest warm-up is 1 step",
+            "max(2, int(section.warmup_ratio",
+            "max(1, int(section.warmup_ratio",
+        ),
+        (
+            "warmup_steps = 0 is taken for unset",
+            "if section.warmup_steps is None:",
+            "if not section.warmup_steps:",
+        ),
+        (
+            "the warm-up may be longer than the run",
+            "warmup = min(wanted_warmup, total)",
+            "warmup = wanted_warmup",
+        ),
+        (
+            "the decay is rounded down",
+            "round(section.decay_ratio * total)",
+            "int(section.decay_ratio * total)",
+        ),
+        (
+            "the decay may overlap the warm-up",
+            "decay = min(decay, round(section.decay_ratio * total))",
+            "decay = round(section.decay_ratio * total)",
+        ),
+        (
+            "the schedule spans training.steps whatever total_steps says",
+            "section.total_steps or training_steps",
+            "training_steps",
+        ),
+        (
+            "validation has training's batch size",
+            "section.local_batch_size or batch.microbatch_size",
+            "batch.microbatch_size",
+        ),
+        (
+            "validation has training's sequence length",
+            "section.seq_len or config.training.seq_len",
+            "config.training.seq_len",
+        ),
+        (
+            "validation.steps counts sequences",
+            "section.steps * batch.global_batch_size",
+            "section.steps",
+        ),
+        (
+            "a vocabulary smaller than the tokenizer's is accepted",
+            "if shape.vocab_size < tokenizer_size:",
+            "if shape.vocab_size < 1:",
+        ),
+        (
+            "backwards stay split under recomputation",
+            "and (compiled or recomputes)",
+            "and compiled",
+        ),
+        (
+            "backwards stay split under compilation",
+            "and (compiled or recomputes)",
+            "and recomputes",
+        ),
+        (
+            "a pipeline's activations are whole sequences",
+            "seq_len // degrees.cp // count_sequence_shards(config.parallelism)",
+            "seq_len // degrees.cp",
+        ),
+        (
+            "the tokenizer under torchtitan's name is not found",
+            "model.tokenizer_path or model.hf_assets_path or str",
+            "model.tokenizer_path or str",
+        ),
+    ],
+    "torchtrain/config/layout.py": [
+        (
+            "the smallest microbatch is taken",
+            "microbatch_size = max(fitting)",
+            "microbatch_size = min(fitting)",
+        ),
+        (
+            "a microbatch may be larger than the local batch",
+            "if size <= training.local_batch_size]",
+            "if size <= 2 * training.local_batch_size]",
+        ),
+        (
+            "the checkpoint's global batch is ignored",
+            "saved_global_batch_size or training.local_batch_size * ranks",
+            "training.local_batch_size * ranks",
+        ),
+        (
+            "degrees below the world size leave ranks idle",
+            "elif product != world_size:",
+            "elif product > world_size:",
+        ),
+        (
+            "the sequence is never sharded over tensor ranks",
+            "return parallelism.tensor_parallel_degree\n",
+            "return 1\n",
+        ),
+        (
+            "layers per stage are rounded down",
+            "math.ceil((blocks + first + last) / layers_per_stage)",
+            "(blocks + first + last) // layers_per_stage",
+        ),
+        (
+            "the nearest divisor above is left out",
+            "if divisor > ranks][:1]",
+            "if divisor > ranks][:0]",
+        ),
+        ("tensor ranks read different samples", "return self.cp * self.tp\n", "return self.cp\n"),
+    ],
+    "torchtrain/config/checks.py": [
+        (
+            "an odd head width is accepted",
+            "if rest == 0 and head_width % 2:",
+            "if rest == 0 and head_width % 1:",
+        ),
+        (
+            "equal RoPE factors are accepted",
+            "rope_high_freq_factor <= shape.rope_low_freq_factor",
+            "rope_high_freq_factor < shape.rope_low_freq_factor",
+        ),
+        (
+            "tensor parallelism may cut the feed-forward anyhow",
+            'for shared in [*heads, Number("model.ffn_hidden_dim", shape.ffn_hidden_dim)]:',
+            "for shared in heads:",
+        ),
+        (
+            "ulysses may cut heads anyhow",
+            'if parallelism.context_parallel_method == "ulysses":\n        for shared',
+            "if False:\n        for shared",
+        ),
+        ("the sequence need not be cut in two per rank", "(2 if head_and_tail else 1)", "1"),
+        (
+            "validation's sequence length is not checked",
+            'lengths["validation.seq_len"] = config.validation.seq_len',
+            "pass",
+        ),
+        (
+            "document masks pass through the ring",
+            "config.training.document_masking and cp > 1 and is_ring",
+            "config.training.document_masking and cp > 2 and is_ring",
+        ),
+        (
+            "a split backward may reshard always",
+            "if SCHEDULES[schedule].splits_backward and always_reshards:",
+            "if False:",
+        ),
+        (
+            "an output folder may leave the run's folder",
+            'inside = folder.parts and ".." not in folder.parts',
+            "inside = True",
+        ),
+        (
+            "a profile may be longer than its period",
+            "window > profiling.profile_freq",
+            "window > profiling.profile_freq + 1",
+        ),
+        (
+            "a memory budget is accepted without the compiler",
+            'config.activation_checkpoint.mode == "memory_budget"',
+            "False",
+        ),
+        (
+            "best-fit packing of a stream is accepted",
+            'data.streaming and data.packing == "best_fit"',
+            "False",
+        ),
+        ("documents may be held out of a stream", "if holds_out and data.streaming:", "if False:"),
+        (
+            "both names of the tokenizer at once",
+            "if model.tokenizer_path is not None and model.hf_assets_path is not None:",
+            "if False:",
+        ),
+    ],
+    "torchtrain/config/schema.py": [
+        (
+            "a negative weight decay is accepted",
+            "weight_decay: NotNegative = 0.1",
+            "weight_decay: float = 0.1",
+        ),
+        (
+            "weight decay is off by default",
+            "weight_decay: NotNegative = 0.1",
+            "weight_decay: NotNegative = 0.0",
+        ),
+        ("a learning rate of 0 is accepted", "lr: Positive = 8e-4", "lr: NotNegative = 8e-4"),
+        (
+            "a beta of 1 is accepted",
+            "Beta = Annotated[float, Field(ge=0, lt=1)]",
+            "Beta = Annotated[float, Field(ge=0, le=1)]",
+        ),
+        (
+            "a whole share may be held out",
+            "OpenFraction = Annotated[float, Field(gt=0, lt=1)]",
+            "OpenFraction = Annotated[float, Field(gt=0, le=1)]",
+        ),
+        ("infinities are accepted", "allow_inf_nan=False", "allow_inf_nan=True"),
+        ("numbers in quotes are accepted", "strict=True, ", ""),
+        ("beta2 is PyTorch's default", "beta2: Beta = 0.95", "beta2: Beta = 0.999"),
+        (
+            "a clipping norm of 0 is accepted",
+            "max_norm: Positive = 1.0",
+            "max_norm: NotNegative = 1.0",
+        ),
+        (
+            "negative seeds are accepted",
+            "Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]",
+            "Seed = Annotated[int, Field(le=2**63 - 1)]",
+        ),
+        ("a batch of 0 is accepted", "    AfterValidator(_check_not_zero),\n", ""),
+    ],
+    "torchtrain/config/reading.py": [
+        (
+            "the file wins over the command line",
+            "sources.insert(0, read_toml(config_file))",
+            "sources.append(read_toml(config_file))",
+        ),
+        ("an option may be given twice", "elif name in source.values:", "elif False:"),
+        (
+            "false on the command line is a text",
+            '{"true": True, "false": False}.get(text, text)',
+            '{"true": True}.get(text, text)',
+        ),
+        (
+            "config_file in a file is taken",
+            'if source.values.pop("job.config_file", None) is not None:',
+            'if source.values.pop("job.config_files", None) is not None:',
+        ),
+        (
+            "a clash is told although one of its values is wrong",
+            "if not report.unreliable.intersection(clash.keys):",
+            "if True:",
+        ),
+        ("a byte-order mark is a fault", 'decode("utf-8-sig")', 'decode("utf-8")'),
+    ],
+    "torchtrain/config/sources.py": [
+        ("a source of a mixture may be named twice", "if (dataset, path) in weights:", "if False:"),
+        ("a weight of 0 is accepted", "if not words or weight == 0:", "if not words:"),
+        (
+            "documents are held out although others are validated on",
+            "and validation.dataset is None:\n        held_out_share",
+            ":\n        held_out_share",
+        ),
+    ],
+    "torchtrain/config/toml.py": [
+        ("DEL is not escaped", '.replace("\\x7f", "\\\\u007F")', ""),
+        (
+            "the config file's own name is written",
+            'and (section, key) != ("job", "config_file")',
+            "",
+        ),
+    ],
+    "torchtrain/catalog/models.py": [
+        (
+            "a flavor's rope_theta is Llama 2's",
+            '"8B": ModelShape(4096, 32, 32, 8, 14_336, 128_256, rope_theta=500_000.0)',
+            '"8B": ModelShape(4096, 32, 32, 8, 14_336, 128_256)',
+        ),
+    ],
+    "torchtrain/catalog/schedules.py": [
+        (
+            "a V gives each rank two neighbors",
+            "return [rank, stages - 1 - rank]",
+            "return [2 * rank, 2 * rank + 1]",
+        ),
+        ("the first stage is not lighter", "counts[0] -= first_less", "counts[0] -= 0"),
+        (
+            "a stage in the middle may be empty",
+            "if min(counts) < 0 or 0 in counts[1:-1]:",
+            "if min(counts) < 0:",
+        ),
+        (
+            "too few microbatches are accepted",
+            'if needs == "stages" and microbatches < stages:',
+            'if needs == "stages" and microbatches < stages - 1:',
         ),
     ],
     "torchtrain/models/llama.py": [
@@ -370,11 +621,6 @@ MUTANTS = {
             "a tied output keeps its first weight",
             "        self.tied.take_weight()\n        self.divisor = valid\n",
             "        self.divisor = valid\n",
-        ),
-        (
-            "backwards stay split under recomputation",
-            "SCHEDULES[schedule].splits_backward and needs_whole",
-            "SCHEDULES[schedule].splits_backward and compiled",
         ),
         (
             "a split backward adds up in the compute precision",

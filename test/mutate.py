@@ -42,11 +42,15 @@ ROOMS = {
     "torchtrain/checkpoint": ("test/checkpoint",),
     "torchtrain/datasets": ("test/datasets",),
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
-    "torchtrain/optimizers": ("test/optimizers", "test/test_training_by_hand.py"),
+    "torchtrain/optimizers": (
+        "test/optimizers",
+        "test/test_training_by_hand.py",
+        "test/tools/test_parity.py",
+    ),
     "torchtrain/parallelisms": (
         "test/parallelisms",
         "test/test_training_by_hand.py",
-        "test/test_training.py",
+        "test/tools/test_parity.py",
     ),
     "torchtrain/tools": ("test/tools",),
 }
