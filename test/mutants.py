@@ -24,6 +24,187 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "train.py": [
+        (
+            "the schedule is stepped before the optimizer",
+            "    trainer.optimizer.step()\n    trainer.lr_scheduler.step()\n",
+            "    trainer.lr_scheduler.step()\n    trainer.optimizer.step()\n",
+        ),
+        (
+            "gradients are not clipped",
+            "trainer.weights.values(), config.training.max_norm,",
+            "trainer.weights.values(), 1e30,",
+        ),
+        (
+            "the finite check comes after the update",
+            "            check_finite(summary, trainer.loader)\n            optimizer_step(trainer)\n",
+            "            optimizer_step(trainer)\n            check_finite(summary, trainer.loader)\n",
+        ),
+        (
+            "a non-finite gradient with a finite loss is let through",
+            "if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):",
+            "if math.isfinite(summary.loss):",
+        ),
+        (
+            "a non-finite loss with a finite gradient is let through",
+            "if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):",
+            "if math.isfinite(summary.grad_norm):",
+        ),
+        (
+            "document masking is not applied in validation",
+            "return trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)",
+            "return trainer.sequence_losses(trainer.parts[0](tokens), labels)",
+        ),
+        (
+            "document masking is not applied in a pipeline's validation",
+            "trainer.pipeline.evaluate(tokens, labels, batch.documents)",
+            "trainer.pipeline.evaluate(tokens, labels)",
+        ),
+        ("gradients stay for the next step", "    trainer.optimizer.zero_grad()\n", ""),
+        (
+            "each rank divides by its own valid labels",
+            "    dist.all_reduce(valid)\n    valid //= trainer.plan.degrees.ranks_per_sample  # each of which has counted\n",
+            "",
+        ),
+        (
+            "each microbatch divides by its own valid labels",
+            "(losses.sum() / valid).backward()",
+            "(losses.sum() / count_valid(labels).sum()).backward()",
+        ),
+        (
+            "a batch without a valid label trains",
+            "    if valid.item() == 0:\n",
+            "    if valid.item() < 0:\n",
+        ),
+        (
+            "the largest loss is a sum",
+            "(losses / valid_by_sequence.clamp(min=1)).max()",
+            "losses.max()",
+        ),
+        (
+            "the largest loss is the smallest",
+            "valid_by_sequence.clamp(min=1)).max()",
+            "valid_by_sequence.clamp(min=1)).min()",
+        ),
+        (
+            "losses of sequence shards are not added",
+            '        dist.all_reduce(losses, group=trainer.mesh.group("cp"))\n',
+            "        pass\n",
+        ),
+        (
+            "the tokens of a step are counted twice",
+            "trainer.tokens_seen += trainer.tokens_per_step",
+            "trainer.tokens_seen += 2 * trainer.tokens_per_step",
+        ),
+        (
+            "time spent validating counts",
+            "                with stopwatch.paused():\n                    validated = validate(trainer)\n",
+            "                validated = validate(trainer)\n",
+        ),
+        (
+            "a stop waits for a validation",
+            "if trainer.validator.is_due(step) and not stopped_by:",
+            "if trainer.validator.is_due(step):",
+        ),
+        (
+            "a stop does not save",
+            "config.training.steps, stopped_by != 0)",
+            "config.training.steps, False)",
+        ),
+        (
+            "a stopped run trains on",
+            "            if stopped_by:\n                raise Stopped(stopped_by, step)\n",
+            "",
+        ),
+        (
+            "gathered weights stay after a validation",
+            "    free_gathered(trainer.parts.values())\n",
+            "",
+        ),
+        (
+            "a second Ctrl-C waits too",
+            "        if number == signal.SIGINT == self.signal_number:\n            raise KeyboardInterrupt\n",
+            "",
+        ),
+        (
+            "SIGHUP is not a request to stop",
+            "for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):",
+            "for number in (signal.SIGTERM, signal.SIGINT):",
+        ),
+        (
+            "the timeout of training is not set",
+            "            if step == first_step:\n                set_timeout",
+            "            if step == 0:\n                set_timeout",
+        ),
+        (
+            "a crash ends with status 0",
+            '        logger.error(f"rank {rank} failed:\\n{traceback.format_exc()}")\n        return 1\n',
+            '        logger.error(f"rank {rank} failed:\\n{traceback.format_exc()}")\n        return 0\n',
+        ),
+        (
+            "a user error ends with status 1",
+            "        return 1 if isinstance(fault, NonFinite) else 2\n",
+            "        return 1\n",
+        ),
+        (
+            "a resumed run throws its log away",
+            "folder.resume_at(trainer.step) if is_own else folder.begin_afresh()",
+            "folder.begin_afresh()",
+        ),
+        (
+            "waiting for data is not counted",
+            "    with stopwatch.waiting_for_data():\n        return loader.step_batches(step)\n",
+            "    return loader.step_batches(step)\n",
+        ),
+    ],
+    "torchtrain/set_up.py": [
+        (
+            "debug.seed does not reach the weights of the run",
+            "materialize(part, device, config.debug.seed,",
+            "materialize(part, device, 0,",
+        ),
+        (
+            "debug.seed does not reach the data",
+            "            config.debug.seed,\n            config.validation,",
+            "            0,\n            config.validation,",
+        ),
+        (
+            "the tokens seen begin at 0 on resume",
+            "    trainer.tokens_seen = saved.tokens_seen\n",
+            "",
+        ),
+        ("the rate is not set on resume", "    set_step(trainer.lr_scheduler, trainer.step)\n", ""),
+        (
+            "the loss is never compiled",
+            'if compile_section.enable and "loss" in compile_section.components:',
+            "if False:",
+        ),
+        (
+            "weights alone bring the step along",
+            "    if source.model_only:\n        checkpointer.load(source, trainer.weights, None)\n        return\n",
+            "    if source.model_only:\n        checkpointer.load(source, trainer.weights, None)\n        trainer.step = saved.step\n        return\n",
+        ),
+        (
+            "the peak of the job is that of one device",
+            "        peak *= facts.world_size\n",
+            "        pass\n",
+        ),
+        (
+            "a changed learning rate is not told",
+            "        changes.insert(0, ",
+            "        changes[:0] and changes.insert(0, ",
+        ),
+        (
+            "offloading is not asked for",
+            "offload=config.training.enable_cpu_offload",
+            "offload=False",
+        ),
+        (
+            "ranks may see different corpora",
+            '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
+            "",
+        ),
+    ],
     "torchtrain/loss.py": [
         ("label 0 is not counted as valid", "(labels != IGNORE_INDEX).sum", "(labels > 0).sum"),
         ("losses are computed in the compute precision", "flatten(0, 1).float()", "flatten(0, 1)"),
@@ -544,11 +725,6 @@ MUTANTS = {
             "resharding is always on",
             'frees_blocks = reshard_after_forward != "never"',
             "frees_blocks = True",
-        ),
-        (
-            "gathered weights stay after a validation",
-            "            module.reshard()\n",
-            "            pass\n",
         ),
     ],
     "torchtrain/parallelisms/tensor_parallel.py": [
