@@ -789,8 +789,18 @@ MUTANTS = {
     "torchtrain/parallelisms/pipeline_parallel.py": [
         (
             "PyTorch divides by the microbatches again",
-            "plan.microbatches, loss_fn=self._loss, scale_grads=False)\n        if",
-            "plan.microbatches, loss_fn=self._loss, scale_grads=True)\n        if",
+            "            loss_fn=self._loss,\n            scale_grads=False,",
+            "            loss_fn=self._loss,\n            scale_grads=True,",
+        ),
+        (
+            "an evaluation divides the losses it returns",
+            "        self.losses.append(losses.detach())\n",
+            "        self.losses.append(losses.detach() / self.divisor)\n",
+        ),
+        (
+            "gathered weights stay after a pipeline's evaluation",
+            "        free_gathered(self.parts.values())\n        return losses",
+            "        return losses",
         ),
         ("a tied output's gradient is not handed in", "        self.tied.hand_in_gradient()\n", ""),
         (
@@ -899,6 +909,65 @@ MUTANTS = {
             "a stream that stalls is waited for",
             "if time.monotonic() - since >= self._stall_timeout_s:",
             "if time.monotonic() - since >= 1000 * self._stall_timeout_s:",
+        ),
+    ],
+    "torchtrain/parallelisms/mesh.py": [
+        (
+            "replicas read the same share",
+            "replica * self.degrees.dp_shard + self.rank_along",
+            "self.rank_along",
+        ),
+        ("FSDP does not shard over context ranks", 'if self.has("cp"):', "if False:"),
+    ],
+    "torchtrain/parallelisms/apply.py": [
+        ("a tied output is a weight of its own", "if not is_copy:", "if True:"),
+    ],
+    "torchtrain/validation.py": [
+        (
+            "validation reads past its limit",
+            "np.where(first + own < self.sequences, first + own, -1)",
+            "np.where(first + own < self.samples.n_samples, first + own, -1)",
+        ),
+        (
+            "validation.steps may ask for more than there is",
+            "self.sequences = min(self.sequences, plan.max_sequences)",
+            "self.sequences = plan.max_sequences",
+        ),
+        (
+            "data ranks validate on the same sequences",
+            "np.arange(size) + self.data_rank * size",
+            "np.arange(size)",
+        ),
+        ("bits per byte are nats", "loss / math.log(2) / text_bytes", "loss / text_bytes"),
+        (
+            "validation starts from a prefix of the corpus",
+            "samples = np.where(numbers < 0, -1, order)",
+            "samples = numbers",
+        ),
+        (
+            "the last step does not validate",
+            "is_turn = step % self.plan.freq == 0 or step == self.plan.last_step",
+            "is_turn = step % self.plan.freq == 0",
+        ),
+        (
+            "hidden labels count as bytes",
+            "token_bytes[batch.labels.clamp(min=0)].where(is_valid, 0.0)",
+            "token_bytes[batch.labels.clamp(min=0)]",
+        ),
+        (
+            "documents of a validation are not kept apart",
+            "microbatches(tokens, labels, numbers, len(numbers), self.separators)",
+            "microbatches(tokens, labels, numbers, len(numbers), None)",
+        ),
+        (
+            "the loss of tensor ranks is added",
+            "loss = totals[0].item() / self.degrees.tp",
+            "loss = totals[0].item()",
+        ),
+        (
+            "fingerprints of a validation set are not compared",
+            'return "; ".join(dataset.fingerprint for dataset in self.datasets)',
+            'return ""',
         ),
     ],
     "torchtrain/ranks.py": [
