@@ -488,9 +488,9 @@ MUTANTS = {
     ],
     "torchtrain/catalog/models.py": [
         (
-            "a flavor's rope_theta is Llama 2's",
-            '"8B": ModelShape(4096, 32, 32, 8, 14_336, 128_256, rope_theta=500_000.0)',
-            '"8B": ModelShape(4096, 32, 32, 8, 14_336, 128_256)',
+            "Llama 3.2's 3B has the 1B's depth",
+            "dim=3072, n_layers=28, n_heads=24",
+            "dim=3072, n_heads=24",
         ),
     ],
     "torchtrain/catalog/schedules.py": [
@@ -968,6 +968,180 @@ MUTANTS = {
             "fingerprints of a validation set are not compared",
             'return "; ".join(dataset.fingerprint for dataset in self.datasets)',
             'return ""',
+        ),
+    ],
+    "torchtrain/datasets/tokenizer.py": [
+        (
+            "ids of a byte have no size",
+            "sizes[[id for id in ids if model.is_byte(id)]] = 1",
+            "sizes[[id for id in ids if model.is_byte(id)]] = 0",
+        ),
+        (
+            "a space mark in the text becomes a space",
+            "if self._space_mark_ids and SPACE_MARK in text:",
+            "if False:",
+        ),
+        (
+            "a folder's tokenizer.model is taken first",
+            '("tokenizer.json", "tokenizer.model")',
+            '("tokenizer.model", "tokenizer.json")',
+        ),
+        (
+            "a tokenizer without EOS is accepted",
+            '(("BOS", self.bos_id), ("EOS", self.eos_id))',
+            '(("BOS", self.bos_id),)',
+        ),
+        (
+            "long texts are cut inside words",
+            "space = WORD_BEGINS.search(text, start + LONG_TEXT)",
+            "space = re.compile('').search(text, start + LONG_TEXT)",
+        ),
+    ],
+    "torchtrain/datasets/token_file.py": [
+        (
+            "an id beyond the vocabulary is accepted",
+            'facts["highest"] < tokenizer.vocab_size',
+            'facts["highest"] <= tokenizer.vocab_size',
+        ),
+        (
+            "a negative id is accepted",
+            'if not 0 <= facts["lowest"] <=',
+            'if not -1 <= facts["lowest"] <=',
+        ),
+        (
+            "a file of half an id is accepted",
+            "if size % dtype.itemsize or size == 0:",
+            "if size == 0:",
+        ),
+        (
+            "only a token file's first part is hashed",
+            "digest.update(np.ascontiguousarray(part).data)",
+            "digest.update(np.ascontiguousarray(part[:1]).data)",
+        ),
+    ],
+    "torchtrain/datasets/token_cache.py": [
+        ("documents have no EOS", "np.concatenate((bos, ids, eos))", "np.concatenate((bos, ids))"),
+        (
+            "a vocabulary of 65,536 needs four bytes",
+            "tokenizer.vocab_size <= 1 << 16",
+            "tokenizer.vocab_size < 1 << 16",
+        ),
+        (
+            "ids are cut to two bytes",
+            "np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32",
+            "np.uint16",
+        ),
+        (
+            "the tokenizer is not part of a cache's key",
+            "short_hash([str(FORMAT), corpus_fingerprint, tokenizer.fingerprint])",
+            "short_hash([str(FORMAT), corpus_fingerprint])",
+        ),
+        (
+            "a cache of the wrong size is opened",
+            "if size != manifest.tokens * dtype.itemsize:",
+            "if size < 0:",
+        ),
+        (
+            "a corpus that changes while it is read is kept",
+            "    if state()[0] != before:\n",
+            "    if False:\n",
+        ),
+        (
+            "a corpus that changes between its two readings is kept",
+            '    if again.facts()["fingerprint"] != contents["fingerprint"]:\n',
+            "    if False:\n",
+        ),
+        (
+            "a build that goes on repeats a shard",
+            "file.truncate(tokens * dtype.itemsize)",
+            "file.seek(0, 2)",
+        ),
+        (
+            "documents are hashed without their lengths",
+            '            self._digest.update(len(data).to_bytes(8, "little"))\n',
+            "",
+        ),
+        ("a relative XDG_CACHE_HOME is used", "if os.path.isabs(base):", "if base:"),
+        (
+            "a file that changed just now is remembered",
+            "if newest < started - SETTLED_NS:",
+            "if True:",
+        ),
+    ],
+    "torchtrain/datasets/corpora.py": [
+        (
+            "empty documents are learned",
+            "if isinstance(row, Document) and row.text:\n            return row",
+            "if isinstance(row, Document):\n            return row",
+        ),
+        (
+            "bad rows are skipped unasked",
+            'if isinstance(row, BadRow) and self.on_bad_row == "error":',
+            "if False:",
+        ),
+        (
+            "hidden files are read",
+            'if name.endswith(suffixes) and not name.startswith(".")',
+            "if name.endswith(suffixes)",
+        ),
+        (
+            "files come in the system's order",
+            "return sorted(found, key=lambda file: file.relative_to(path).as_posix())",
+            "return found",
+        ),
+        (
+            "a library's duplicates are read twice",
+            "if digest and digest not in seen:",
+            "if digest:",
+        ),
+        (
+            "documents at the border are on both sides",
+            "_hash(row) < border[0]",
+            "_hash(row) <= border[0]",
+        ),
+        (
+            "lines are counted from 0",
+            "enumerate(_decompressed(raw, compression), start=1)",
+            "enumerate(_decompressed(raw, compression), start=0)",
+        ),
+        (
+            "a byte-order mark stays in the first line",
+            "                if number == 1:\n",
+            "                if number == 0:\n",
+        ),
+        ("a link that leads back is followed", "if real in entered:", "if False:"),
+        (
+            "lone surrogates are accepted",
+            '        text.encode("utf-8")\n    except (',
+            "        pass\n    except (",
+        ),
+    ],
+    "torchtrain/datasets/streams.py": [
+        (
+            "a stream's samples overlap by two tokens",
+            "        self._offset += self._seq_len\n        self._left -= self._seq_len\n",
+            "        self._offset += self._seq_len - 1\n        self._left -= self._seq_len - 1\n",
+        ),
+        (
+            "streams all read the first document",
+            "(before + row - self._number) % self._every == 0",
+            "(before + row) % self._every == 0",
+        ),
+        (
+            "a resumed stream forgets where in its document it was",
+            "            self._next_sample, *place, self._offset = self.start\n",
+            "            self._next_sample, *place, _ = self.start\n",
+        ),
+        ("a stream's epochs do not begin at its first row", "                first_row = 0\n", ""),
+        (
+            "another tokenizer goes on in the middle of a document",
+            "                    stream.start[-1] = 0\n",
+            "                    pass\n",
+        ),
+        (
+            "a stream without documents is waited for",
+            "            if not found:\n",
+            "            if False:\n",
         ),
     ],
     "torchtrain/ranks.py": [

@@ -606,6 +606,7 @@ def test_recomputation_modes_recompute_what_they_say(data, device):
         assert torch.equal(other[3], kept[3])
 
 
+@pytest.mark.slow
 def test_memory_budget_reaches_the_compiler(data, device):
     compiled = {"compile.enable": True, "compile.backend": "aot_eager"}
     plain = first_loss(setting_up(data, device))
