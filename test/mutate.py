@@ -31,7 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Test files or folders of a source file, by the longest prefix of its path: they run first.
 ROOMS = {
-    "train.py": ("test/test_training_by_hand.py", "test/test_training.py", "test/test_metrics.py"),
+    "train.py": (
+        "test/test_train.py",
+        "test/test_training_by_hand.py",
+        "test/test_metrics.py",
+        "test/test_validation.py",
+        "test/test_training.py",
+        "test/checkpoint/test_resume.py",
+    ),
     "torchtrain/set_up.py": (
         "test/test_training_by_hand.py",
         "test/config",
@@ -42,6 +49,8 @@ ROOMS = {
     "torchtrain/checkpoint": ("test/checkpoint",),
     "torchtrain/datasets": ("test/datasets",),
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
+    "torchtrain/validation.py": ("test/test_validation.py", "test/test_training_by_hand.py"),
+    "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
     "torchtrain/optimizers": (
         "test/optimizers",
         "test/test_training_by_hand.py",
