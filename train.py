@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.checkpoint.checkpointer import Checkpointer, Source
+from torchtrain.checkpoint import Checkpointer, Source
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
@@ -69,7 +69,7 @@ def train(
                     validated = validate(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
-            if checkpointer.should_save(step, config.training.steps, stopped_by != 0):
+            if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
                 checkpointer.save(trainer.weights, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
             collector.step(step)

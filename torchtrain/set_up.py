@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtrain import __version__
-from torchtrain.checkpoint.checkpointer import Checkpointer, Progress, Source
+from torchtrain.checkpoint import Checkpointer, Progress, Source
 from torchtrain.config.layout import BatchPlan
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
 from torchtrain.config.schema import Compile, Debug, LRScheduler

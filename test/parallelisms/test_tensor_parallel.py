@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from torchtrain.catalog.models import ModelShape
-from torchtrain.checkpoint.checkpointer import Checkpointer, Progress
+from torchtrain.checkpoint import Checkpointer, Progress
 from torchtrain.config.schema import Checkpoint, Parallelism, Training
 from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.errors import UserError
@@ -155,7 +155,9 @@ def four_ranks(scratch):
         }
         if name in RESUMED:
             checkpointer(scratch, name).save(
-                dict(model.named_parameters()), optimizer, Progress(STEPS, 0, {}, {})
+                dict(model.named_parameters()),
+                optimizer,
+                Progress(step=STEPS, tokens_seen=0, data={}, config={}),
             )
             found[f"{name}, continued"] = train(case, model, optimizer, first=STEPS)
     if dist.get_rank() == 0:

@@ -1,0 +1,35 @@
+"""Checkpoints: complete or not there, loadable on any layout, and never executed.
+
+A checkpoint is the folder `checkpoint/step-N`:
+
+    __R_0.distcp        the tensors, or slices of them, that rank R wrote
+    .metadata           the index of torch's distributed checkpoint (DCP): where each slice is
+    train_state.json    the rest: step, tokens seen, data state, resolved config, model's shape
+    complete.json       the marker: size and SHA-256 of every other file
+
+Tensors are stored by name: `model/<parameter>`, `optimizer/<parameter>/<state>`,
+`rng/<rank>/<device type>`.
+
+How a save commits. Everything goes into a fresh folder `.tmp-step-N-<random>`, hashed on its way to
+the disk and synced; the marker is the last file; one rename to `step-N`, synced, is the commit.
+Since a rename is atomic, `step-N` has its marker from its first instant, and a crash before leaves
+a `.tmp-` folder that nothing takes for a checkpoint. Where a rename is not atomic (some network and
+object stores copy), or after half a copy by hand, the sizes and digests in the marker tell. Removal
+goes the other way: the marker first, then the name, then the contents.
+
+Why not DCP alone: it has no notion of complete, overwrites a checkpoint in place, syncs a file
+before flushing it, never syncs a folder, and its index is a pickle, which runs code when it is
+loaded. The digests find damage; they do not prove who wrote the files, hence the restricted
+unpickler. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html and the code of
+`torch.distributed.checkpoint`.
+
+    checkpointer    what exists; save, find, load, retire
+    commit          the marker; inspecting, verifying and setting aside a folder
+    state           the names of tensors; the optimizer's states, whatever the optimizer
+    storage         files: hashing, DCP's writer and reader, the restricted index
+"""
+
+from torchtrain.checkpoint.checkpointer import Checkpointer
+from torchtrain.checkpoint.commit import Progress, Source
+
+__all__ = ["Checkpointer", "Progress", "Source"]

@@ -1,0 +1,116 @@
+"""Files of tensors: what DCP loses is found, and nothing in a file is ever executed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkpoints import build, names, saved_run, section, weights
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from torchtrain.checkpoint import Checkpointer, storage
+from torchtrain.checkpoint.commit import INDEX, MARKER
+from torchtrain.errors import CheckpointError, UserError
+
+
+def test_a_slice_that_dcp_lost_fails_the_save(tmp_path, alone, monkeypatch):
+    run = saved_run(tmp_path, (1,))
+    write_data = storage.Writer.write_data
+
+    def lossy(self, plan, planner):
+        return write_data(self, dataclasses.replace(plan, items=plan.items[:-1]), planner)
+
+    monkeypatch.setattr(storage.Writer, "write_data", lossy)
+    with pytest.raises(CheckpointError, match=r"DCP wrote \d+ of \d+ slices"):
+        run.save(2)
+    assert names(tmp_path) == ["step-1"]
+
+
+class Payload:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def reseal(step: Path) -> None:
+    """Make the marker's sizes and digests match the files again, as an attacker would."""
+    marker = json.loads((step / MARKER).read_text())
+    for name, record in marker["files"].items():
+        content = (step / name).read_bytes()
+        record.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (step / MARKER).write_text(json.dumps(marker))
+
+
+def load(run: Path) -> None:
+    model, optimizer = build()
+    checkpointer = Checkpointer(section(), run)
+    checkpointer.load(checkpointer.find(), weights(model), optimizer)
+
+
+DOTTED = (
+    b"\x80\x04\x8c\x27torch.distributed.checkpoint.metadata"
+    b"\x8c\x1aMetadata.__init__.__globals__\x93."
+)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, alone):
+    saved_run(tmp_path, (1,))
+    step, proof = tmp_path / "checkpoint/step-1", tmp_path / "it ran"
+    good = (step / INDEX).read_bytes()
+
+    def with_entry(entry, name="model/norm") -> bytes:
+        index = pickle.loads(good)
+        index.state_dict_metadata[name] = entry
+        return pickle.dumps(index)
+
+    def leading_outside() -> bytes:
+        index = pickle.loads(good)
+        next(iter(index.storage_data.values())).relative_path = "../../secret"
+        return pickle.dumps(index)
+
+    attacks = {
+        "os.mkdir": pickle.dumps(Payload(os.mkdir, str(proof))),
+        "builtins.exec": pickle.dumps(Payload(exec, f"open({str(proof)!r}, 'w')")),
+        "in an entry": with_entry(Payload(os.mkdir, str(proof)), "bad"),
+        "bytes": with_entry(BytesStorageMetadata()),
+        "not a tensor": with_entry("text"),
+        "a function of torch": pickle.dumps(Payload(torch.save, 1, str(proof))),
+        "a dotted name": DOTTED,
+        "another file": leading_outside(),
+        "not an index": pickle.dumps({"a": 1}),
+        "not a pickle": b"not a pickle",
+    }
+    for name, attack in attacks.items():
+        (step / INDEX).write_bytes(attack)
+        reseal(step)
+        with pytest.raises(UserError, match="is refused"):
+            load(tmp_path)
+        assert not proof.exists(), name
+    # The attack is a real one: an unrestricted unpickler falls for it.
+    pickle.loads(attacks["os.mkdir"])
+    assert proof.exists()
+
+
+def test_tensors_are_read_without_running_code(tmp_path, alone):
+    saved_run(tmp_path, (1,))
+    step, proof = tmp_path / "checkpoint/step-1", tmp_path / "it ran"
+    index = pickle.loads((step / INDEX).read_bytes())
+    first = next(iter(index.storage_data.values()))
+    torch.save(Payload(os.mkdir, str(proof)), tmp_path / "attack.pt")
+    attack = (tmp_path / "attack.pt").read_bytes()
+    content = (step / first.relative_path).read_bytes()
+    first.offset, first.length = len(content), len(attack)
+    (step / first.relative_path).write_bytes(content + attack)
+    (step / INDEX).write_bytes(pickle.dumps(index))
+    reseal(step)
+    with pytest.raises(CheckpointError, match=r"rank 0.*Weights only load failed"):
+        load(tmp_path)
+    assert not proof.exists()

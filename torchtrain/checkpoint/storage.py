@@ -1,0 +1,216 @@
+"""The files of tensors: hashed while written, and read by an index that cannot run code."""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from torchtrain.checkpoint.commit import INDEX, FileRecord, Source
+from torchtrain.errors import CheckpointError, UserError
+
+
+def write_tensors(
+    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup
+) -> dict[str, FileRecord]:
+    """Write this rank's share of the tensors; return a record of each file that it wrote.
+
+    Raises:
+        CheckpointError: writing failed on any rank.
+    """
+    writer = Writer(folder)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    with plain_faults(f"writing {folder}"):
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    return writer.files.written
+
+
+def read_tensors(
+    source: Source, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup
+) -> None:
+    """Read into these tensors, in place; DCP does it with `torch.load(weights_only=True)`.
+
+    Raises:
+        CheckpointError: reading failed on any rank.
+    """
+    reader = Reader(source.path, metadata)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    with plain_faults(f"reading {source.path}"):
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+
+
+class HashingFile(io.BufferedWriter):
+    """A new file that hashes what passes through, and when closed is flushed and then synced."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "xb"))
+        self.sha256 = hashlib.sha256()
+        self.count = 0
+
+    def write(self, data: Any) -> int:
+        """Write, hash and count."""
+        written = super().write(data)
+        self.sha256.update(data)
+        self.count += written
+        return written
+
+    def close(self) -> None:
+        """Flush, sync and close."""
+        if self.closed:
+            return
+        try:
+            self.flush()
+            os.fsync(self.fileno())
+        finally:
+            super().close()
+
+
+class HashingFileSystem(FileSystem):
+    """DCP's access to the disk while saving; `written` holds a record of each file by its name."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(  # type: ignore[override]
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Iterator[io.IOBase]:
+        """Open a new file to write to."""
+        assert mode == "wb"
+        with HashingFile(path) as file:
+            yield file
+        self.written[Path(path).name] = {"bytes": file.count, "sha256": file.sha256.hexdigest()}
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Rename, as DCP does to finish the index."""
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class Writer(dcp.FileSystemWriter):
+    """One thread and one file per rank, through the hashing file system, which also syncs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False
+        )
+        self.files = HashingFileSystem()
+        self.fs = self.files
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index, after counting what was written: DCP can swallow a writer's error."""
+        planned = sum(len(entry.chunks) for entry in list_entries(metadata).values())
+        written = sum(map(len, results))
+        if written != planned:
+            raise CheckpointError(f"DCP wrote {written} of {planned} slices to {self.path}")
+        super().finish(metadata, results)
+
+    def storage_meta(self) -> StorageMeta:
+        """Return nothing: the temporary path is of no use, and one class more to unpickle."""
+        return StorageMeta()
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads by an index that was unpickled and checked before."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index, without reading the file again."""
+        return self.metadata
+
+
+@contextmanager
+def plain_faults(doing: str) -> Iterator[None]:
+    """Turn DCP's exception into a CheckpointError of one line.
+
+    DCP raises the faults of all ranks on all ranks, as a BaseException with stacks.
+    """
+    try:
+        yield
+    except dcp.CheckpointException as fault:
+        causes = [
+            f"rank {rank}: {type(error).__name__}: {error}"
+            for rank, (error, _) in sorted(fault.failures.items())
+        ]
+        raise CheckpointError(f"{doing} failed on {'; '.join(causes)}") from fault
+
+
+# The classes of which DCP's index of tensors is made, and no function that does anything.
+UNPICKLED = frozenset(
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),  # looks a name up in a table
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    }
+)
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """An unpickler that knows `UNPICKLED` and the dtypes of torch alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class of that name, if it is allowed."""
+        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if is_dtype or (module, name) in UNPICKLED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which no index of tensors needs"
+        )
+
+
+def list_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return the index's entries by name.
+
+    Raises:
+        UnpicklingError: an entry is raw bytes, which DCP would unpickle without restriction.
+    """
+    entries = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"its entry {name!r} is not a tensor")
+        entries[name] = entry
+    return entries
+
+
+def read_index(source: Source) -> Metadata:
+    """Read DCP's index with the restricted unpickler.
+
+    Raises:
+        UserError: it holds anything but tensors in the checkpoint's own files.
+    """
+    path = source.path / INDEX
+    content = path.read_bytes()
+    try:
+        metadata: Metadata = IndexUnpickler(io.BytesIO(content)).load()
+        list_entries(metadata)
+        files = {info.relative_path for info in metadata.storage_data.values()}
+    except Exception as fault:  # a pickle that was tampered with can raise anything
+        raise UserError(f"{path} is refused, and nothing in it was run: {fault}") from fault
+    outside = sorted(files - source.marker.files.keys())
+    if outside:
+        raise UserError(
+            f"{path} is refused: it points to files that are not the checkpoint's: {outside}"
+        )
+    return metadata
