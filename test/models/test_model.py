@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -15,6 +14,7 @@ from torchtrain.loss import sequence_losses
 from torchtrain.models.attention import Attention
 from torchtrain.models.llama import Transformer
 from torchtrain.models.rotary import rotary_frequencies, rotate
+from torchtrain.parallelisms.initial_weights import materialize
 
 TINY = ModelShape(dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61)
 GROUPED = dataclasses.replace(TINY, n_kv_heads=2)
@@ -255,24 +255,15 @@ def test_meta_construction_then_storage_is_the_same_model(tied):
         assert torch.equal(model(tokens_of(shape)), reference(tokens_of(shape)))
 
 
-def draw(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            std = model.initial_std(name)
-            if std is None:
-                parameter.fill_(1.0)
-            else:
-                nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std, generator=generator)
-    return model
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_initial_loss_is_near_that_of_a_uniform_guess(tied):
     shape = dataclasses.replace(
         FAMILIES["llama2"].flavors["debugmodel"], vocab_size=1024, n_layers=3, tied_embeddings=tied
     )
-    model, tokens = draw(Transformer(shape)), tokens_of(shape, seq_len=129)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    materialize(model, torch.device("cpu"), seed=0)
+    tokens = tokens_of(shape, seq_len=129)
     with torch.no_grad():
         loss = sequence_losses(model(tokens[:, :-1]), tokens[:, 1:]).sum() / tokens[:, 1:].numel()
     assert math.log(1024) - 0.1 < loss.item() < math.log(1024) + 0.7
