@@ -473,12 +473,12 @@ REFUSED = {
     "length under cp": (
         ["--parallelism.context_parallel_degree=4", "--validation.seq_len=60"],
         [
-            "validation.seq_len = 60 must be divisible by 8: context-parallel degree 4 twice (headtail)"
+            "validation.seq_len = 60 must be divisible by 8: parallelism.context_parallel_degree = 4 twice (headtail)"
         ],
     ),
     "length under tp": (
         ["--parallelism.tensor_parallel_degree=4", "--validation.seq_len=30"],
-        ["validation.seq_len = 30 must be divisible by 4", "tensor-parallel degree 4"],
+        ["validation.seq_len = 30 must be divisible by 4", "tensor_parallel_degree = 4"],
     ),
     "microbatch of a pipeline": (
         [

@@ -87,22 +87,29 @@ def find_dataset(name: str, path: str | None, option: str = "training.dataset") 
     Args:
         name: the dataset.
         path: its path, or None.
-        option: where the name was given; its path was given in the option + "_path".
+        option: where the name was given: training.dataset or validation.dataset, whose path is in
+            the option + "_path", or data.mixture, where it follows the name.
 
     Raises:
         UserError: unknown, without the path it needs, with one it ignores, or with a missing one.
     """
     given = f"{option} = {name!r}"
+    path_given = f"{option}_path = {path!r}"
+    how = f"{option}_path"
+    if option == "data.mixture":
+        given = f"data.mixture: {name!r}"
+        path_given = f"the path {path!r}"
+        how = "a path after its name"
     spec = DATASETS.get(name) or _find_by_address(name, given)
     if spec is None:
         raise UserError(f"{given} {_why_unknown(name)}")
     if spec.needs_path and not path:
-        raise UserError(f"{given} needs {option}_path: {spec.description}")
+        raise UserError(f"{given} needs {how}: {spec.description}")
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
-        raise UserError(f"{option}_path = {path!r} contradicts {given}, which takes no path")
+        raise UserError(f"{given} takes no path, but {path_given} is given")
     if path and not spec.texts and not expanded(path).exists():
-        raise UserError(f"{option}_path = {path!r} does not exist (looked from {Path.cwd()})")
+        raise UserError(f"{given}: {path_given} does not exist (looked from {Path.cwd()})")
     return spec
 
 

@@ -36,6 +36,7 @@ NAMED_BY_USERS = (
 )
 
 PIPELINE_KEYS = (
+    *DEGREE_KEYS,
     "parallelism.pipeline_parallel_schedule",
     "parallelism.pipeline_parallel_microbatch_size",
     "parallelism.pipeline_parallel_layers_per_stage",
@@ -48,9 +49,11 @@ PIPELINE_KEYS = (
 def check(config: Config, world_size: int | None) -> list[Fault]:
     """Return every combination that cannot work; a world size of None leaves the layout out."""
     return [
+        *_check_tokenizer(config),
         *_check_model(config),
         *_check_optimizer(config),
         *_check_data(config),
+        *_check_held_out(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
         *_check_sequence(config),
@@ -71,59 +74,60 @@ class Number:
     """Why the value is not the option's own."""
 
 
-def _must_divide(divisor: Number, number: Number, *keys: str) -> Iterator[Fault]:
-    """Yield a fault unless one divides the other; `keys` are what else they depend on."""
+def _must_divide(divisor: Number, number: Number, *depends_on: str) -> Iterator[Fault]:
+    """Yield a fault unless the one divides the other."""
     if number.value % divisor.value:
         yield Fault(
-            (divisor.key, number.key, *keys),
-            f"{divisor.key} = {divisor.value}{divisor.note} must divide "
-            f"{number.key} = {number.value}{number.note}",
+            f"{divisor.key} = {divisor.value}{divisor.note} must divide {number.key} = "
+            f"{number.value}{number.note}",
+            depends_on,
+        )
+
+
+def _check_tokenizer(config: Config) -> Iterator[Fault]:
+    model = config.model
+    if model.tokenizer_path is not None and model.hf_assets_path is not None:
+        yield Fault(
+            f"model.tokenizer_path = {quoted(model.tokenizer_path)}, model.hf_assets_path = "
+            f"{quoted(model.hf_assets_path)}: the two mean the same; give one of them"
         )
 
 
 def _check_model(config: Config) -> Iterator[Fault]:
-    model = config.model
-    if model.tokenizer_path is not None and model.hf_assets_path is not None:
-        yield Fault(
-            ("model.tokenizer_path", "model.hf_assets_path"),
-            f"model.tokenizer_path = {quoted(model.tokenizer_path)}, model.hf_assets_path = "
-            f"{quoted(model.hf_assets_path)}: the two mean the same; give one of them",
-        )
     try:
-        shape = plan_shape(model)
+        shape = plan_shape(config.model)
     except UserError as fault:
-        yield Fault(FLAVOR_KEYS, str(fault))
+        yield Fault(str(fault), FLAVOR_KEYS)
         return
-    yield from _check_shape(config, shape)
+    yield from _check_heads(config, shape)
+    yield from _check_rope(shape)
     yield from _check_sharing(config, shape)
 
 
-def _check_shape(config: Config, shape: ModelShape) -> Iterator[Fault]:
-    dim = Number("model.dim", shape.dim)
+def _check_heads(config: Config, shape: ModelShape) -> Iterator[Fault]:
     n_heads = Number("model.n_heads", shape.n_heads)
-    inherited = " (the flavor's: it does not follow n_heads; set it too)"
-    note = inherited if config.model.n_kv_heads is None else ""
-    yield from _must_divide(n_heads, dim, *FLAVOR_KEYS)
+    yield from _must_divide(n_heads, Number("model.dim", shape.dim), *FLAVOR_KEYS)
     head_width, rest = divmod(shape.dim, shape.n_heads)
     if rest == 0 and head_width % 2:
         yield Fault(
-            (*FLAVOR_KEYS, "model.dim", "model.n_heads"),
             f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = {head_width}: the head "
             "width must be even, since RoPE rotates pairs of features",
+            FLAVOR_KEYS,
         )
-    yield from _must_divide(
-        Number("model.n_kv_heads", shape.n_kv_heads, note), n_heads, *FLAVOR_KEYS
-    )
-    if shape.rope_scaling_factor > 1 and shape.rope_high_freq_factor <= shape.rope_low_freq_factor:
+    note = ""
+    if config.model.n_kv_heads is None:
+        note = " (the flavor's: it does not follow n_heads; set it too)"
+    n_kv_heads = Number("model.n_kv_heads", shape.n_kv_heads, note)
+    yield from _must_divide(n_kv_heads, n_heads, *FLAVOR_KEYS)
+
+
+def _check_rope(shape: ModelShape) -> Iterator[Fault]:
+    low, high = shape.rope_low_freq_factor, shape.rope_high_freq_factor
+    if shape.rope_scaling_factor > 1 and high <= low:
         yield Fault(
-            (
-                *FLAVOR_KEYS,
-                "model.rope_scaling_factor",
-                "model.rope_high_freq_factor",
-                "model.rope_low_freq_factor",
-            ),
-            f"model.rope_high_freq_factor = {shape.rope_high_freq_factor} must be above "
-            f"model.rope_low_freq_factor = {shape.rope_low_freq_factor}",
+            f"model.rope_high_freq_factor = {high} must be above model.rope_low_freq_factor = "
+            f"{low} where model.rope_scaling_factor is above 1",
+            FLAVOR_KEYS,
         )
 
 
@@ -131,74 +135,70 @@ def _check_sharing(config: Config, shape: ModelShape) -> Iterator[Fault]:
     """Check that heads and features can be shared by the tensor- and context-parallel ranks."""
     parallelism = config.parallelism
     tp = parallelism.tensor_parallel_degree
-    tensor_parallel = Number("parallelism.tensor_parallel_degree", tp)
-    context_parallel = Number(
-        "parallelism.context_parallel_degree",
-        parallelism.context_parallel_degree * tp,
-        " (ulysses: times the tensor-parallel degree)",
-    )
     heads = [
         Number("model.n_heads", shape.n_heads),
         Number("model.n_kv_heads", shape.n_kv_heads),
     ]
+    tensor_parallel = Number("parallelism.tensor_parallel_degree", tp)
     for shared in [*heads, Number("model.ffn_hidden_dim", shape.ffn_hidden_dim)]:
         yield from _must_divide(tensor_parallel, shared, *FLAVOR_KEYS)
+    method = "parallelism.context_parallel_method"
     if parallelism.context_parallel_method == "ulysses":
+        key = "parallelism.context_parallel_degree"
+        product = parallelism.context_parallel_degree * tp
+        note = " (ulysses: times the tensor-parallel degree)"
         for shared in heads:
-            yield from _must_divide(
-                context_parallel, shared, *FLAVOR_KEYS, "parallelism.context_parallel_method"
-            )
+            yield from _must_divide(Number(key, product, note), shared, *FLAVOR_KEYS, method)
 
 
 def _check_optimizer(config: Config) -> Iterator[Fault]:
     try:
         find_optimizer(config.optimizer.name)
     except UserError as fault:
-        yield Fault(("optimizer.name",), str(fault))
+        yield Fault(str(fault))
 
 
 def _check_data(config: Config) -> Iterator[Fault]:
-    data, validation = config.data, config.validation
-    keys: tuple[str, ...] = ("training.dataset", "training.dataset_path")
-    if data.mixture is not None:
-        keys = ("data.mixture",)
+    data = config.data
     try:
         sources = plan_sources(config.training, data)
     except UserError as fault:
-        yield Fault(keys, str(fault))
+        yield Fault(str(fault))
         return
     for source in sources:
-        prefix = f"data.mixture: {quoted(source.name)}: " if data.mixture is not None else ""
-        yield from _check_source(source, keys, prefix)
-    holds_out = validation.enable and validation.dataset is None
-    for source in sources:
-        if holds_out and source.dataset == "tokens":
-            what = f"{quoted(source.name)}, a token file,"
-            yield _cannot_hold_out(what, keys)
-            break
-    else:
-        if holds_out and data.streaming:
-            yield _cannot_hold_out("what data.streaming = true reads once", keys)
+        yield from _check_source(source)
     if data.streaming and data.packing == "best_fit":
         yield Fault(
-            ("data.packing", "data.streaming"),
             'data.packing = "best_fit" looks at all documents before the first step; '
-            "data.streaming = true does not",
+            "data.streaming = true does not"
         )
 
 
-def _check_source(source: DataSource, keys: tuple[str, ...], prefix: str = "") -> Iterator[Fault]:
+def _check_source(source: DataSource) -> Iterator[Fault]:
     try:
         find_dataset(source.dataset, source.path, source.option)
     except UserError as fault:
-        yield Fault(keys, f"{prefix}{fault}")
+        yield Fault(str(fault))
 
 
-def _cannot_hold_out(what: str, keys: tuple[str, ...]) -> Fault:
-    return Fault(
-        ("validation.dataset", "data.streaming", *keys),
+def _check_held_out(config: Config) -> Iterator[Fault]:
+    """Check that documents to validate on can be held out, where no others are named."""
+    if not config.validation.enable or config.validation.dataset is not None:
+        return
+    try:
+        sources = plan_sources(config.training, config.data)
+    except UserError:  # reported by _check_data
+        return
+    token_files = [source for source in sources if source.dataset == "tokens"]
+    if token_files:
+        what = f"{quoted(token_files[0].name)}, a token file ({token_files[0].option})"
+    elif config.data.streaming:
+        what = "what data.streaming = true reads once"
+    else:
+        return
+    yield Fault(
         f"validation.enable = true: no documents can be held out of {what}; name others in "
-        "validation.dataset",
+        "validation.dataset"
     )
 
 
@@ -208,8 +208,7 @@ def _check_validation(config: Config) -> Iterator[Fault]:
         return
     if validation.dataset is not None:
         for source in plan_validation_sources(config):
-            keys = ("validation.dataset", "validation.dataset_path")
-            yield from _check_source(source, keys)
+            yield from _check_source(source)
     if validation.local_batch_size is not None:
         microbatch_size = config.parallelism.pipeline_parallel_microbatch_size
         yield from _must_divide(
@@ -223,13 +222,9 @@ def _check_degrees(config: Config, world_size: int | None) -> Iterator[Fault]:
         return
     try:
         degrees = plan_degrees(config.parallelism, world_size)
-    except UserError as fault:
-        yield Fault(DEGREE_KEYS, str(fault))
-        return
-    try:
         plan_batch(config.training, degrees.data_parallel)
     except UserError as fault:
-        yield Fault(("training.global_batch_size", *DEGREE_KEYS), str(fault))
+        yield Fault(str(fault), DEGREE_KEYS)
 
 
 def _check_sequence(config: Config) -> Iterator[Fault]:
@@ -237,33 +232,25 @@ def _check_sequence(config: Config) -> Iterator[Fault]:
     parallelism = config.parallelism
     cp = parallelism.context_parallel_degree
     shards = count_sequence_shards(parallelism)
-    head_and_tail = cp > 1 and parallelism.context_parallel_load_balancer == "headtail"
-    factor = cp * shards * (2 if head_and_tail else 1)
-    reason = f"context-parallel degree {cp}"
-    if head_and_tail:
+    factor = cp * shards
+    reason = f"parallelism.context_parallel_degree = {cp}"
+    if cp > 1 and parallelism.context_parallel_load_balancer == "headtail":
+        factor *= 2
         reason += " twice (headtail)"
     if shards > 1:
-        reason += f" x tensor-parallel degree {shards}"
+        reason += f" x parallelism.tensor_parallel_degree = {shards}"
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable and config.validation.seq_len is not None:
         lengths["validation.seq_len"] = config.validation.seq_len
     for key, length in lengths.items():
         if length % factor:
-            yield Fault(
-                (key, "parallelism.tensor_parallel_degree", "parallelism.context_parallel_degree"),
-                f"{key} = {length} must be divisible by {factor}: {reason}",
-            )
+            yield Fault(f"{key} = {length} must be divisible by {factor}: {reason}")
     is_ring = parallelism.context_parallel_method == "ring"
     if config.training.document_masking and cp > 1 and is_ring:
         yield Fault(
-            (
-                "training.document_masking",
-                "parallelism.context_parallel_degree",
-                "parallelism.context_parallel_method",
-            ),
             f"training.document_masking = true with parallelism.context_parallel_degree = {cp}: "
             "ring attention does not support document masks; set "
-            'parallelism.context_parallel_method = "ulysses"',
+            'parallelism.context_parallel_method = "ulysses"'
         )
 
 
@@ -274,12 +261,12 @@ def _check_pipeline(config: Config, world_size: int | None) -> Iterator[Fault]:
     if ranks == 1:
         return
     schedule = parallelism.pipeline_parallel_schedule
-    always_reshards = parallelism.fsdp_reshard_after_forward == "always"
-    if SCHEDULES[schedule].splits_backward and always_reshards:
+    reshard = parallelism.fsdp_reshard_after_forward
+    if SCHEDULES[schedule].splits_backward and reshard == "always":
         yield Fault(
-            ("parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule"),
             f'parallelism.fsdp_reshard_after_forward = "always": {schedule} splits the backward, '
-            'where FSDP computes wrong gradients; leave it at "default"',
+            'where FSDP computes wrong gradients; leave it at "default", or change '
+            "parallelism.pipeline_parallel_schedule"
         )
     try:
         layer_names = plan_shape(config.model).layer_names
@@ -288,49 +275,39 @@ def _check_pipeline(config: Config, world_size: int | None) -> Iterator[Fault]:
     try:
         stages = len(plan_stages(parallelism, layer_names))
     except UserError as fault:
-        yield Fault(
-            (*DEGREE_KEYS, *PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"),
-            f"parallelism.pipeline_parallel_degree = {ranks}: {fault}",
-        )
+        text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
+        yield Fault(text, (*PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"))
         return
     yield from _check_pipeline_batch(config, world_size, stages)
 
 
 def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -> Iterator[Fault]:
     parallelism = config.parallelism
-    ranks = world_size or parallelism.pipeline_parallel_degree
     try:
-        degrees = plan_degrees(parallelism, ranks)
+        degrees = plan_degrees(parallelism, world_size or parallelism.pipeline_parallel_degree)
         batch_size = plan_batch(config.training, degrees.data_parallel).microbatch_size
     except UserError:  # reported by _check_degrees
         return
     try:
         check_batch(parallelism, batch_size, stages)
     except UserError as fault:
-        cannot_divide = batch_size % parallelism.pipeline_parallel_microbatch_size
-        if world_size is not None or cannot_divide:
-            yield Fault(
-                (
-                    *DEGREE_KEYS,
-                    *PIPELINE_KEYS,
-                    "training.local_batch_size",
-                    "training.global_batch_size",
-                ),
-                str(fault),
-            )
+        # How many microbatches there are depends on the world size, whether they divide does not.
+        if world_size is not None or batch_size % parallelism.pipeline_parallel_microbatch_size:
+            yield Fault(str(fault), (*PIPELINE_KEYS, "training.global_batch_size"))
 
 
 def _check_folders(config: Config) -> Iterator[Fault]:
     for key, folder in list_output_folders(config).items():
         inside = folder.parts and ".." not in folder.parts
         if not folder.is_absolute() and not inside:
-            text = f"{key} = {quoted(str(folder))}: must name a folder inside job.dump_folder"
-            yield Fault((key,), text)
+            yield Fault(f"{key} = {quoted(str(folder))}: must name a folder inside job.dump_folder")
     path = config.checkpoint.initial_load_path
     if config.checkpoint.enable and path is not None and not Path(path).is_dir():
-        key = "checkpoint.initial_load_path"
-        text = f"{key} = {quoted(path)} is not a folder that exists (looked from {Path.cwd()})"
-        yield Fault((key, "checkpoint.enable"), text)
+        yield Fault(
+            f"checkpoint.initial_load_path = {quoted(path)} is not a folder that exists (looked "
+            f"from {Path.cwd()})",
+            ("checkpoint.enable",),
+        )
 
 
 def _check_profiling(config: Config) -> Iterator[Fault]:
@@ -338,30 +315,20 @@ def _check_profiling(config: Config) -> Iterator[Fault]:
     window = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and window > profiling.profile_freq:
         yield Fault(
-            ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"),
             f"profiling.profile_freq = {profiling.profile_freq} is too short for "
             f"profiling.profiler_warmup = {profiling.profiler_warmup} and "
             f"profiling.profiler_active = {profiling.profiler_active} steps: it must be at least "
-            f"{window}",
+            f"{window}"
         )
 
 
 def _check_compile(config: Config) -> Iterator[Fault]:
     if config.compile.enable and "model" in config.compile.components:
         return
-    wanted = {
-        'activation_checkpoint.mode = "memory_budget"': (
-            config.activation_checkpoint.mode == "memory_budget"
-        ),
-        "parallelism.enable_async_tensor_parallel = true": (
-            config.parallelism.enable_async_tensor_parallel
-            and config.parallelism.tensor_parallel_degree > 1
-        ),
-    }
-    for option, is_wanted in wanted.items():
-        if is_wanted:
-            yield Fault(
-                (option.partition(" ")[0], "compile.enable", "compile.components"),
-                f"{option} is done by the compiler: it needs compile.enable = true with the "
-                "component model",
-            )
+    needs = 'is done by the compiler: it needs compile.enable = true and "model" in '
+    needs += "compile.components"
+    if config.activation_checkpoint.mode == "memory_budget":
+        yield Fault(f'activation_checkpoint.mode = "memory_budget" {needs}')
+    parallelism = config.parallelism
+    if parallelism.enable_async_tensor_parallel and parallelism.tensor_parallel_degree > 1:
+        yield Fault(f"parallelism.enable_async_tensor_parallel = true {needs}")

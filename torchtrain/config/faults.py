@@ -1,5 +1,6 @@
 """What is wrong with one section, key or value."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,36 @@ from torchtrain.utils import nearest
 
 NOT_YET = "is a torchtitan v0.2.2 option that torchtrain does not support yet"
 
+# Other trainers' names for keys of ours that spelling alone does not find.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "batch_size": "local_batch_size",
+    "max_steps": "steps",
+    "sequence_length": "seq_len",
+    "grad_clip": "max_norm",
+    "hidden_size": "dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "output_dir": "dump_folder",
+}
+
+OPTION_NAME = re.compile(r"\b[a-z_]+\.[a-z0-9_]+\b")
+
 
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with the values given."""
 
-    keys: tuple[str, ...]
-    """Options made unreliable by this fault, `section.key`; checks that use them are skipped."""
     text: str
     """What was given, what is allowed, what to do."""
+    depends_on: tuple[str, ...] = ()
+    """Options that it depends on beside those that the text names, as `section.key`."""
+
+    @property
+    def keys(self) -> set[str]:
+        """The options made unreliable by this fault; checks that use them are skipped."""
+        named = OPTION_NAME.findall(self.text)
+        return {*self.depends_on, *(name for name in named if name in options())}
 
 
 def value_fault(name: str, value: Any) -> Fault | None:
@@ -29,19 +51,30 @@ def value_fault(name: str, value: Any) -> Fault | None:
     given = f"{name} = {quoted(value)}"
     option = options().get(name)
     if option is None:
-        return unknown_key(name, given)
-    if value in torchtitan_keys.VALUES.get(name, ()):
-        return Fault((name,), f"{given}: this value {NOT_YET}; it must be {option.allowed}")
+        return _foreign_fault(name, value)
+    if value in torchtitan_keys.UNSUPPORTED_VALUES.get(name, ()):
+        return Fault(f"{given}: this value {NOT_YET}; it must be {option.allowed}")
     section, _, key = name.partition(".")
     try:
         SECTIONS[section].model_validate({key: value})
     except ValidationError:
-        return Fault((name,), f"{given}: must be {option.allowed}")
+        return Fault(f"{given}: must be {option.allowed}")
     return None
 
 
+def _foreign_fault(name: str, value: Any) -> Fault | None:
+    """Return what is wrong with a key that is not ours, or None where it asks for nothing."""
+    given = f"{name} = {quoted(value)}"
+    if torchtitan_keys.find_entry(name) is None:
+        return unknown_key(name, given)
+    if torchtitan_keys.is_idle(name, value):
+        return None
+    advice = torchtitan_keys.ADVICE.get(name, "leave it out")
+    return Fault(f"{given}: {NOT_YET}; {advice}")
+
+
 def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
-    """Return the fault of a `section.key` that is not ours, with the nearest that is.
+    """Return the fault of a `section.key` that nobody knows, with the nearest that we know.
 
     Args:
         name: the key.
@@ -49,10 +82,6 @@ def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
         prefix: written before each suggestion.
     """
     section, _, key = name.partition(".") if "." in name else ("", "", name)
-    known = f"{section}.{key.split('.')[0]}"
-    if section in torchtitan_keys.SECTIONS or known in torchtitan_keys.KEYS:
-        advice = torchtitan_keys.ADVICE.get(name, "leave it out")
-        return Fault((name,), f"{given}: {NOT_YET}; {advice}")
     close = _suggestions(section, key)
     if close:
         hint = "did you mean " + " or ".join(prefix + other for other in close) + "?"
@@ -60,30 +89,32 @@ def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
         hint = f"the keys of [{section}] are {', '.join(SECTIONS[section].model_fields)}"
     else:
         hint = f"the sections are {', '.join(SECTIONS)}; --help prints every option"
-    return Fault((name, *close), f"{given}: unknown; {hint}")
+    return Fault(f"{given}: unknown; {hint}")
 
 
 def unknown_section(name: str, content: Any) -> Fault:
-    """Return the fault of a name at the top of a file that is not a section of ours."""
-    if name in torchtitan_keys.SECTIONS:
-        return Fault((), f"[{name}]: this section {NOT_YET}; leave it out")
+    """Return the fault of a name at the top of a file that is not a section."""
     if not isinstance(content, dict):
         close = _suggestions("", name)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        text = f"{name} = {quoted(content)}: a key must be in a section{hint}"
-        return Fault(tuple(close), text)
+        return Fault(f"{name} = {quoted(content)}: a key must be in a section{hint}")
     section = nearest(name, SECTIONS)
     hint = f"; did you mean [{section}]?" if section else ""
-    text = f"[{name}]: unknown section{hint}; the sections are {', '.join(SECTIONS)}"
-    doubtful = [option for option in options() if section and option.startswith(f"{section}.")]
-    return Fault(tuple(doubtful), text)
+    meant = [option for option in options() if option.startswith(f"{section}.")]
+    return Fault(
+        f"[{name}]: unknown section{hint}; the sections are {', '.join(SECTIONS)}",
+        depends_on=tuple(meant),
+    )
 
 
 def _suggestions(section: str, key: str) -> list[str]:
     """Return the same key elsewhere; else the nearest of its section; else the nearest of all."""
+    key = SYNONYMS.get(key, key)
     by_key: dict[str, list[str]] = {}
     for name in options():
         by_key.setdefault(name.partition(".")[2], []).append(name)
+    if f"{section}.{key}" in options():
+        return [f"{section}.{key}"]
     if key in by_key:
         return by_key[key]
     if section in SECTIONS:

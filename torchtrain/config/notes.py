@@ -55,7 +55,7 @@ class Rule:
 def find_idle_options(config: Config) -> list[str]:
     """Return one sentence per option that was changed although another one leaves it no effect."""
     found = {}
-    for rule in [*_details(config), *_rules(config)]:
+    for rule in [*_details(config), *_data_rules(config), *_layout_rules(config)]:
         for key in rule.keys:
             value = get_value(config, key)
             if rule.applies and value != options()[key].default and key not in found:
@@ -78,8 +78,8 @@ def _details(config: Config) -> Iterator[Rule]:
         yield Rule(applies=value == options()[enabling].default, keys=keys, reason=reason)
 
 
-def _rules(config: Config) -> list[Rule]:
-    data, parallelism, validation = config.data, config.parallelism, config.validation
+def _data_rules(config: Config) -> list[Rule]:
+    data, validation = config.data, config.validation
     datasets = {source.dataset for source in plan_sources(config.training, data)}
     reads_token_files = "tokens" in datasets or validation.dataset == "tokens"
     return [
@@ -108,6 +108,12 @@ def _rules(config: Config) -> list[Rule]:
             keys=("validation.held_out_share",),
             reason=f": {quoted(validation.dataset)} is validated on (validation.dataset)",
         ),
+    ]
+
+
+def _layout_rules(config: Config) -> list[Rule]:
+    parallelism = config.parallelism
+    return [
         Rule(
             applies=parallelism.context_parallel_method == "ulysses",
             keys=("parallelism.context_parallel_rotate_method",),

@@ -10,6 +10,7 @@ from typing import Any
 import tomli
 
 from torchtrain.catalog.custom_import import import_custom
+from torchtrain.config import torchtitan_keys
 from torchtrain.config.checks import NAMED_BY_USERS, check
 from torchtrain.config.faults import Fault, unknown_key, unknown_section, value_fault
 from torchtrain.config.notes import find_idle_options
@@ -20,6 +21,9 @@ from torchtrain.errors import ConfigError, UserError
 
 COMMAND_LINE = "command line"
 
+# key = word, where the word is neither quoted nor a value of TOML's.
+BARE_VALUE = re.compile(r"\s*[\w.-]+\s*=\s*(?P<word>[\w./~:@-]*[A-Za-z/~][\w./~:@-]*)\s*(#.*)?")
+
 
 @dataclass
 class Source:
@@ -27,7 +31,7 @@ class Source:
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
-    """Values by full name, `section.key`; not checked yet."""
+    """Values by full name, `section.key`, torchtitan's among them; not checked yet."""
     faults: list[Fault] = field(default_factory=list)
     """What is wrong with the file, the arguments or their names."""
 
@@ -79,46 +83,64 @@ def read_config(
         sources.insert(0, read_toml(config_file))
 
     report = Report()
-    origin: dict[str, str] = {}
-    config = _merge(sources, report, origin)
+    for source in sources:
+        _check_alone(source, report)
+    config, origin = _merge(sources, report)
     if config.experimental.custom_import:
         try:
             import_custom(config.experimental.custom_import)
         except UserError as fault:
-            name = "experimental.custom_import"
-            report.add(origin[name], Fault((name, *NAMED_BY_USERS), str(fault)))
+            where = origin["experimental.custom_import"]
+            report.add(where, Fault(str(fault), depends_on=NAMED_BY_USERS))
     if world_size is None:
         world_size = _launched_world_size(report)
     for clash in check(config, world_size or None):
         if not report.unreliable.intersection(clash.keys):
-            where = dict.fromkeys(origin[key] for key in clash.keys if key in origin)
-            report.add(", ".join(where) or "defaults", Fault((), clash.text))
+            origins = {origin[key] for key in clash.keys if key in origin}
+            names = [source.name for source in sources if source.name in origins]
+            report.lines.append(f"{', '.join(names) or 'defaults'}: {clash.text}")
     report.raise_if_any()
-    return config, find_idle_options(config)
+    return config, [*_note_foreign(sources), *find_idle_options(config)]
 
 
-def _merge(sources: list[Source], report: Report, origin: dict[str, str]) -> Config:
-    """Return the valid values, later sources first; `origin` gets where each comes from."""
+def _check_alone(source: Source, report: Report) -> None:
+    """Report what is wrong with each key and value on its own."""
+    for fault in source.faults:
+        report.add(source.name, fault)
+    for name, value in source.values.items():
+        wrong = value_fault(name, value)
+        if wrong is not None:
+            report.add(source.name, wrong)
+
+
+def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str]]:
+    """Return the values that are not in doubt, later sources first, and where each comes from."""
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    origin = {}
     for source in sources:
-        for fault in source.faults:
-            report.add(source.name, fault)
         for name, value in source.values.items():
-            value_problem = value_fault(name, value)
-            if value_problem is not None:
-                report.add(source.name, value_problem)
-        for name in source.values.keys() - report.unreliable:
-            section, _, key = name.partition(".")
-            merged[section][key] = source.values[name]
-            origin[name] = source.name
-    return Config.model_validate(merged)
+            if name in options() and name not in report.unreliable:
+                section, _, key = name.partition(".")
+                merged[section][key] = value
+                origin[name] = source.name
+    return Config.model_validate(merged), origin
+
+
+def _note_foreign(sources: list[Source]) -> list[str]:
+    """Return a line that names torchtitan's options that were taken, where there are any."""
+    names = [name for source in sources for name in source.values if name not in options()]
+    if not names:
+        return []
+    return [
+        f"options of torchtitan that have nothing to do here: {', '.join(dict.fromkeys(names))}"
+    ]
 
 
 def _launched_world_size(report: Report) -> int:
     text = os.environ.get("WORLD_SIZE", "1")
     world_size = int(text) if text.isdecimal() else 0
     if world_size == 0:
-        fault = Fault((), f"WORLD_SIZE = {quoted(text)}: must be a whole number >= 1")
+        fault = Fault(f"WORLD_SIZE = {quoted(text)}: must be a whole number >= 1")
         report.add("environment", fault)
     return world_size
 
@@ -131,7 +153,7 @@ def read_command_line(args: list[str]) -> Source:
         argument = rest.pop(0)
         if not argument.startswith("--"):
             text = f"unexpected argument {quoted(argument)}; expected --section.key value"
-            source.faults.append(Fault((), text))
+            source.faults.append(Fault(text))
             continue
         name, equals, text = argument[2:].partition("=")
         has_value = bool(equals)
@@ -139,17 +161,19 @@ def read_command_line(args: list[str]) -> Source:
             has_value = True
             text = rest.pop(0)
         option = options().get(name)
-        if option is None:
+        if name in source.values:
+            source.faults.append(Fault(f"--{name} is given twice; give it once"))
+        elif option is None and torchtitan_keys.find_entry(name) is not None:
+            source.values[name] = _guess_value(text) if has_value else True
+        elif option is None:
             source.faults.append(unknown_key(name, given=f"--{name}", prefix="--"))
-        elif name in source.values:
-            source.faults.append(Fault((name,), f"--{name} is given twice; give it once"))
         elif has_value:
             source.values[name] = _parse_value(option, text)
         elif option.kind == "boolean":
             source.values[name] = True
         else:
             text = f"--{name} has no value; it must be {option.allowed}"
-            source.faults.append(Fault((name,), text))
+            source.faults.append(Fault(text))
     return source
 
 
@@ -169,16 +193,24 @@ def _parse_value(option: Option, text: str) -> Any:
         return text
 
 
+def _guess_value(text: str) -> Any:
+    """Return the value that the text stands for in TOML, or the text, for a key without a type."""
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
 def read_toml(path: str) -> Source:
     """Read a config file; its values are checked later, by `value_fault`."""
     source = Source(path)
     try:
         tables = _load_tables(path)
     except UserError as fault:
-        source.faults.append(Fault(tuple(options()), str(fault)))
+        source.faults.append(Fault(str(fault), depends_on=tuple(options())))
         return source
     for section, table in tables.items():
-        if section not in SECTIONS:
+        if section not in SECTIONS and section not in torchtitan_keys.SECTIONS:
             source.faults.append(unknown_section(section, table))
         elif isinstance(table, dict):
             for key, value in table.items():
@@ -186,10 +218,10 @@ def read_toml(path: str) -> Source:
         else:
             given = f"{section} = {quoted(table)}"
             text = f"{given}: this is a section; write [{section}] and its keys"
-            source.faults.append(Fault((), text))
+            source.faults.append(Fault(text))
     if source.values.pop("job.config_file", None) is not None:
         text = "job.config_file: belongs on the command line only; leave it out"
-        source.faults.append(Fault(("job.config_file",), text))
+        source.faults.append(Fault(text))
     return source
 
 
@@ -202,7 +234,8 @@ def _load_tables(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as fault:
-        raise UserError(f"the config file cannot be read: {fault.strerror}") from fault
+        where = f" (looked from {Path.cwd()})" if isinstance(fault, FileNotFoundError) else ""
+        raise UserError(f"the config file cannot be read: {fault.strerror}{where}") from fault
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1
         byte = f"{fault.object[fault.start]:#04x}"
@@ -229,5 +262,21 @@ def _locate(message: str, text: str) -> str:
         return f"not TOML: {problem}"
     if problem == "Cannot overwrite a value":
         problem = "this key was given before; give it once"
-    code = shortened(text.split("\n")[line - 1])
-    return f"not TOML: line {line}, column {column}: {problem}\n      {line} | {code}"
+    code = text.split("\n")[line - 1]
+    is_value = problem == "Invalid value" or problem.startswith("Expected newline")
+    hint = _hint_for_bare_value(code) if is_value else None
+    return (
+        f"not TOML: line {line}, column {column}: {hint or problem}\n"
+        f"      {line} | {shortened(code)}"
+    )
+
+
+def _hint_for_bare_value(code: str) -> str | None:
+    """Return what to do about a value that is a word without quotes, or None."""
+    bare = BARE_VALUE.fullmatch(code)
+    if bare is None:
+        return None
+    word = bare["word"]
+    if word.lower() in ("true", "false"):
+        return f"write {word.lower()}, without capitals"
+    return f'text needs quotes: "{word}"'

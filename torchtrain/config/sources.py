@@ -31,7 +31,7 @@ class DataSource:
     side: Literal["training", "validation"] = "training"
     """Which documents are meant: those that are left, or those held out."""
     option: str = "training.dataset"
-    """The option that names the dataset, for messages; its path is in the option + "_path"."""
+    """The option that names it, for messages: data.mixture or one ending in .dataset."""
 
     @property
     def name(self) -> str:
@@ -71,7 +71,13 @@ def plan_sources(
     shares = {source: weight / total for source, weight in weights.items()}
     _check_period(list(shares.values()))
     return [
-        DataSource(dataset=dataset, path=path, share=share, held_out_share=held_out_share)
+        DataSource(
+            dataset=dataset,
+            path=path,
+            share=share,
+            held_out_share=held_out_share,
+            option="data.mixture",
+        )
         for (dataset, path), share in shares.items()
     ]
 
