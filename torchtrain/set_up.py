@@ -27,8 +27,7 @@ from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
 from torchtrain.metrics import MetricsLogger, peak_flops
-from torchtrain.models.decoder import Decoder
-from torchtrain.models.llama import Transformer
+from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
 from torchtrain.parallelisms.context_parallel import shard_sequence
@@ -243,7 +242,8 @@ def build_model(
     """Build this rank's part of the model with its initial weights."""
     schedule = config.parallelism.pipeline_parallel_schedule
     stages = own_stages(plan.stages, schedule, mesh)
-    parts = build_parts(Transformer, plan.shape, stages, mesh, Techniques.of(config))
+    model_class = load_decoder(config.model.name)
+    parts = build_parts(model_class, plan.shape, stages, mesh, Techniques.of(config))
     for part in parts.values():
         materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     return parts
@@ -363,7 +363,8 @@ def find_facts(trainer: Trainer) -> RunFacts:
     """Return the facts for run.json."""
     plan = trainer.plan
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Transformer(plan.shape).parameters())
+        whole = load_decoder(trainer.config.model.name)(plan.shape)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
     device_name = "cpu"
     if trainer.device.type != "cpu":
         device_name = torch.get_device_module(trainer.device).get_device_name()

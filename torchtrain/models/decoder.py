@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.models import ModelShape, find_family
+from torchtrain.errors import UserError
 from torchtrain.models.rotary import RotaryPositions
+from torchtrain.utils import load_attribute
 
 Role = Literal["embedding", "norm", "columns", "rows", "logits"]
 """How the tensor-parallel ranks split a module.
@@ -124,3 +126,19 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)
         self.tie()
         return self
+
+
+def load_decoder(family: str) -> type[Decoder]:
+    """Import the class of a model family, as the catalog names it.
+
+    Raises:
+        UserError: there is no such family, or its class cannot be imported or is not a Decoder.
+    """
+    path = find_family(family).model
+    found = load_attribute(path, f"model.name = {family!r}")
+    if not isinstance(found, type) or not issubclass(found, Decoder):
+        raise UserError(
+            f"model.name = {family!r} is registered as {path!r}, which is not a class derived from "
+            "torchtrain.models.decoder.Decoder"
+        )
+    return found

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtrain.catalog.optimizers import OPTIMIZERS
+from torchtrain.catalog.optimizers import find_optimizer
 from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.utils import load_attribute
 
@@ -19,9 +19,9 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         config: the section [optimizer].
 
     Raises:
-        UserError: the catalog's entry cannot be imported.
+        UserError: the catalog has no such name, or its entry cannot be imported.
     """
-    build = load_attribute(OPTIMIZERS[config.name], f"optimizer.name = {config.name!r}")
+    build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
     return build(weights, config)
 
 
