@@ -106,11 +106,7 @@ MUTANTS = {
             "if trainer.validator.is_due(step) and not stopped_by:",
             "if trainer.validator.is_due(step):",
         ),
-        (
-            "a stop does not save",
-            "config.training.steps, stopped_by != 0)",
-            "config.training.steps, False)",
-        ),
+        ("a stop does not save", "stopping=stopped_by != 0)", "stopping=False)"),
         (
             "a stopped run trains on",
             "            if stopped_by:\n                raise Stopped(stopped_by, step)\n",
@@ -350,11 +346,7 @@ MUTANTS = {
             "if rest == 0 and head_width % 2:",
             "if rest == 0 and head_width % 1:",
         ),
-        (
-            "equal RoPE factors are accepted",
-            "rope_high_freq_factor <= shape.rope_low_freq_factor",
-            "rope_high_freq_factor < shape.rope_low_freq_factor",
-        ),
+        ("equal RoPE factors are accepted", "high <= low", "high < low"),
         (
             "tensor parallelism may cut the feed-forward anyhow",
             'for shared in [*heads, Number("model.ffn_hidden_dim", shape.ffn_hidden_dim)]:',
@@ -362,10 +354,14 @@ MUTANTS = {
         ),
         (
             "ulysses may cut heads anyhow",
-            'if parallelism.context_parallel_method == "ulysses":\n        for shared',
-            "if False:\n        for shared",
+            "        for shared in heads:\n",
+            "        for shared in heads[:0]:\n",
         ),
-        ("the sequence need not be cut in two per rank", "(2 if head_and_tail else 1)", "1"),
+        (
+            "the sequence need not be cut in two per rank",
+            "        factor *= 2\n",
+            "        factor *= 1\n",
+        ),
         (
             "validation's sequence length is not checked",
             'lengths["validation.seq_len"] = config.validation.seq_len',
@@ -378,7 +374,7 @@ MUTANTS = {
         ),
         (
             "a split backward may reshard always",
-            "if SCHEDULES[schedule].splits_backward and always_reshards:",
+            'if SCHEDULES[schedule].splits_backward and reshard == "always":',
             "if False:",
         ),
         (
@@ -401,7 +397,11 @@ MUTANTS = {
             'data.streaming and data.packing == "best_fit"',
             "False",
         ),
-        ("documents may be held out of a stream", "if holds_out and data.streaming:", "if False:"),
+        (
+            "documents may be held out of a stream",
+            "    elif config.data.streaming:",
+            "    elif False:",
+        ),
         (
             "both names of the tokenizer at once",
             "if model.tokenizer_path is not None and model.hf_assets_path is not None:",
@@ -451,7 +451,11 @@ MUTANTS = {
             "sources.insert(0, read_toml(config_file))",
             "sources.append(read_toml(config_file))",
         ),
-        ("an option may be given twice", "elif name in source.values:", "elif False:"),
+        (
+            "an option may be given twice",
+            "        if name in source.values:\n",
+            "        if False:\n",
+        ),
         (
             "false on the command line is a text",
             '{"true": True, "false": False}.get(text, text)',
@@ -1142,6 +1146,190 @@ MUTANTS = {
             "a stream without documents is waited for",
             "            if not found:\n",
             "            if False:\n",
+        ),
+    ],
+    "torchtrain/checkpoint/checkpointer.py": [
+        (
+            "the last step is not saved",
+            "first or stopping or step == last_step or step %",
+            "first or stopping or step %",
+        ),
+        (
+            "room for one checkpoint is enough",
+            "needed = 2 * sum(sizes.values())",
+            "needed = sum(sizes.values())",
+        ),
+        (
+            "a tensor that ranks share counts once per rank",
+            "            sizes.update(of_rank)",
+            "            sizes.update({f'{name}{len(sizes)}': size for name, size in of_rank.items()})",
+        ),
+        (
+            "a failed save leaves its folder",
+            "                shutil.rmtree(temporary, ignore_errors=True)\n            raise\n",
+            "                pass\n            raise\n",
+        ),
+        (
+            "the oldest checkpoint is taken",
+            "return sorted(steps, reverse=True), names",
+            "return sorted(steps), names",
+        ),
+        (
+            "training starts over where no checkpoint is complete",
+            "        if names:\n            raise SharedUserError",
+            "        if False:\n            raise SharedUserError",
+        ),
+        (
+            "weights alone bring the optimizer along",
+            "        if source.model_only:\n            optimizer = None\n",
+            "",
+        ),
+        (
+            "random states of another number of ranks are loaded",
+            "if optimizer is not None and source.marker.world_size == dist.get_world_size():",
+            "if optimizer is not None:",
+        ),
+        ("random states are not restored", "            set_random_states(random)\n", ""),
+        (
+            "numbers of the optimizer are not restored",
+            "            take_numbers(weights, optimizer, tensors)\n",
+            "",
+        ),
+        (
+            "later checkpoints are kept when a run goes back",
+            "            if later > step:\n",
+            "            if later > step + 1:\n",
+        ),
+        (
+            "loading alone sets later checkpoints aside",
+            "if is_own and optimizer is not None and not self.config.load_only:",
+            "if is_own and optimizer is not None:",
+        ),
+        (
+            "one checkpoint too many is kept",
+            "older[self.config.keep_latest_k - 1 :]",
+            "older[self.config.keep_latest_k :]",
+        ),
+        (
+            "a checkpoint is removed with its marker",
+            "                (path / MARKER).unlink()\n                fsync_folder(path)\n",
+            "",
+        ),
+        (
+            "the marker's step is not compared",
+            "        if marker.step != progress.step:\n",
+            "        if False:\n",
+        ),
+        (
+            "each rank hashes the first files alone",
+            "sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]",
+            "sorted(marker.files)[:1]",
+        ),
+        (
+            "a failure to remove old checkpoints ends the run",
+            '        except (OSError, UserError) as fault:\n            logger.warning(f"old',
+            '        except ZeroDivisionError as fault:\n            logger.warning(f"old',
+        ),
+    ],
+    "torchtrain/checkpoint/commit.py": [
+        (
+            "the rename is not synced",
+            "    os.rename(temporary, target)\n    fsync_folder(target.parent)\n",
+            "    os.rename(temporary, target)\n",
+        ),
+        (
+            "the marker is written before the state",
+            "    write_durably(temporary / STATE, state)  # which syncs the folder, so all names in it\n",
+            '    write_durably(temporary / MARKER, "{}")\n    write_durably(temporary / STATE, state)\n',
+        ),
+        ("sizes are not compared", "        if found != size:\n", "        if found < 0:\n"),
+        (
+            "digests are not compared",
+            'if digest.hexdigest() != marker.files[name]["sha256"]:',
+            "if False:",
+        ),
+        (
+            "only a file's first chunk is hashed",
+            "            while chunk := file.read(2**22):\n                digest.update(chunk)\n",
+            "            digest.update(file.read(2**22))\n",
+        ),
+        (
+            "what other ranks wrote is not looked for",
+            '        if size != record["bytes"]:\n',
+            "        if False:\n",
+        ),
+        (
+            "a later format is taken for damage",
+            "    if marker is None:\n        raise UserError(",
+            "    if marker is None:\n        return str(",
+        ),
+        (
+            "a marker may name files elsewhere",
+            "or any(Path(name).name != name for name in sizes)",
+            "",
+        ),
+        (
+            "what is set aside takes the place of an earlier one",
+            "        if not target.exists():\n            break\n",
+            "        break\n",
+        ),
+    ],
+    "torchtrain/checkpoint/state.py": [
+        (
+            "weights are changed by making the states",
+            "            _local(parameter).copy_(weight)\n",
+            "",
+        ),
+        (
+            "settings are changed by making the states",
+            "            group.update(before)\n",
+            '            group.update(before | {"lr": 0.0})\n',
+        ),
+        (
+            "gradients are changed by making the states",
+            "            parameter.grad = gradient\n",
+            "            parameter.grad = None\n",
+        ),
+        ("measuring leaves states behind", "        optimizer.state.clear()\n", "        pass\n"),
+        (
+            "tensors of another shape are loaded",
+            "        if there != here:\n",
+            "        if len(there) != len(here):\n",
+        ),
+        ("optimizer states are converted", "converted if optimizer is not None else []", "[]"),
+        ("tensors unknown to the model are passed over", "sorted(saved - everyones)", "[]"),
+        (
+            "tensors that are missing keep their initial values",
+            '"lacks": sorted(tensors.keys() - saved)',
+            '"lacks": []',
+        ),
+        (
+            "numbers are saved in fp32",
+            "torch.tensor(value, dtype=torch.float64)",
+            "torch.tensor(value, dtype=torch.float32)",
+        ),
+    ],
+    "torchtrain/checkpoint/storage.py": [
+        (
+            "files are not synced",
+            "            os.fsync(self.fileno())\n        finally:",
+            "            pass\n        finally:",
+        ),
+        (
+            "any function of torch may be unpickled",
+            "if is_dtype or (module, name) in UNPICKLED:",
+            'if is_dtype or module.startswith("torch"):',
+        ),
+        ("an index may point to other files", "    if outside:\n", "    if False:\n"),
+        (
+            "an entry of raw bytes is read",
+            "        if not isinstance(entry, TensorStorageMetadata):\n",
+            "        if False:\n",
+        ),
+        (
+            "slices that DCP did not write are not missed",
+            "        if written != planned:\n",
+            "        if written > planned:\n",
         ),
     ],
     "torchtrain/ranks.py": [
