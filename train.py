@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.checkpoint import Checkpointer, Source
+from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
@@ -37,11 +38,14 @@ from torchtrain.ranks import (
     end_with_launcher,
     join_process_group,
     on_rank_zero,
+    require_equal_config,
     set_timeout,
     together,
 )
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer, describe, open_metrics, progress_of, resume, set_up
+from torchtrain.step_metrics import StepMetrics
+from torchtrain.utils import expanded
 
 
 def train(
@@ -49,7 +53,7 @@ def train(
 ) -> None:
     """Train from the step after `trainer.step` to `training.steps`, or until a signal says stop."""
     config = trainer.config
-    collector = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
+    collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
     stop = StopRequest()
     first_step = trainer.step + 1
     with profiler.recording():
@@ -153,31 +157,30 @@ def combine_ranks(
 ) -> tuple[StepSummary, int]:
     """Return the step as the whole job sees it, and the signal that asked any rank to stop, or 0.
 
-    One small collective per step. The terms are gathered and added in rank order, so the sum does
-    not depend on the order of arrival.
+    Metrics that the model and the optimizer add travel in the same small collective.
     """
-    local = [peak_memory_gib(trainer.device), stopwatch.data_time_s, float(stop.signal_number)]
-    mine = torch.cat(
-        [
-            torch.stack([loss, max_loss]),
-            torch.tensor(local, dtype=torch.float64, device=loss.device),
-        ]
-    )
-    by_rank = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(by_rank, mine)
-    values = torch.stack(by_rank)  # [R, 5]
-    worst = values.max(dim=0).values.tolist()
+    metrics = StepMetrics()
+    metrics.add("loss", loss, reduce="sum")
+    metrics.add("max_loss", max_loss, reduce="max")
+    metrics.add("grad_norm", grad_norm, reduce="max")
+    metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")
+    metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")
+    metrics.add("stop_signal", stop.signal_number, reduce="max")
+    metrics.collect(trainer.metric_sources)
+    values = metrics.reduce(loss.device)
+    stopped_by = int(values.pop("stop_signal"))
     summary = StepSummary(
         step=trainer.step + 1,
-        loss=values[:, 0].sum().item() / trainer.plan.degrees.ranks_per_stage,
-        max_loss=worst[1],
-        grad_norm=grad_norm.item(),
+        loss=values.pop("loss") / trainer.plan.degrees.ranks_per_stage,
+        max_loss=values.pop("max_loss"),
+        grad_norm=values.pop("grad_norm"),
         lr=trainer.optimizer.param_groups[0]["lr"],
         tokens_seen=trainer.tokens_seen + trainer.tokens_per_step,
-        memory_gib=worst[2],
-        data_time_s=worst[3],
+        memory_gib=values.pop("memory_gib"),
+        data_time_s=values.pop("data_time_s"),
+        added=values,
     )
-    return summary, int(worst[4])
+    return summary, stopped_by
 
 
 def check_finite(summary: StepSummary, loader: DataLoader) -> None:
@@ -246,14 +249,27 @@ class StopRequest:
         self.signal_number = number
 
 
+MAY_DIFFER_PER_NODE = (
+    "job.config_file",
+    "data.cache_folder",
+    # Each node may have a copy of its own: what is in it is compared by fingerprint.
+    "training.dataset_path",
+    "validation.dataset_path",
+    "model.tokenizer_path",
+    "model.hf_assets_path",
+)
+"""Options whose values may differ between the nodes of a run."""
+
+
 def run(config: JobConfig, device: torch.device) -> None:
     """Do one run, from claiming its folder to the last step; the process group is up."""
     rank = dist.get_rank()
+    require_equal_config(config.model_dump(mode="json"), MAY_DIFFER_PER_NODE)
     if config.job.print_config:
         logger.info(to_toml(config))
     for note in config.notes:
         logger.info(f"config     {note}")
-    folder = together(lambda: RunFolder(config, owner=rank == 0))
+    folder = together(lambda: RunFolder(expanded(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
     is_own = source is not None and source.path.parent == checkpointer.folder
@@ -265,10 +281,13 @@ def run(config: JobConfig, device: torch.device) -> None:
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
-    on_rank_zero(lambda: folder.resume_at(trainer.step) if is_own else folder.begin_afresh())
+    if is_own:
+        on_rank_zero(lambda: folder.resume_at(trainer.step))
+    else:
+        on_rank_zero(lambda: folder.begin_afresh(list_output_folders(config).values()))
     checkpointer.prepare(trainer.weights, trainer.optimizer)
     facts = describe(trainer)
-    on_rank_zero(lambda: folder.describe_run(asdict(facts)))
+    on_rank_zero(lambda: folder.describe_run(to_toml(config), asdict(facts)))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
         train(trainer, checkpointer, metrics, profiler)
@@ -308,7 +327,7 @@ def main(config: JobConfig) -> int:
     """Return the exit status: 0 done; 1 a crash; 2 a user error; 128 + n stopped by signal n."""
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    init_logging(rank, world_size, config.metrics.disable_color_printing)
+    init_logging(rank, world_size, disable_color=config.metrics.disable_color_printing)
     end_with_launcher()
     faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where every thread of a rank stands
     try:

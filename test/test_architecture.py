@@ -15,6 +15,7 @@ FLOORS = {
     "torchtrain.utils": 0.01,
     "torchtrain.logging_utils": 0.02,
     "torchtrain.ranks": 0.03,
+    "torchtrain.step_metrics": 0.04,
     "torchtrain.catalog": 0.1,
     "torchtrain.config": 0.2,
     "torchtrain.config_manager": 0.3,

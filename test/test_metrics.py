@@ -1,17 +1,17 @@
-"""What the user sees: the lines, metrics.jsonl, TensorBoard; and the run's folder."""
+"""What the user sees of a step: the line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import logging
 import re
+import sys
 
 import pytest
+import torch
 
 from torchtrain.config.schema import Metrics
-from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging, logger
-from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch
-from torchtrain.run_folder import RunFolder
+from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, find_peak_flops
 
 
 class FixedStopwatch(Stopwatch):
@@ -39,11 +39,18 @@ def summary(step, **changes):
     return StepSummary(**{**values, **changes})
 
 
-def metrics_logger(folder, metrics=None, *, resumed_step=0, peak_flops=None, log_lr=True):
-    config = JobConfig(metrics=metrics or Metrics())
-    config.training.steps, config.lr_scheduler.log_lr = 6, log_lr
-    facts = {"first_step": resumed_step + 1, "tokens_per_step": 100}
-    return MetricsLogger(config, folder, facts, flops_per_token=10.0, peak_flops=peak_flops)
+def metrics_logger(folder, section=None, *, resumed_step=0, peak_flops=None, log_lr=True, total=6):
+    return MetricsLogger(
+        section=section or Metrics(),
+        run_folder=folder,
+        total_steps=total,
+        first_step=resumed_step + 1,
+        tokens_per_step=100,
+        flops_per_token=10.0,
+        peak_flops=peak_flops,
+        log_lr=log_lr,
+        description={"training": {"steps": total}},
+    )
 
 
 @pytest.fixture
@@ -53,14 +60,14 @@ def lines(capsys):
     logger.setLevel(logging.NOTSET)
 
 
-def log(metrics, steps, **changes):
+def log(metrics, steps, validated=None, **changes):
     init_logging()  # here, since pytest gives each phase of a test a stdout of its own
     for step in steps:
         # The first step of a process takes long: it warms up.
         metrics.log(
             summary(step, **changes),
             FixedStopwatch(50.0 if step == metrics.first_step else 2.0),
-            {},
+            validated or {},
         )
     metrics.close()
 
@@ -69,57 +76,89 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_line_a_step_with_everything_in_it(tmp_path, lines):
+def test_the_line_of_each_step(tmp_path, lines):
     log(metrics_logger(tmp_path), range(1, 4))
-    first, second, third = lines()
-    assert "tok/s" not in first, "the first step's warm-up is no throughput"
-    for text in (
-        "step 2/6",
-        "loss 6.8000",
-        "grad_norm 1.250",
-        "lr 8.00e-04",
-        "tok/s 50",
-        "mem 0.50 GiB",
-        "data 5.0%",
-        "eta 0:00:08",
-    ):
-        assert text in second
-    assert "mfu" not in second
-    assert "\x1b" not in second, "colour in a file"
-    assert "eta 0:00:06" in third
+    assert lines() == [
+        # The first step's warm-up says nothing of throughput or of the time left.
+        "step 1/6  loss 6.9000  norm 1.250  lr 8.00e-04  mem 0.50GiB  data 0%",
+        "step 2/6  loss 6.8000  norm 1.250  lr 8.00e-04  tok/s 50  mem 0.50GiB  eta 0:00:08  data 5%",
+        "step 3/6  loss 6.7000  norm 1.250  lr 8.00e-04  tok/s 50  mem 0.50GiB  eta 0:00:06  data 5%",
+    ]
 
 
-def test_metrics_file_has_the_contract_keys_and_leaves_the_first_step_out_of_the_throughput(
-    tmp_path, lines
-):
-    log(metrics_logger(tmp_path, peak_flops=1e4), range(1, 4))
-    first, second, _ = records(tmp_path)
-    assert set(second) == {
-        "step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "memory_gib",
-        "data_time_pct", "step_time_s",
-    }  # fmt: skip
-    assert first["tokens_per_second"] is None
-    assert second["tokens_per_second"] == 50.0
-    assert second["mfu"] == pytest.approx(50.0 * 10 / 1e4)
-    assert second["step_time_s"] == 2.0
-    assert "mfu 5.0%" in lines()[1]
+def test_metrics_jsonl_by_hand(tmp_path, lines):
+    metrics = metrics_logger(tmp_path, Metrics(log_freq=3), resumed_step=4, peak_flops=1e4, total=20)
+    init_logging()
+    step_times = [50.0, 2.0, 3.0, 1.0, 5.0]
+    data_times = [40.0, 0.5, 0.25, 0.25, 1.0]
+    for step, step_time, data_time in zip(range(5, 10), step_times, data_times, strict=True):
+        given = summary(step, data_time_s=data_time, loss=float(step), memory_gib=step / 8)
+        metrics.log(given, FixedStopwatch(step_time), {})
+    assert records(tmp_path) == [
+        {
+            "step": 6,
+            "loss": 6.0,
+            "max_loss": 8.0,
+            "grad_norm": 1.25,
+            "lr": 8e-4,
+            "tokens_seen": 600,
+            "memory_gib": 0.75,
+            # The window is step 6 alone: step 5 was the process's first.
+            "tokens_per_second": 100 / 2.0,
+            "mfu": 50 * 10 / 1e4,
+            "data_time_pct": 25.0,
+            "step_time_s": 2.0,
+        },
+        {
+            "step": 9,
+            "loss": 9.0,
+            "max_loss": 8.0,
+            "grad_norm": 1.25,
+            "lr": 8e-4,
+            "tokens_seen": 900,
+            "memory_gib": 1.125,
+            # Steps 7, 8 and 9: 300 tokens in 9 s, of which 1.5 s waited for data.
+            "tokens_per_second": 300 / 9.0,
+            "mfu": 300 / 9.0 * 10 / 1e4,
+            "data_time_pct": 100 * 1.5 / 9.0,
+            "step_time_s": 3.0,
+        },
+    ]
 
 
-def test_log_freq_prints_step_and_rate_alone_between(tmp_path, lines):
-    log(metrics_logger(tmp_path, Metrics(log_freq=3)), range(1, 6))
+def test_a_processs_first_step_has_no_throughput(tmp_path, lines):
+    log(metrics_logger(tmp_path, peak_flops=1e4), [1])
+    (record,) = records(tmp_path)
+    assert record["tokens_per_second"] is None
+    assert record["mfu"] is None
+    assert record["step_time_s"] == 50.0
+    assert record["data_time_pct"] == 100 * 0.1 / 50
+
+
+def test_mfu_is_unknown_where_the_peak_is(tmp_path, lines):
+    log(metrics_logger(tmp_path), [1, 2])
+    assert records(tmp_path)[1]["mfu"] is None
+    log(metrics_logger(tmp_path, peak_flops=1e4), [1, 2])
+    assert "mfu 5.0%" in lines()[-1]
+
+
+def test_between_full_lines_nothing_is_printed(tmp_path, lines):
+    log(metrics_logger(tmp_path, Metrics(log_freq=3), log_lr=False), range(1, 6))
     printed = lines()
-    assert printed[0] == "step 1/6  lr 8.00e-04"
-    assert "loss" in printed[2]
-    assert "tok/s 50" in printed[2], "the window is the two steps after the first"
+    assert len(printed) == 1
+    assert printed[0].startswith("step 3/6  loss 6.7000")
+    assert "lr 8.00e-04" in printed[0]
+    assert "tok/s 50" in printed[0], "the window is the two steps after the first"
     assert [record["step"] for record in records(tmp_path)] == [3]
 
 
-def test_log_lr_off_leaves_the_rate_out(tmp_path, lines):
-    log(metrics_logger(tmp_path, Metrics(log_freq=2), log_lr=False), range(1, 4))
+def test_log_lr_prints_step_and_rate_between_full_lines(tmp_path, lines):
+    log(metrics_logger(tmp_path, Metrics(log_freq=3)), range(1, 6))
     printed = lines()
-    assert len(printed) == 1
-    assert "lr" not in printed[0]
-    assert records(tmp_path)[0]["lr"] == 8e-4
+    assert [printed[at] for at in (0, 1, 3, 4)] == [
+        f"step {step}/6  lr 8.00e-04" for step in (1, 2, 4, 5)
+    ]
+    assert "loss" in printed[2]
 
 
 def test_the_last_step_is_always_logged(tmp_path, lines):
@@ -127,42 +166,126 @@ def test_the_last_step_is_always_logged(tmp_path, lines):
     assert [record["step"] for record in records(tmp_path)] == [4, 6]
 
 
-def test_colour_on_a_terminal_unless_turned_off(tmp_path, lines, monkeypatch):
+def test_a_validated_step_is_logged_with_its_results(tmp_path, lines):
+    results = {"val_loss": 3.5, "val_bits_per_byte": None}
+    log(metrics_logger(tmp_path, Metrics(log_freq=4)), [2], validated=results)
+    (record,) = records(tmp_path)
+    assert record["val_loss"] == 3.5
+    assert record["val_bits_per_byte"] is None
+    (line,) = lines()
+    assert "loss 6.8000  val_loss 3.5000  norm" in line
+    assert "bits/byte" not in line
+
+
+EVERYTHING = {"val_loss": 2.3456, "val_bits_per_byte": 0.9876}
+
+
+def log_everything(folder, **changes):
+    metrics = metrics_logger(folder, peak_flops=1e4, total=1000)
+    log(metrics, [1], added={"router/max_load": 1.375}, **changes)
+    log(metrics, [999], EVERYTHING, added={"router/max_load": 1.375}, **changes)
+
+
+def test_a_line_drops_its_last_columns_instead_of_wrapping(tmp_path, lines, monkeypatch):
+    log_everything(tmp_path)
+    *_, line = lines()
+    assert line == (
+        "step  999/1000  loss -92.9000  val_loss 2.3456  bits/byte 0.9876  norm 1.250  "
+        "lr 8.00e-04  tok/s 50"
+    )
+    assert len(line) <= 100
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns in (200, 120, 80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        log_everything(tmp_path)
+        *_, narrower = lines()
+        plain = re.sub(r"\x1b\[\d*[mK]", "", narrower)
+        assert len(plain) <= columns
+        assert plain[:40].rstrip() == line[: len(plain[:40].rstrip())]
+        assert ("router/max_load 1.375" in plain) == (columns == 200)
+    assert records(tmp_path)[-1]["router/max_load"] == 1.375, "the file lacks nothing"
+
+
+def test_every_column_of_the_trainers_own_fits_100_columns(tmp_path, lines):
+    log(metrics_logger(tmp_path, total=1000), [1, 999], grad_norm=12.345, memory_gib=7.25)
+    for line in lines():
+        assert len(line) <= 100
+        assert line.endswith("data 5%") or line.endswith("data 0%")
+
+
+def test_colors_on_a_terminal_unless_turned_off(tmp_path, lines, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     log(metrics_logger(tmp_path), [1])
     assert "\x1b[" in lines()[0]
     log(metrics_logger(tmp_path, Metrics(disable_color_printing=True)), [1])
     assert "\x1b[" not in lines()[0]
+    monkeypatch.setenv("NO_COLOR", "1")
+    log(metrics_logger(tmp_path), [1])
+    assert "\x1b[" not in lines()[0]
 
 
-def tensorboard_curve(folder):
+def test_a_metric_that_is_not_a_number_is_null(tmp_path, lines):
+    log(metrics_logger(tmp_path), [1], added={"a/nan": float("nan"), "a/inf": float("inf")})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"a/nan": null, "a/inf": null' in text
+
+
+def read_tensorboard(folder):
+    """Return (step, value) of each scalar by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
-    return [event.step for event in accumulator.Scalars("loss")]
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_groups_and_the_same_numbers(tmp_path, lines):
+    section = Metrics(enable_tensorboard=True)
+    metrics = metrics_logger(tmp_path, section, peak_flops=1e4)
+    log(metrics, [1, 2], EVERYTHING, added={"router/max_load": 1.375})
+    scalars = read_tensorboard(tmp_path / "tb")
+    assert {tag: values[-1] for tag, values in scalars.items()} == {
+        "loss/loss": (2, pytest.approx(6.8)),
+        "loss/max_loss": (2, 8.0),
+        "validation/val_loss": (2, pytest.approx(2.3456)),
+        "validation/val_bits_per_byte": (2, pytest.approx(0.9876)),
+        "optimizer/grad_norm": (2, 1.25),
+        "optimizer/lr": (2, pytest.approx(8e-4)),
+        "throughput/tokens_seen": (2, 200.0),
+        "throughput/tokens_per_second": (2, 50.0),
+        "throughput/mfu": (2, pytest.approx(0.05)),
+        "throughput/step_time_s": (2, 2.0),
+        "throughput/data_time_pct": (2, 5.0),
+        "memory/memory_gib": (2, 0.5),
+        "router/max_load": (2, 1.375),
+    }
 
 
 def test_tensorboard_is_one_curve_after_a_resume(tmp_path, lines):
     config = Metrics(enable_tensorboard=True, save_tb_folder="curves")
     log(metrics_logger(tmp_path, config), range(1, 6))
     log(metrics_logger(tmp_path, config, resumed_step=3), range(4, 7))
-    assert tensorboard_curve(tmp_path / "curves") == [1, 2, 3, 4, 5, 6]
+    steps = [step for step, _ in read_tensorboard(tmp_path / "curves")["loss/loss"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_wandb_without_the_package_is_a_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         metrics_logger(tmp_path, Metrics(enable_wandb=True))
 
 
 def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkeypatch, lines):
-    calls, logged = [], []
+    calls = []
+    logged = []
 
     class Run:
         def log(self, scalars, step):
-            logged.append((step, scalars["loss"]))
+            logged.append((step, scalars["loss"], scalars["router/max_load"]))
 
         def finish(self):
             calls.append("finish")
@@ -170,61 +293,48 @@ def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkey
     class Package:
         @staticmethod
         def init(**arguments):
+            assert arguments["config"] == {"training": {"steps": 6}}
             calls.append(arguments["id"])
             return Run()
 
-    monkeypatch.setitem(__import__("sys").modules, "wandb", Package)
+    monkeypatch.setitem(sys.modules, "wandb", Package)
     for resumed in (0, 1):
-        log(
-            metrics_logger(tmp_path, Metrics(enable_wandb=True), resumed_step=resumed),
-            [resumed + 1],
-        )
-    assert logged == [(1, 6.9), (2, 6.8)]
+        metrics = metrics_logger(tmp_path, Metrics(enable_wandb=True), resumed_step=resumed)
+        log(metrics, [resumed + 1], added={"router/max_load": 1.375})
+    assert logged == [(1, 6.9, 1.375), (2, 6.8, 1.375)]
     assert calls[0] == calls[2]
     assert calls[1] == calls[3] == "finish"
 
 
-def run_folder(path, *arguments):
-    return RunFolder(
-        JobConfig().parse_args(["--job.dump_folder", str(path), *arguments], world_size=1),
-        owner=True,
-    )
+class Device:
+    """An accelerator of this name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def get_device_name(self, device):
+        return self.name
 
 
-def test_lines_past_the_resumed_step_are_moved_aside_and_a_torn_one_too(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    folder = run_folder(tmp_path)
-    folder.resume_at(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"step": 3}\n{"st\n'
-    folder.resume_at(1)
-    assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"step": 3}\n{"st\n{"step": 2}\n'
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("a GPU of tomorrow", None),
+    ],
+)
+def test_the_peak_goes_by_the_devices_name(monkeypatch, name, expected):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device(name))
+    device = torch.device("cuda:0")
+    assert find_peak_flops(device, torch.bfloat16) == expected
+    assert find_peak_flops(device, torch.float32) is None, "the table is bf16's"
+    assert find_peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
-def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "board").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "previous-4").mkdir()
-    run_folder(tmp_path, "--metrics.save_tb_folder", "board").begin_afresh()
-    assert (tmp_path / "previous-5" / "metrics.jsonl").exists()
-    assert (tmp_path / "previous-5" / "board").is_dir()
-    assert (tmp_path / "notes.txt").exists()
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_a_run_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=re.escape("job.dump_folder")):
-        run_folder(tmp_path / "file" / "run")
-
-
-def test_config_toml_can_be_given_back(tmp_path):
-    folder = run_folder(tmp_path, "--training.steps", "7")
-    folder.describe_run({"world_size": 1})
-    again = JobConfig().parse_args(
-        ["--job.config_file", str(tmp_path / "config.toml")], world_size=4
-    )
-    assert again.training.steps == 7
-    assert again.training.global_batch_size == -1
-    assert json.loads((tmp_path / "run.json").read_text()) == {"world_size": 1}
+def test_a_given_peak_counts_before_the_devices(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device("NVIDIA H100"))
+    assert find_peak_flops(torch.device("cuda:0"), torch.bfloat16, 500.0) == 500e12
+    assert find_peak_flops(torch.device("cpu"), torch.float32, 0.5) == 0.5e12

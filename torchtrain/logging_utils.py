@@ -1,47 +1,102 @@
-"""One logger for every room: plain lines, coloured on a terminal, printed by the ranks the user asked for."""
+"""One logger for every room: plain lines, colored on a terminal, from the ranks the user asked for.
+
+Errors go to stderr, everything else to stdout. A long preparation draws its progress on stderr,
+where that is a terminal; the next line clears it.
+"""
 
 import logging
 import os
+import shutil
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("torchtrain")
 
-BOLD, DIM, RED, GREEN, YELLOW, BLUE, RESET = (f"\x1b[{code}m" for code in (1, 2, 31, 32, 33, 34, 0))
+BOLD = "\x1b[1m"
+DIM = "\x1b[2m"
+RED = "\x1b[31m"
+GREEN = "\x1b[32m"
+YELLOW = "\x1b[33m"
+BLUE = "\x1b[34m"
+RESET = "\x1b[0m"
+CLEAR_LINE = "\r\x1b[K"
+
+LINE_WIDTH = 100
+"""Columns that a line may take where the output is not a terminal."""
 
 
-class _Formatter(logging.Formatter):
-    """`[rank r] text`, the rank left out when only one rank prints; warnings and errors say what they are."""
+def draw_progress(text: str) -> None:
+    """Show `text` in place of the previous progress; nothing where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        print(CLEAR_LINE + text[: columns - 1], end="", file=sys.stderr, flush=True)
 
-    def __init__(self, prefix: str, colour: bool) -> None:
+
+def clear_progress() -> None:
+    """Remove the progress that is shown, if any."""
+    draw_progress("")
+
+
+def line_width() -> int:
+    """Return how many columns of text a log line can take without wrapping."""
+    columns = LINE_WIDTH
+    if sys.stdout.isatty():
+        columns = shutil.get_terminal_size((LINE_WIDTH, 24)).columns
+    prefixes = [handler.prefix for handler in logger.handlers if isinstance(handler, _Handler)]
+    return columns - max(map(len, prefixes), default=0)
+
+
+def use_color(stream: TextIO, *, disabled: bool = False) -> bool:
+    """Return whether `stream` is a terminal that wants color; https://no-color.org is honored."""
+    return not disabled and stream.isatty() and "NO_COLOR" not in os.environ
+
+
+class _Handler(logging.Handler):
+    """Writes `[rank r] text`; warnings and errors say what they are."""
+
+    def __init__(self, stream: TextIO, prefix: str, *, color: bool) -> None:
         super().__init__()
-        self.prefix, self.colour = prefix, colour
+        self.stream = stream
+        self.prefix = prefix
+        self.color = color
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_progress()
+        try:
+            print(self.format(record), file=self.stream, flush=True)
+        except (OSError, ValueError):  # a closed output does not end the run
+            self.handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
         text = self.prefix + record.getMessage()
         if record.levelno < logging.WARNING:
             return text
         label = record.levelname.lower()
-        if self.colour:
-            label = (RED if record.levelno >= logging.ERROR else YELLOW) + label + RESET
+        if self.color:
+            color = RED if record.levelno >= logging.ERROR else YELLOW
+            label = f"{color}{label}{RESET}"
         return f"{label}: {text}"
 
 
-def use_colour(disabled: bool = False) -> bool:
-    """Whether stdout is a terminal that wants colour (https://no-color.org is honoured)."""
-    return not disabled and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+def init_logging(rank: int = 0, world_size: int = 1, *, disable_color: bool = False) -> None:
+    """Print this rank's lines if LOG_RANK (ranks, comma-separated; default 0) names it.
 
-
-def init_logging(rank: int = 0, world_size: int = 1, disable_colour: bool = False) -> None:
-    """Print this rank's log lines if LOG_RANK (a comma-separated list, default 0) names it; else errors alone."""
-    shown = {
-        int(r)
-        for r in os.environ.get("LOG_RANK", "0").split(",")
-        if r.strip().isdigit() and int(r) < world_size
-    }
-    shown = shown or {0}
-    handler = logging.StreamHandler(sys.stdout)
-    prefix = f"[rank {rank}] " if len(shown) > 1 or shown != {0} else ""
-    handler.setFormatter(_Formatter(prefix, use_colour(disable_colour)))
-    logger.handlers[:] = [handler]
+    Of any other rank, print errors alone. The rank is left out where only rank 0 prints.
+    """
+    shown = _shown_ranks(world_size)
+    prefix = "" if shown == {0} else f"[rank {rank}] "
+    ordinary = _Handler(sys.stdout, prefix, color=use_color(sys.stdout, disabled=disable_color))
+    ordinary.addFilter(lambda record: record.levelno < logging.ERROR)
+    errors = _Handler(sys.stderr, prefix, color=use_color(sys.stderr, disabled=disable_color))
+    errors.setLevel(logging.ERROR)
+    logger.handlers[:] = [ordinary, errors]
     logger.setLevel(logging.INFO if rank in shown else logging.ERROR)
     logger.propagate = False
+
+
+def _shown_ranks(world_size: int) -> set[int]:
+    shown = set()
+    for number in os.environ.get("LOG_RANK", "0").split(","):
+        if number.strip().isdigit() and int(number) < world_size:
+            shown.add(int(number))
+    return shown or {0}

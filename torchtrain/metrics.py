@@ -1,27 +1,40 @@
-"""What a run tells: a line a step, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""A run's metrics: the line on the screen, metrics.jsonl, TensorBoard and Weights & Biases.
+
+What each rank adds to a step, and how that becomes one number, is step_metrics.py.
+"""
 
 import json
+import math
 import resource
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchtrain.config_manager import JobConfig
+from torchtrain.config.schema import Metrics
 from torchtrain.errors import UserError
-from torchtrain.logging_utils import BLUE, BOLD, DIM, GREEN, RESET, YELLOW, logger, use_colour
+from torchtrain.logging_utils import (
+    BLUE,
+    BOLD,
+    DIM,
+    GREEN,
+    RESET,
+    YELLOW,
+    line_width,
+    logger,
+    use_color,
+)
 from torchtrain.utils import METRICS_FILE
 
 GIB = 2**30
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
 PEAK_BF16_FLOPS = (
     ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
@@ -32,38 +45,81 @@ PEAK_BF16_FLOPS = (
     ("L40S", 362e12),
     ("MI300X", 1307e12),
 )
+"""Dense bf16 peaks in FLOP/s, from the makers' data sheets, by part of the device's name. The first
+that matches counts."""
+
+GROUPS = {
+    "loss": "loss",
+    "max_loss": "loss",
+    "val_loss": "validation",
+    "val_bits_per_byte": "validation",
+    "grad_norm": "optimizer",
+    "lr": "optimizer",
+    "tokens_seen": "throughput",
+    "tokens_per_second": "throughput",
+    "mfu": "throughput",
+    "step_time_s": "throughput",
+    "data_time_pct": "throughput",
+    "memory_gib": "memory",
+}
+"""TensorBoard's group of each of the trainer's own metrics; an added one is named group/name."""
 
 
-# The full line on the screen, between step and remaining time: name, key in metrics.jsonl, format and colour.
-COLUMNS = (
-    ("loss", "loss", "{:.4f}", GREEN),
-    ("grad_norm", "grad_norm", "{:.3f}", YELLOW),
-    ("lr", "lr", "{:.2e}", ""),
-    ("tok/s", "tokens_per_second", "{:,.0f}", BLUE),
-    ("mfu", "mfu", "{:.1%}", ""),
-    ("mem", "memory_gib", "{:.2f} GiB", ""),
-    ("data", "data_time_pct", "{:.1f}%", ""),
-    ("val_loss", "val_loss", "{:.4f}", GREEN),
-    ("bits/byte", "val_bits_per_byte", "{:.4f}", GREEN),
+@dataclass(frozen=True)
+class Column:
+    """One metric in the line on the screen."""
+
+    label: str
+    key: str
+    """In metrics.jsonl."""
+    form: str
+    """How its value is formatted."""
+    color: str = ""
+
+
+# From the most important to the least: where the line gets too long, its last columns are dropped.
+FIRST_COLUMNS = (
+    Column("loss", "loss", "{:.4f}", GREEN),
+    Column("val_loss", "val_loss", "{:.4f}", GREEN),
+    Column("bits/byte", "val_bits_per_byte", "{:.4f}", GREEN),
+    Column("norm", "grad_norm", "{:.3f}", YELLOW),
+    Column("lr", "lr", "{:.2e}"),
+    Column("tok/s", "tokens_per_second", "{:,.0f}", BLUE),
+    Column("mfu", "mfu", "{:.1%}"),
+)
+# Added metrics stand here.
+LAST_COLUMNS = (
+    Column("mem", "memory_gib", "{:.2f}GiB"),
+    Column("eta", "eta", "{}"),
+    Column("data", "data_time_pct", "{:.0f}%"),
 )
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak in FLOP/s for this compute precision, or None where it is not known (every CPU)."""
+def find_peak_flops(
+    device: torch.device, dtype: torch.dtype, given_tflops: float | None = None
+) -> float | None:
+    """Return the device's peak in FLOP/s for this compute precision, None if unknown (any CPU).
+
+    What is given (`metrics.peak_tflops`) counts before what the device's name says.
+    """
+    if given_tflops is not None:
+        return given_tflops * 1e12
     if device.type == "cpu" or dtype != torch.bfloat16:
         return None
-    name = torch.get_device_module(device).get_device_name(device)
-    return next((peak for known, peak in PEAK_BF16_FLOPS if known in name), None)
+    device_name = torch.get_device_module(device).get_device_name(device)
+    for known, peak in PEAK_BF16_FLOPS:
+        if known in device_name:
+            return peak
+    return None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held: allocated on the accelerator, or resident in RAM on a CPU."""
-    if device.type == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return (
-            peak if sys.platform == "darwin" else peak * 1024
-        ) / GIB  # KiB on Linux, bytes on macOS
-    return torch.accelerator.max_memory_allocated(device) / GIB
+    """Most memory this rank has held: allocated on the accelerator, or resident on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return peak * unit / GIB
 
 
 @dataclass(frozen=True)
@@ -72,7 +128,7 @@ class StepSummary:
 
     step: int
     loss: float
-    """Mean over the valid labels of the global batch, nats a token."""
+    """Mean over the valid labels of the global batch, nats per token."""
     max_loss: float
     """Largest mean loss of one sequence of the global batch."""
     grad_norm: float
@@ -81,9 +137,11 @@ class StepSummary:
     """The rate the step used."""
     tokens_seen: int
     memory_gib: float
-    """Peak, worst rank."""
+    """Peak of the worst rank."""
     data_time_s: float
-    """Time the step waited for data, worst rank."""
+    """Time the step waited for data, on the worst rank."""
+    added: Mapping[str, float] = field(default_factory=dict)
+    """What the model, the optimizer or a user's code has added, by name."""
 
 
 class Stopwatch:
@@ -108,124 +166,150 @@ class Stopwatch:
         self.step_started += time.perf_counter() - started
 
     def elapsed(self) -> float:
-        """Seconds since the step began."""
+        """Return the seconds since the step began."""
         return time.perf_counter() - self.step_started
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MetricsLogger:
-    """Rank 0's voice. A window is the steps since the last full line; a process's first step is never in one,
-    since it warms up (allocation, autotuning, compilation)."""
+    """Logs the steps of a run; it exists on rank 0 only.
 
-    config: JobConfig
+    Throughput is that of a window: the steps since the last full line. A process's first step is in
+    no window, since it warms up (allocation, autotuning, compilation).
+    """
+
+    section: Metrics
     run_folder: Path
     """Where metrics.jsonl, `tb/` and `wandb/` go."""
-    facts: dict[str, Any]
-    """What run.json says of the run: tokens_per_step, and first_step, the one after those already taken."""
+    total_steps: int
+    first_step: int
+    """The one after those already taken."""
+    tokens_per_step: int
+    """Of the whole job."""
     flops_per_token: float
     """Of the model, forward and backward."""
     peak_flops: float | None
-    """Of all devices of the job, FLOP/s; None leaves MFU out."""
+    """Of all devices of the job, in FLOP/s; None leaves MFU out."""
+    log_lr: bool
+    """Print step and learning rate of the steps that get no full line."""
+    description: Mapping[str, Any]
+    """Of the run, for Weights & Biases: its config and what was derived from it."""
 
     def __post_init__(self) -> None:
-        self.section, self.log_lr = self.config.metrics, self.config.lr_scheduler.log_lr
-        self.total_steps, self.first_step = self.config.training.steps, self.facts["first_step"]
-        self.colour = use_colour(self.section.disable_color_printing)
+        self.color = use_color(sys.stdout, disabled=self.section.disable_color_printing)
         self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
-        self.jsonl = open(self.run_folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.tensorboard = self._open_tensorboard() if self.section.enable_tensorboard else None
         self.wandb = self._open_wandb() if self.section.enable_wandb else None
 
     def log(
         self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]
     ) -> None:
-        """Report one step: in full at every `log_freq` steps, at the last and with what was `validated`.
+        """Report one step: in full every `log_freq` steps, at the last, and where it was validated.
 
-        Else step and rate alone.
+        Of any other step, print at most the learning rate.
         """
+        step = summary.step
         step_time = stopwatch.elapsed()
-        if summary.step != self.first_step:
+        if step != self.first_step:
             self.window.append((step_time, summary.data_time_s))
-        if (
-            summary.step % self.section.log_freq
-            and summary.step != self.total_steps
-            and not validated
-        ):
-            if self.log_lr:
-                logger.info(
-                    self._line([self._progress(summary.step), ("lr", f"{summary.lr:.2e}", "")])
-                )
-            return
-        record = {**self._record(summary, step_time), **validated}
-        self.jsonl.write(json.dumps(record) + "\n")
-        self.jsonl.flush()
-        scalars = {
-            name: value for name, value in record.items() if name != "step" and value is not None
-        }
-        if self.tensorboard is not None:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, summary.step)
-            self.tensorboard.flush()  # a killed run then lacks nothing up to its last checkpoint
-        if self.wandb is not None:
-            self.wandb.log(scalars, step=summary.step)
-        logger.info(self._describe(record))
-        self.window.clear()
+        if step % self.section.log_freq == 0 or step == self.total_steps or validated:
+            self._log_in_full({**self._make_record(summary, step_time), **validated})
+            self.window.clear()
+        elif self.log_lr:
+            rate = ("lr", f"{summary.lr:.2e}", "")
+            logger.info(self._format_line([self._format_progress(step), rate]))
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self.jsonl.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _record(self, summary: StepSummary, step_time: float) -> dict[str, Any]:
-        """The line of metrics.jsonl; throughput is null where only the first step could tell."""
+    def _log_in_full(self, record: dict[str, Any]) -> None:
+        with open(self.run_folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        step = record["step"]
+        scalars = {}
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                scalars[name] = value
+        if self.tensorboard is not None:
+            for name, value in scalars.items():
+                tag = f"{GROUPS[name]}/{name}" if name in GROUPS else name
+                self.tensorboard.add_scalar(tag, value, step)
+            self.tensorboard.flush()  # a killed run then lacks nothing up to its last checkpoint
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=step)
+        logger.info(self._format_record(record))
+
+    def _make_record(self, summary: StepSummary, step_time: float) -> dict[str, Any]:
+        """Return the line of metrics.jsonl; throughput is None where only the first step counts."""
         steps = self.window or [(step_time, summary.data_time_s)]
-        total_time, data_time = sum(step for step, _ in steps), sum(data for _, data in steps)
-        tokens_per_second = (
-            self.facts["tokens_per_step"] * len(steps) / total_time if self.window else None
-        )
+        total_time = sum(step for step, _ in steps)
+        data_time = sum(data for _, data in steps)
+        tokens_per_second = None
         mfu = None
-        if tokens_per_second is not None and self.peak_flops is not None:
-            mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        record = asdict(summary)
-        del record["data_time_s"]
-        return record | {
+        if self.window:
+            tokens_per_second = self.tokens_per_step * len(steps) / total_time
+            if self.peak_flops is not None:
+                mfu = tokens_per_second * self.flops_per_token / self.peak_flops
+        record = {
+            "step": summary.step,
+            "loss": summary.loss,
+            "max_loss": summary.max_loss,
+            "grad_norm": summary.grad_norm,
+            "lr": summary.lr,
+            "tokens_seen": summary.tokens_seen,
+            "memory_gib": summary.memory_gib,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_time_pct": 100 * data_time / total_time,
             "step_time_s": total_time / len(steps),
         }
+        for name, value in summary.added.items():
+            record[name] = value if math.isfinite(value) else None  # JSON has no NaN
+        return record
 
-    def _describe(self, record: dict[str, Any]) -> str:
-        """The line on the screen."""
-        parts = [self._progress(record["step"])]
-        for name, key, form, colour in COLUMNS:
-            if record.get(key) is not None and (key != "lr" or self.log_lr):
-                parts.append((name, form.format(record[key]), colour))
+    def _format_record(self, record: dict[str, Any]) -> str:
+        """Return the line on the screen."""
+        values = dict(record)
         if record["tokens_per_second"] is not None:
-            left = (self.total_steps - record["step"]) * record["step_time_s"]
-            parts.append(("eta", str(timedelta(seconds=round(left))), ""))
-        return self._line(parts)
+            seconds = (self.total_steps - record["step"]) * record["step_time_s"]
+            values["eta"] = timedelta(seconds=round(seconds))
+        added = [Column(key, key, "{:.4g}") for key in record if "/" in key]
+        cells = [self._format_progress(record["step"])]
+        for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):
+            value = values.get(column.key)
+            if value is not None:
+                cells.append((column.label, column.form.format(value), column.color))
+        return self._format_line(cells)
 
-    def _progress(self, step: int) -> tuple[str, str, str]:
+    def _format_progress(self, step: int) -> tuple[str, str, str]:
         return "step", f"{step:>{len(str(self.total_steps))}}/{self.total_steps}", BOLD
 
-    def _line(self, parts: list[tuple[str, str, str]]) -> str:
-        if not self.colour:
-            return "  ".join(f"{name} {value}" for name, value, _ in parts)
-        return "  ".join(
-            f"{DIM}{name}{RESET} {colour}{value}{RESET}" for name, value, colour in parts
-        )
+    def _format_line(self, cells: list[tuple[str, str, str]]) -> str:
+        """Return label, value and color of each cell as one line that does not wrap."""
+        room = line_width()
+        shown: list[str] = []
+        for label, value, color in cells:
+            room -= len(f"{label} {value}")
+            if room < 0 and shown:
+                break
+            room -= 2  # between this cell and the next
+            if self.color:
+                shown.append(f"{DIM}{label}{RESET} {color}{value}{RESET}")
+            else:
+                shown.append(f"{label} {value}")
+        return "  ".join(shown)
 
     def _open_tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what an interrupted run wrote past the step it resumes from: one curve, no doubling back.
-        return SummaryWriter(
-            str(self.run_folder / self.section.save_tb_folder), purge_step=self.first_step
-        )
+        # purge_step hides what an interrupted run wrote past the step it resumes from: one curve,
+        # no doubling back.
+        folder = self.run_folder / self.section.save_tb_folder
+        return SummaryWriter(str(folder), purge_step=self.first_step)
 
     def _open_wandb(self) -> Any:
         try:
@@ -239,8 +323,11 @@ class MetricsLogger:
         id_file = folder / "run-id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        # The same id again continues the same run's curves. Project, entity and mode come from WANDB_* variables.
-        config = {**self.config.model_dump(mode="json"), "run": self.facts}
+        # The same id again continues the same run's curves. Project, entity and mode come from
+        # WANDB_* variables.
         return wandb.init(
-            dir=str(self.run_folder), id=id_file.read_text(), resume="allow", config=config
+            dir=str(self.run_folder),
+            id=id_file.read_text(),
+            resume="allow",
+            config=dict(self.description),
         )

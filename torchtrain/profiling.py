@@ -1,4 +1,4 @@
-"""What a run can record of itself: profiler traces, CUDA memory snapshots, and when Python collects garbage."""
+"""Profiler traces, CUDA memory snapshots, and Python's garbage collection."""
 
 import gc
 import time
@@ -12,14 +12,16 @@ from torchtrain.config.schema import Profiling
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 
-MEMORY_SNAPSHOT_ENTRIES = 100_000  # allocations kept in a snapshot's ring buffer
+MEMORY_SNAPSHOT_ENTRIES = 100_000
+"""Allocations kept in a snapshot's ring buffer."""
 
 
 class Profiler:
-    """Traces `profiler_active` steps in every `profile_freq`, and keeps the allocation history, as the config asks.
+    """Traces `profiler_active` steps in every `profile_freq`; keeps the history of allocations.
 
-    A trace is a Chrome trace (chrome://tracing, ui.perfetto.dev), a file a rank, under
-    `<dump_folder>/<save_traces_folder>/step-N/`; a snapshot is read by https://pytorch.org/memory_viz.
+    A trace is a Chrome trace (chrome://tracing, ui.perfetto.dev), one file per rank, in
+    `<dump_folder>/<save_traces_folder>/step-N/`; a snapshot is read by
+    https://pytorch.org/memory_viz. Either is made only where the config asks for it.
 
     Raises:
         UserError: memory snapshots asked for on a device that cannot record them.
@@ -28,24 +30,32 @@ class Profiler:
     def __init__(
         self, config: Profiling, run_folder: Path, device: torch.device, rank: int
     ) -> None:
-        self.config, self.run_folder, self.rank = config, run_folder, rank
+        self.config = config
+        self.run_folder = run_folder
+        self.rank = rank
         self.step_number = 0
         self.trace: torch.profiler.profile | None = None
         if config.enable_memory_snapshot:
             if device.type != "cuda":
                 raise UserError(
-                    f"profiling.enable_memory_snapshot = true needs a CUDA device; this run is on {device.type}"
+                    "profiling.enable_memory_snapshot = true needs a CUDA device; this run is on "
+                    f"{device.type}"
                 )
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
         if config.enable_profiling:
-            idle = config.profile_freq - config.profiler_warmup - config.profiler_active
-            steps = torch.profiler.schedule(
-                wait=idle, warmup=config.profiler_warmup, active=config.profiler_active
-            )
-            # Of the processor, and of the accelerator where there is one.
-            self.trace = torch.profiler.profile(
-                schedule=steps, on_trace_ready=self._write_trace, record_shapes=True
-            )
+            self.trace = self._make_trace()
+
+    def _make_trace(self) -> torch.profiler.profile:
+        """Return the profiler of the CPU and, where there is one, of the accelerator."""
+        config = self.config
+        steps = torch.profiler.schedule(
+            wait=config.profile_freq - config.profiler_warmup - config.profiler_active,
+            warmup=config.profiler_warmup,
+            active=config.profiler_active,
+        )
+        return torch.profiler.profile(
+            schedule=steps, on_trace_ready=self._write_trace, record_shapes=True
+        )
 
     def step(self, step: int) -> None:
         """Tell the profiler that optimizer step `step` has ended."""
@@ -56,7 +66,7 @@ class Profiler:
             self.write_memory_snapshot(f"step-{step}")
 
     def write_memory_snapshot(self, name: str) -> None:
-        """Dump the allocation history, also after an out-of-memory error, when it is wanted most."""
+        """Write the history of allocations; after an out-of-memory error it is wanted most."""
         if not self.config.enable_memory_snapshot:
             return
         folder = self.run_folder / self.config.save_memory_snapshot_folder / name
@@ -77,16 +87,17 @@ class Profiler:
 
 
 class GarbageCollection:
-    """Collects on every rank at the same steps, since one rank's pause within a step is every rank's pause."""
+    """Collects garbage on every rank at the same steps: one rank's pause makes all ranks wait."""
 
-    def __init__(self, every: int, debug: bool) -> None:
-        self.every, self.debug = every, debug
+    def __init__(self, every: int, *, debug: bool) -> None:
+        self.every = every
+        self.debug = debug
         gc.disable()
         gc.collect()
         gc.freeze()  # what set-up built stays to the end; no collection needs to walk it
 
     def step(self, step: int) -> None:
-        """Collect young objects every `every` steps; with `debug`, everything at each step, and say what was found."""
+        """Collect young objects every `every` steps; with `debug`, all at each step, and count."""
         if self.debug:
             logger.info(f"step {step}: garbage collection found {gc.collect()} unreachable objects")
         elif step % self.every == 0:

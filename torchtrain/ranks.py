@@ -1,12 +1,14 @@
 """How the ranks of a run come up, agree, and fail together."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,18 +18,12 @@ from torchtrain.errors import PeerFault, SharedUserError, UserError
 T = TypeVar("T")
 
 
-def _told(fault: BaseException | None) -> PeerFault | None:
-    """What of this rank's fault travels to the others, where one was raised."""
-    if fault is None:
-        return None
-    told = PeerFault(f"rank {dist.get_rank()} failed: {fault}")
-    told.is_user_error = isinstance(fault, UserError)
-    return told
-
-
 def usable_accelerator() -> str | None:
-    """The type of the accelerator that this machine has and training can use: one with a communication backend of its
-    own, such as NCCL. (Apple's GPUs have none, and no fp64.) None: train on the CPU."""
+    """Return the type of this machine's accelerator, or None: train on the CPU.
+
+    Training can use one that has a communication backend of its own, such as NCCL. (Apple's GPUs
+    have none, and no fp64.)
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return None
@@ -36,9 +32,10 @@ def usable_accelerator() -> str | None:
 
 
 def join_process_group(timeout_seconds: int) -> torch.device:
-    """Take this rank's device and join the process group, of one rank where no launcher has set one up.
+    """Take this rank's device and join the process group, of one rank without a launcher.
 
-    The group carries CPU tensors over gloo and, with an accelerator, device tensors over that device's own backend.
+    The group carries CPU tensors over gloo and, with an accelerator, device tensors over that
+    device's own backend.
     """
     accelerator = usable_accelerator()
     device = torch.device("cpu")
@@ -47,16 +44,20 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         device = torch.device(accelerator, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(
-        backend, timeout=timeout, **({} if "WORLD_SIZE" in os.environ else alone)
-    )
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return device
 
 
 def end_with_launcher() -> None:
-    """On Linux, have the kernel end this rank when torchrun dies: a SIGKILLed launcher would leave it training on."""
+    """Have the kernel (Linux) end this rank when torchrun dies.
+
+    A launcher that was ended by SIGKILL would leave it training on.
+    """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
@@ -64,65 +65,94 @@ def end_with_launcher() -> None:
 
 
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
-    """From here on a collective that takes longer is an error: a stopped or lost rank ends the run, not a hang."""
+    """Make it an error, from now on, for a collective of `groups` or of all ranks to take longer.
+
+    A stopped or lost rank then ends the run instead of hanging it.
+    """
     dist.barrier()
     for group in [dist.group.WORLD, *groups]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def patient_group() -> dist.ProcessGroup:
-    """A group for messages that may have to wait long for a slow disk or for one rank's work, off the accelerator.
+    """Create a group for messages that may wait long for a slow disk or for one rank's work.
 
-    Every rank must call it. Its timeout is hours where that of training is minutes.
+    Every rank must call it. The messages are off the accelerator; the timeout is hours where that
+    of training is minutes.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on every rank; if it fails on any, all ranks fail, the lowest failing one with the cause.
+    """Run `action` on every rank; if it fails on any, all ranks fail.
 
-    Without this, one rank would raise while the others wait for it in their next collective. `group` holds all ranks;
-    its timeout bounds how long the quickest rank waits for the slowest. Without a fault it costs a collective of one
-    number, off the accelerator.
+    Without this, one rank would raise while the others wait for it in their next collective.
+    Without a fault it costs a collective of one number, off the accelerator.
+
+    Args:
+        action: what to do on each rank.
+        group: holds all ranks; its timeout bounds how long the quickest rank waits for the slowest.
+
+    Raises:
+        BaseException: the fault of the lowest rank that failed, on that rank.
+        PeerFault: the same, on the others.
     """
-    result, fault = _attempt(action)
+    result: T | None = None
+    fault: BaseException | None = None
+    try:
+        result = action()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as raised:  # DCP's CheckpointException is not an Exception
+        fault = raised
     failed = torch.tensor(int(fault is not None))
     dist.all_reduce(failed, group=group)
     if failed.item():
-        for rank, theirs in enumerate(gathered(_told(fault), group)):
-            if theirs is not None:
-                raise fault if fault is not None and rank == dist.get_rank() else theirs
-    return result  # type: ignore[return-value]
+        _raise_lowest(fault, group)
+    return cast(T, result)
+
+
+def _raise_lowest(fault: BaseException | None, group: dist.ProcessGroup | None) -> NoReturn:
+    """Raise this rank's fault if no lower rank has failed, else that rank's PeerFault."""
+    peer_fault = None
+    if fault is not None:
+        peer_fault = PeerFault(f"rank {dist.get_rank()} failed: {fault}")
+        peer_fault.is_user_error = isinstance(fault, UserError)
+    by_rank = gathered(peer_fault, group)
+    lowest = next(rank for rank, theirs in enumerate(by_rank) if theirs is not None)
+    if fault is not None and lowest == dist.get_rank():
+        raise fault
+    raise by_rank[lowest] or AssertionError("no rank failed")
 
 
 def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's `value`, in the order of the ranks."""
-    values: list = [None] * dist.get_world_size()
+    """Return every rank's `value`, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on rank 0 alone and hand its (small) result to all; if it fails, all ranks fail.
+    """Run `action` on rank 0 alone and return its (small) result on all; if it fails, all fail.
 
     On a shared file system ranks can disagree about what exists, so one of them decides.
     """
-    shared: list = [together(lambda: action() if dist.get_rank() == 0 else None, group)]
+    result = together(lambda: action() if dist.get_rank() == 0 else None, group)
+    shared: list[Any] = [result]
     dist.broadcast_object_list(shared, group=group)  # which leaves the sender's list as it is
     return shared[0]
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    try:
-        return action(), None
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as fault:  # not only Exception: DCP's CheckpointException is none
-        return None, fault
+def first_on_each_node(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Run `action` on the first rank of each node, then on the others, which find its work done."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    early = together(lambda: action() if is_first else None, group)
+    late = together(lambda: None if is_first else action(), group)
+    return cast(T, early if is_first else late)
 
 
 def require_equal(value: str, what: str) -> None:
-    """Refuse to train where ranks differ in something that must be one.
+    """Refuse to train where ranks differ in something that must be the same.
 
     Raises:
         SharedUserError: names the first rank that differs from rank 0.
@@ -133,3 +163,44 @@ def require_equal(value: str, what: str) -> None:
             raise SharedUserError(
                 f"{what} differs between ranks: {first} on rank 0, {theirs} on rank {rank}"
             )
+
+
+def require_equal_config(
+    config: Mapping[str, Mapping[str, Any]], may_differ: Collection[str]
+) -> None:
+    """Refuse to train where ranks were given different configs.
+
+    Args:
+        config: the merged values of this rank, by section and key.
+        may_differ: what is not compared, each as `section.key`.
+
+    Raises:
+        SharedUserError: names each key that differs, with its values and the ranks that have them.
+    """
+    compared = {}
+    for section, values in config.items():
+        for key, value in values.items():
+            if f"{section}.{key}" not in may_differ:
+                compared[f"{section}.{key}"] = repr(value)
+    digest = hashlib.sha256(repr(sorted(compared.items())).encode()).hexdigest()
+    if len(set(gathered(digest))) == 1:
+        return
+    by_rank = gathered(compared)
+    lines = ["the ranks were given different configs; all nodes of a run need the same"]
+    for key in sorted(set().union(*by_rank)):
+        ranks_by_value: dict[str, list[int]] = defaultdict(list)
+        for rank, theirs in enumerate(by_rank):
+            ranks_by_value[theirs.get(key, "not there")].append(rank)
+        if len(ranks_by_value) > 1:
+            parts = [f"{value} on {_name_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
+            lines.append(f"  {key} = {', '.join(parts)}")
+    raise SharedUserError("\n".join(lines))
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3", "ranks 0 to 7" or "ranks 0, 2, 5"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"

@@ -1,39 +1,42 @@
-"""The run's folder (`job.dump_folder`): who owns it, what an earlier run left in it, and what it says of itself."""
+"""The folder of a run (`job.dump_folder`): its lock, what an earlier run left, config and facts."""
 
 import fcntl
 import json
 import os
 import socket
-from typing import Any, TextIO
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from torchtrain.config.plans import list_output_folders
-from torchtrain.config.toml import to_toml
-from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, expanded, write_durably
+from torchtrain.utils import METRICS_FILE, plural, write_durably
 
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DESCRIPTION_FILES = ("config.toml", "run.json")
+PREVIOUS = "previous-"
 
 
 class RunFolder:
-    """Held by its owner, rank 0, for as long as the run lives; only the owner calls the methods.
+    """The folder of a run, locked by its owner, rank 0, for as long as the run lives.
+
+    Only the owner calls the methods.
 
     Raises:
-        UserError: the folder cannot be made or written, or another run holds it.
+        UserError: the folder cannot be created or written, or another run holds it.
     """
 
-    def __init__(self, config: JobConfig, owner: bool) -> None:
-        self.config, self.owner = config, owner
-        self.path = expanded(config.job.dump_folder)
+    def __init__(self, path: Path, *, owner: bool) -> None:
+        self.path = path
+        self.owner = owner
         if owner:
-            self._lock = self._claim()
+            self._lock()
 
-    def _claim(self) -> TextIO:
+    def _lock(self) -> None:
+        """Lock the folder; the lock lasts until this process ends, which closes the lock's file."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held open: closing it gives the lock up)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as fault:
             raise UserError(
                 f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}"
@@ -41,67 +44,82 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            holder = os.read(lock, 1000).decode(errors="replace").strip()
+            os.close(lock)
             raise UserError(
-                f"job.dump_folder = {str(self.path)!r} is in use by {holder}. "
+                f"job.dump_folder = {str(self.path)!r} is in use by {holder or 'another process'}. "
                 "Wait for that run, end it, or give this one another folder."
             ) from None
         except OSError as fault:
+            os.close(lock)
             raise UserError(
-                f"job.dump_folder = {str(self.path)!r} is on a file system without locks ({fault.strerror}), "
-                "so two runs could write there at once. Mount it with locks, or choose another folder."
+                f"job.dump_folder = {str(self.path)!r} is on a file system without locks "
+                f"({fault.strerror}), so two runs could write there at once. Mount it with locks, "
+                "or choose another folder."
             ) from fault
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        return lock
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
-    def begin_afresh(self) -> None:
-        """Move what an earlier run left to `previous-<n>/`: nothing is overwritten, no curve doubles back."""
+    def begin_afresh(self, outputs: Iterable[Path]) -> None:
+        """Move what an earlier run left to `previous-<n>/`: nothing is overwritten.
+
+        Args:
+            outputs: the folders that a run writes to; the relative ones are in this folder.
+        """
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
-        names |= {
-            folder.parts[0]
-            for folder in list_output_folders(self.config).values()
-            if not folder.is_absolute()
-        }
+        for output in outputs:
+            if not output.is_absolute():
+                names.add(output.parts[0])
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
             return
-        taken = [int(p.name[9:]) for p in self.path.glob("previous-*") if p.name[9:].isdigit()]
-        target = self.path / f"previous-{max(taken, default=0) + 1}"
+        target = self._next_previous()
         target.mkdir()
         for name in earlier:
             os.rename(self.path / name, target / name)
         logger.info(f"outputs of an earlier run moved to {target}")
 
+    def _next_previous(self) -> Path:
+        """Return the first `previous-<n>` that comes after all that are there."""
+        newest = 0
+        for folder in self.path.glob(f"{PREVIOUS}*"):
+            number = folder.name.removeprefix(PREVIOUS)
+            if number.isdigit():
+                newest = max(newest, int(number))
+        return self.path / f"{PREVIOUS}{newest + 1}"
+
     def resume_at(self, step: int) -> None:
-        """Move logged lines past `step` (and a torn last line) to the superseded file: those steps are taken again."""
+        """Move logged lines past `step`, and a torn last one, aside: those steps come again."""
         metrics = self.path / METRICS_FILE
         if not metrics.exists():
             return
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _logged_step(line) <= step]
-        moved = [line for line in lines if _logged_step(line) > step]
+        kept = []
+        moved = []
+        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if _logged_step(line) <= step:
+                kept.append(line)
+            else:
+                moved.append(line.rstrip("\n") + "\n")
         if not moved:
             return
         with open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8") as superseded:
-            superseded.writelines(line if line.endswith("\n") else line + "\n" for line in moved)
+            superseded.writelines(moved)
             superseded.flush()
             os.fsync(superseded.fileno())
         write_durably(metrics, "".join(kept))
         logger.info(
-            f"{len(moved)} logged lines past step {step} moved to {self.path / SUPERSEDED_FILE}"
+            f"{plural(len(moved), 'logged line')} past step {step} moved to "
+            f"{self.path / SUPERSEDED_FILE}"
         )
 
-    def describe_run(self, derived: dict[str, Any]) -> None:
-        """Write `config.toml` (what was given) and `run.json` (what was derived from it)."""
-        write_durably(self.path / "config.toml", to_toml(self.config))
-        write_durably(self.path / "run.json", json.dumps(derived, indent=2) + "\n")
+    def describe_run(self, config_toml: str, facts: Mapping[str, Any]) -> None:
+        """Write `config.toml`, what was given, and `run.json`, what was derived from it."""
+        write_durably(self.path / "config.toml", config_toml)
+        write_durably(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _logged_step(line: str) -> float:
-    """The step of one line of metrics.jsonl; a line torn by a kill counts as past every step."""
+    """Return the step of one line of metrics.jsonl; a torn line counts as past every step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -26,7 +26,7 @@ from torchtrain.logging_utils import logger
 from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
-from torchtrain.metrics import MetricsLogger, peak_flops
+from torchtrain.metrics import MetricsLogger, find_peak_flops
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
@@ -39,6 +39,7 @@ from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.ranks import gathered, patient_group, require_equal, together
 from torchtrain.run_folder import RunFolder
+from torchtrain.step_metrics import MetricSource, find_metric_sources
 from torchtrain.validation import ValidationSet, Validator
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -70,6 +71,8 @@ class Trainer:
     """Goes around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
     validator: Validator
     """Is never due where there is no validation."""
+    metric_sources: list[MetricSource]
+    """What of the model, and the optimizer if it does, has metrics of its own."""
     step: int = 0
     """Optimizer steps taken."""
     tokens_seen: int = 0
@@ -154,6 +157,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         shard=build_shard(config, mesh),
         loss_context=build_loss_context(config, mesh),
         validator=Validator(plan.validation, validation_set, plan.degrees, mesh.data_rank, device),
+        metric_sources=find_metric_sources(parts.values(), optimizer),
     )
 
 
@@ -391,10 +395,18 @@ def open_metrics(trainer: Trainer, folder: RunFolder, facts: RunFacts) -> Metric
     """Open rank 0's metrics; the other ranks have none."""
     if not folder.owner:
         return None
-    training = trainer.config.training
-    peak = peak_flops(trainer.device, DTYPES[training.mixed_precision_param])
-    if peak is not None:
-        peak *= facts.world_size
+    config = trainer.config
     part = next(iter(trainer.parts.values()))
-    flops_per_token = part.flops_per_token(training.seq_len)
-    return MetricsLogger(trainer.config, folder.path, asdict(facts), flops_per_token, peak)
+    dtype = DTYPES[config.training.mixed_precision_param]
+    device_peak = find_peak_flops(trainer.device, dtype, config.metrics.peak_tflops)
+    return MetricsLogger(
+        section=config.metrics,
+        run_folder=folder.path,
+        total_steps=config.training.steps,
+        first_step=facts.first_step,
+        tokens_per_step=facts.tokens_per_step,
+        flops_per_token=part.flops_per_token(config.training.seq_len),
+        peak_flops=None if device_peak is None else device_peak * facts.world_size,
+        log_lr=config.lr_scheduler.log_lr,
+        description={**config.model_dump(mode="json"), "run": asdict(facts)},
+    )

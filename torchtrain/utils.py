@@ -15,17 +15,28 @@ IGNORE_INDEX = -100
 """A label that is not valid: it adds nothing to the loss, the gradient or the count. PyTorch's own
 default."""
 
-METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object a logged step
+METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object per logged step
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 document", "2,000 documents", "2 batches"."""
+    if count == 1:
+        return f"1 {noun}"
+    ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name closest in spelling to `name`, or None when nothing comes near."""
+    """Return the allowed name closest in spelling to `name`, or None when nothing comes near."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with its `~` resolved; with that of an unknown user it stays as it is (where `Path.expanduser` raises)."""
+    """Return `path` with its `~` resolved.
+
+    That of an unknown user stays as it is, where `Path.expanduser` raises.
+    """
     return Path(os.path.expanduser(path))
 
 
@@ -45,13 +56,13 @@ def load_attribute(path: str, what: str) -> Any:
 
 
 def cores() -> int:
-    """Those this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """The system's faults in reading `what` become the user's."""
+    """Turn an OSError while reading `what` into a UserError."""
     try:
         yield
     except OSError as error:
@@ -59,7 +70,10 @@ def reading(what: str) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's own entries (new names, renames) durable; file contents are synced by their writers."""
+    """Make the folder's own entries (new names, renames) durable.
+
+    The contents of its files are synced by those who write them.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,7 +82,10 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a crash at any instant, sees the old or the new file whole."""
+    """Replace what is in `path` by `text`, at once.
+
+    A reader, or a crash at any instant, sees either the old file or the new one, whole.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -101,6 +101,8 @@ class Metrics(Section):
     """Folder for the TensorBoard files, inside job.dump_folder."""
     enable_wandb: bool = False
     """Log to Weights & Biases (installed separately)."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in the run's compute precision, TFLOP/s, for MFU; unset: from its name."""
 
 
 class Model(Section):
@@ -178,8 +180,8 @@ class LRScheduler(Section):
     """Learning rate at the last step, as a fraction of optimizer.lr."""
     log_schedule: bool = True
     """Print the schedule at the start."""
-    log_lr: bool = True
-    """Log the learning rate of every step."""
+    log_lr: bool = False
+    """Print the learning rate of every step, those between full lines included."""
 
 
 class Training(Section):
