@@ -144,8 +144,8 @@ MUTANTS = {
         ),
         (
             "a resumed run throws its log away",
-            "folder.resume_at(trainer.step) if is_own else folder.begin_afresh()",
-            "folder.begin_afresh()",
+            "    if is_own:\n        on_rank_zero(",
+            "    if False:\n        on_rank_zero(",
         ),
         (
             "waiting for data is not counted",
@@ -182,8 +182,8 @@ MUTANTS = {
         ),
         (
             "the peak of the job is that of one device",
-            "        peak *= facts.world_size\n",
-            "        pass\n",
+            "device_peak * facts.world_size",
+            "device_peak",
         ),
         (
             "a changed learning rate is not told",
@@ -1345,8 +1345,8 @@ MUTANTS = {
         ),
         (
             "a user's fault on another rank is a crash",
-            "told.is_user_error = isinstance(fault, UserError)",
-            "told.is_user_error = False",
+            "peer_fault.is_user_error = isinstance(fault, UserError)",
+            "peer_fault.is_user_error = False",
         ),
         (
             "ranks outlive their launcher",

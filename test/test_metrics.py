@@ -78,16 +78,20 @@ def records(folder):
 
 def test_the_line_of_each_step(tmp_path, lines):
     log(metrics_logger(tmp_path), range(1, 4))
+    # The first step's warm-up says nothing of throughput or of the time left.
     assert lines() == [
-        # The first step's warm-up says nothing of throughput or of the time left.
         "step 1/6  loss 6.9000  norm 1.250  lr 8.00e-04  mem 0.50GiB  data 0%",
-        "step 2/6  loss 6.8000  norm 1.250  lr 8.00e-04  tok/s 50  mem 0.50GiB  eta 0:00:08  data 5%",
-        "step 3/6  loss 6.7000  norm 1.250  lr 8.00e-04  tok/s 50  mem 0.50GiB  eta 0:00:06  data 5%",
+        "step 2/6  loss 6.8000  norm 1.250  lr 8.00e-04  tok/s 50  "
+        "mem 0.50GiB  eta 0:00:08  data 5%",
+        "step 3/6  loss 6.7000  norm 1.250  lr 8.00e-04  tok/s 50  "
+        "mem 0.50GiB  eta 0:00:06  data 5%",
     ]
 
 
 def test_metrics_jsonl_by_hand(tmp_path, lines):
-    metrics = metrics_logger(tmp_path, Metrics(log_freq=3), resumed_step=4, peak_flops=1e4, total=20)
+    metrics = metrics_logger(
+        tmp_path, Metrics(log_freq=3), resumed_step=4, peak_flops=1e4, total=20
+    )
     init_logging()
     step_times = [50.0, 2.0, 3.0, 1.0, 5.0]
     data_times = [40.0, 0.5, 0.25, 0.25, 1.0]
@@ -210,7 +214,7 @@ def test_every_column_of_the_trainers_own_fits_100_columns(tmp_path, lines):
     log(metrics_logger(tmp_path, total=1000), [1, 999], grad_norm=12.345, memory_gib=7.25)
     for line in lines():
         assert len(line) <= 100
-        assert line.endswith("data 5%") or line.endswith("data 0%")
+        assert line.endswith(("data 5%", "data 0%"))
 
 
 def test_colors_on_a_terminal_unless_turned_off(tmp_path, lines, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
@@ -30,35 +30,36 @@ class RunFolder:
         self.path = path
         self.owner = owner
         if owner:
-            self._lock()
+            self._lock_file = self._lock()
 
-    def _lock(self) -> None:
-        """Lock the folder; the lock lasts until this process ends, which closes the lock's file."""
+    def _lock(self) -> TextIO:
+        """Lock the folder; the lock is held until the file that is returned is closed."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as fault:
             raise UserError(
                 f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}"
             ) from fault
+        lock = os.fdopen(descriptor, "r+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(lock, 1000).decode(errors="replace").strip()
-            os.close(lock)
+            holder = lock.read().strip() or "another process"
             raise UserError(
-                f"job.dump_folder = {str(self.path)!r} is in use by {holder or 'another process'}. "
+                f"job.dump_folder = {str(self.path)!r} is in use by {holder}. "
                 "Wait for that run, end it, or give this one another folder."
             ) from None
         except OSError as fault:
-            os.close(lock)
             raise UserError(
                 f"job.dump_folder = {str(self.path)!r} is on a file system without locks "
                 f"({fault.strerror}), so two runs could write there at once. Mount it with locks, "
                 "or choose another folder."
             ) from fault
-        os.truncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return lock
 
     def begin_afresh(self, outputs: Iterable[Path]) -> None:
         """Move what an earlier run left to `previous-<n>/`: nothing is overwritten.

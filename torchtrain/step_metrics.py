@@ -44,7 +44,7 @@ class MetricSource:
 def find_metric_sources(
     parts: Iterable[nn.Module], optimizer: torch.optim.Optimizer
 ) -> list[MetricSource]:
-    """Return the modules of this rank's `parts` of the model, and the optimizer, if they have any."""
+    """Return the modules of `parts` that have metrics, and the optimizer if it has."""
     candidates: list[object] = []
     for part in parts:
         candidates.extend(part.modules())
