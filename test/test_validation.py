@@ -335,7 +335,7 @@ def test_scalars_go_to_tensorboard(run, tmp_path):
     lines, _ = run("run", **ON, **{"validation.freq": 2, "metrics.enable_tensorboard": True})
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
-    curve = {event.step: event.value for event in events.Scalars("val_bits_per_byte")}
+    curve = {event.step: event.value for event in events.Scalars("validation/val_bits_per_byte")}
     assert curve == {step: pytest.approx(bits) for step, (_, bits) in validated(lines).items()}
 
 
