@@ -1,4 +1,4 @@
-"""The learning-rate schedule against its formula's written-out values, and what holds for every one."""
+"""The learning-rate schedule against its formula's written-out values; what holds for each one."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""One loss curve: whatever the number of ranks, the accumulation or the layout, the same losses, gradients, weights."""
+"""One loss curve: the same losses, gradients and weights on any ranks, layout, accumulation."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ MICROBATCH_2 = {"training.local_batch_size": 2}
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 
-# Every other layout is the parity tool's to show (test_parity); these are whole runs, over more steps.
+# Every other layout is shown by the parity tool (test_parity); these are whole runs of more steps.
 # name: (ranks, overrides, the run it must equal)
 CURVES = {
     "one": (1, {}, None),
@@ -73,7 +73,7 @@ def first_step(tmp_path_factory, data):
 
 
 def step_once(arguments, out, mask):
-    """A rank's first step, and its weights, gradients, loss and gradient norm, whole; `mask` hides labels unevenly."""
+    """A rank's first step: whole weights, gradients, loss, norm; `mask` hides labels unevenly."""
     trainer = set_up(JobConfig().parse_args(arguments), join_process_group(60))
     weights = {name: p.detach().full_tensor().clone() for name, p in trainer.weights.items()}
     batches = [masked(batch) if mask else batch for batch in trainer.loader.step_batches(1)]
@@ -87,7 +87,7 @@ def step_once(arguments, out, mask):
 
 
 def masked(microbatch):
-    """Hide a number of labels that depends on the sample alone: some samples keep none, some all."""
+    """Hide labels, as many as the sample's number says: some samples keep none, some all."""
     for row, sample in enumerate(microbatch.sample_ids):
         hidden = (sample * 13) % (microbatch.labels.shape[1] + 1)
         microbatch.labels[row, :hidden] = -100
@@ -139,8 +139,8 @@ def test_masking_labels_changes_the_loss(first_step):
 
 def test_bf16_stays_near_fp32_and_is_the_same_precision_on_two_ranks(curve):
     fp32, one, two = (curve(name) for name in ("one", "one-bf16", "two-bf16"))
-    # 8 bits of mantissa round each product by up to 2^-8; over a model's depth the loss moves by well under 1e-2, and
-    # two ranks differ from one only in the order of sums of bf16 gradients.
+    # 8 bits of mantissa round each product by up to 2^-8; over a model's depth the loss moves by
+    # well under 1e-2, and two ranks differ from one only in the order of sums of bf16 gradients.
     assert all(relative(a["loss"], b["loss"]) < 1e-2 for a, b in zip(one, fp32, strict=True))
     assert all(relative(a["loss"], b["loss"]) < 1e-3 for a, b in zip(two, one, strict=True))
     assert any(a["loss"] != b["loss"] for a, b in zip(one, fp32, strict=True)), (

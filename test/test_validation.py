@@ -1,5 +1,4 @@
-"""Validation: what is held out, what the numbers are, that they are the same on every layout, and that training is not
-disturbed."""
+"""Validation: what is held out, what the numbers are, on every layout; training is undisturbed."""
 
 import hashlib
 import json
@@ -178,15 +177,12 @@ def device():
 
 
 def by_hand(trainer, texts, seq_len):
-    """Loss and bits per byte of `texts` in a row, by a plain model without anything of torchtrain's around it."""
+    """Loss and bits per byte of `texts` joined, by a plain model without an engine around it."""
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
-    ids = torch.tensor(
-        [
-            id
-            for text in texts
-            for id in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)
-        ]
-    )
+    ids = []
+    for text in texts:
+        ids += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    ids = torch.tensor(ids)
     model = Transformer(trainer.plan.shape)
     model.load_state_dict(
         {name: weight.full_tensor() for name, weight in trainer.weights.items()}, strict=False
@@ -387,7 +383,10 @@ COMPARED = [name for name in LAYOUTS if name not in REFERENCES and not name.ends
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory, data):
-    """run_of(layout): lines of its run of three steps. The few are 3 sequences, so that of 4 ranks one has none."""
+    """run_of(layout): the lines of its run of three steps.
+
+    The few are 3 sequences, so that of 4 ranks one has none.
+    """
     scratch = tmp_path_factory.mktemp("layouts")
     np.random.default_rng(0).integers(3, 2000, 81).astype(np.uint16).tofile(scratch / "few.bin")
     few = {
@@ -473,7 +472,8 @@ REFUSED = {
     "length under cp": (
         ["--parallelism.context_parallel_degree=4", "--validation.seq_len=60"],
         [
-            "validation.seq_len = 60 must be divisible by 8: parallelism.context_parallel_degree = 4 twice (headtail)"
+            "validation.seq_len = 60 must be divisible by 8: "
+            "parallelism.context_parallel_degree = 4 twice (headtail)"
         ],
     ),
     "length under tp": (

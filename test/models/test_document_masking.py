@@ -106,7 +106,7 @@ def test_one_document_is_the_plain_model():
 
 
 def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
-    """FlexAttention has no backward on a CPU, but its forward and its blocks are the same everywhere."""
+    """FlexAttention has no backward on a CPU, but its forward and blocks are the same there."""
     monkeypatch.setattr(document_masking, "compiled", lambda function: function)
     cuts = (100, 30, 126)
     documents = torch.cat((documents_of(cuts), documents_of((256,))))
@@ -259,7 +259,8 @@ def test_the_ring_is_refused_and_ulysses_is_not():
 
 
 def test_best_fit_takes_the_row_with_the_least_space_that_is_enough():
-    # The longest first: 7 and 6 open rows with 3 and 4 left; 4 goes into the 4, 3 into the 3, 2 opens another.
+    # The longest first: 7 and 6 open rows with 3 and 4 left; 4 goes into the 4, 3 into the 3, 2
+    # opens another.
     assert best_fit(np.array([2, 3, 7, 4, 6]), 10).tolist() == [2, 0, 0, 1, 1]
     assert best_fit(np.array([10, 10]), 10).tolist() == [0, 1]
     assert best_fit(np.array([], dtype=np.int64), 10).tolist() == []

@@ -1,4 +1,4 @@
-"""The Llama against an independent one, the published sizes, and what sharding and meta construction rely on."""
+"""The Llama against an independent one and the published sizes; what sharding relies on."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from torchtrain.parallelisms.initial_weights import materialize
 
 TINY = ModelShape(dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61)
 GROUPED = dataclasses.replace(TINY, n_kv_heads=2)
-# A short original context, so that of the six frequencies some are kept, some interpolated, some divided.
+# A short original context: of the six frequencies some are kept, some interpolated, some divided.
 SCALED = {"rope_theta": 500.0, "rope_scaling_factor": 8.0, "rope_original_seq_len": 32}
 
 
@@ -30,7 +30,7 @@ def one_rank():
 
 
 def filled(shape, seed=0):
-    """A model whose every parameter, norm weights too, has random values of a size that lets gradients through."""
+    """A model with random values in all parameters, of a size that lets gradients through."""
     model = Transformer(shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -45,8 +45,8 @@ def tokens_of(shape, batch=2, seq_len=40, seed=1):
     )
 
 
-def halves_from_neighbours(weight, heads):
-    """Rows of wq or wk reordered within a head: pairs (2j, 2j+1) become (j, j + C/2), as transformers turns them."""
+def halves_from_neighbors(weight, heads):
+    """Rows of wq or wk as transformers turns them: pairs (2j, 2j+1) of a head are (j, j + C/2)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -86,7 +86,7 @@ def as_transformers(shape, named):
     return {
         table[name][0]: tensor
         if table[name][1] is None
-        else halves_from_neighbours(tensor, table[name][1])
+        else halves_from_neighbors(tensor, table[name][1])
         for name, tensor in named.items()
     }
 
@@ -297,7 +297,7 @@ def test_norms_compute_in_fp32_and_return_the_input_type():
     x = (torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * 300).to(torch.bfloat16)
     assert norm(x).dtype == torch.bfloat16
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + TINY.norm_eps)
-    # Half a unit in the last of bf16's eight digits: only the result was rounded, nothing on the way to it.
+    # Half a unit in the last of bf16's eight digits: only the result was rounded.
     assert ((norm(x) - exact).abs() <= exact.abs() * 2**-8 * (1 + 1e-4)).all()
 
 
@@ -338,8 +338,8 @@ def test_tied_weights_stay_one_parameter_under_sharding(one_rank):
     assert model.tok_embeddings.weight.grad is not None
 
 
-def test_flops_are_six_a_weight_and_the_attention_square():
-    # One layer of width 8, 2 heads of 4, 1 key/value head, feed-forward 16, vocabulary 10, 32 tokens, by hand.
+def test_flops_are_six_per_weight_and_the_attention_square():
+    # By hand: one layer of width 8, 2 heads of 4, 1 key/value head, feed-forward 16, vocabulary 10.
     shape = ModelShape(8, 1, 2, 1, 16, 10)
     weights = 8 * 8 + 2 * (4 * 8) + 8 * 8 + 3 * 8 * 16 + 10 * 8
     model = Transformer(shape)

@@ -1,4 +1,4 @@
-"""The optimizer against its written-out update, and the gradient norm against the whole gradient's."""
+"""The optimizer against its written-out update; the gradient norm against the whole gradient's."""
 
 import math
 from types import SimpleNamespace
@@ -187,7 +187,8 @@ def test_the_norm_keeps_its_precision_over_millions_of_elements(dtype):
     assert total_norm([gradient]).item() == pytest.approx(exact.item(), rel=2e-7)
 
 
-# Whole gradients, and how each lies on a 2 x 2 mesh: uneven rows, rows and columns, copies, a shard left empty.
+# Whole gradients, and how each lies on a 2 x 2 mesh: uneven rows, rows and columns, copies, an
+# empty shard.
 SIZES = [(7, 5), (6, 4), (3,), (1, 8), (5, 6)]
 LAYOUTS = [
     (Shard(0), Shard(0)),

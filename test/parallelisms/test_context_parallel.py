@@ -1,4 +1,4 @@
-"""Context parallelism on gloo ranks against the same model in one process: logits, loss, every gradient."""
+"""Context parallelism on gloo ranks against one process: logits, loss, every gradient."""
 
 import json
 from functools import partial
@@ -75,7 +75,8 @@ def build(kv_heads):
 
 
 def batch():
-    """Tokens and labels; the first half of one sequence counts, of another the last, of the third all but a few."""
+    """Tokens and labels; of one sequence the first half counts, of another the last, of the third
+    all but a few."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)

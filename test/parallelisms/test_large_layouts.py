@@ -1,4 +1,4 @@
-"""The largest models on their hundreds of GPUs, set up without any: a fake process group, the meta device."""
+"""The largest models on hundreds of GPUs, set up without any: fake groups, the meta device."""
 
 import json
 
@@ -16,7 +16,6 @@ from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
-
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -67,7 +66,7 @@ def test_70b_is_laid_out_evenly(tmp_path, file, ranks, parameters):
     assert found["mesh"] == {"dp_shard": ranks // 8, "tp": 8}
     assert found["whole"] == parameters
     assert found["dims"] == [2], "a parameter is on neither or on one dimension of the mesh alone"
-    # Norms are whole on each rank of tensor parallelism, so a rank holds a little more than its even share.
+    # Norms are whole on each rank of tensor parallelism: it holds a little more than its share.
     assert parameters / ranks <= found["local"] < 1.01 * parameters / ranks
 
 

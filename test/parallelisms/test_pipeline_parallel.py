@@ -1,6 +1,7 @@
 """Pipelines: how models are cut, which schedules run what, evaluation, and checkpoints across cuts.
 
-That a pipeline trains as one process does, under every schedule and with every other technique, is test_parity's.
+That a pipeline trains as one process does, under every schedule and with every other technique, is
+tested by test_parity.
 """
 
 import json
@@ -24,11 +25,11 @@ import train as trainer_module
 from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.catalog.schedules import (
     SCHEDULES,
-    check_split,
     check_microbatches,
+    check_split,
     check_stages,
-    split_evenly,
     default_stages,
+    split_evenly,
     stages_of,
 )
 from torchtrain.checkpoint.checkpointer import Progress
@@ -41,12 +42,12 @@ from torchtrain.ranks import join_process_group
 from torchtrain.set_up import make_plan, set_up
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
-PIECES = SHAPE.layer_names
+LAYER_NAMES = SHAPE.layer_names
 
 
 def counts(parts):
     """Layers of each stage."""
-    return [sum(piece.startswith("layers.") for piece in part) for part in parts]
+    return [sum(name.startswith("layers.") for name in part) for part in parts]
 
 
 @pytest.mark.parametrize(
@@ -63,31 +64,31 @@ def counts(parts):
     ],
 )
 def test_layers_are_cut_evenly_but_for_the_ends(layers, stages, first, last, expected):
-    pieces = ModelShape(32, layers, 4, 2, 64, 50).layer_names
-    parts = split_evenly(pieces, stages, first, last)
+    layer_names = ModelShape(32, layers, 4, 2, 64, 50).layer_names
+    parts = split_evenly(layer_names, stages, first, last)
     assert counts(parts) == expected
-    assert [piece for part in parts for piece in part] == pieces
-    check_split(parts, pieces)
+    assert [name for part in parts for name in part] == layer_names
+    check_split(parts, layer_names)
 
 
 @pytest.mark.parametrize(("stages", "first", "last"), [(9, 1, 1), (2, 9, 0), (4, 0, 3)])
 def test_too_few_layers_are_refused(stages, first, last):
     with pytest.raises(UserError, match=rf"6 layers are too few for {stages} pipeline stages"):
-        split_evenly(PIECES, stages, first, last)
+        split_evenly(LAYER_NAMES, stages, first, last)
 
 
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ([PIECES[:3], PIECES[4:]], r"missing: layers\.2"),
-        ([PIECES[:4], PIECES[3:]], r"given twice: layers\.2"),
-        ([PIECES[:3], [*PIECES[3:], "layers.6"]], r"unknown: layers\.6"),
-        ([PIECES[3:], PIECES[:3]], r"out of order: layers\.2"),
+        ([LAYER_NAMES[:3], LAYER_NAMES[4:]], r"missing: layers\.2"),
+        ([LAYER_NAMES[:4], LAYER_NAMES[3:]], r"given twice: layers\.2"),
+        ([LAYER_NAMES[:3], [*LAYER_NAMES[3:], "layers.6"]], r"unknown: layers\.6"),
+        ([LAYER_NAMES[3:], LAYER_NAMES[:3]], r"out of order: layers\.2"),
     ],
 )
 def test_a_cut_that_is_not_the_model_is_refused(parts, text):
     with pytest.raises(UserError, match=text):
-        check_split(parts, PIECES)
+        check_split(parts, LAYER_NAMES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -103,7 +104,7 @@ def test_every_stage_has_one_rank(schedule, ranks):
 
 
 def what_torch_accepts(ranks, counts, results):
-    """Each schedule, number of stages and number of microbatches that it can be built with on rank 0 of these ranks."""
+    """The schedules, with the stages and microbatches that rank 0 of these can build them with."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     x = torch.empty(1, 2, device="meta")
     accepted = []
@@ -182,10 +183,10 @@ def test_parts_of_a_model_compute_what_the_whole_does():
     tokens = torch.randint(SHAPE.vocab_size, (2, 8))
     h = tokens
     names = []
-    for pieces in split_evenly(PIECES, 3, 1, 1):
+    for layer_names in split_evenly(LAYER_NAMES, 3, 1, 1):
         part = Transformer(SHAPE)
         part.load_state_dict(whole.state_dict())
-        part.keep(pieces)
+        part.keep(layer_names)
         names += dict(part.named_parameters())
         h = part(h)
     assert torch.equal(h, whole(tokens))
@@ -240,7 +241,7 @@ def test_a_resumed_batch_that_does_not_pass_is_refused(data, monkeypatch, resume
     given = {**data, **PP, **own, "parallelism.pipeline_parallel_microbatch_size": 3}
     config = JobConfig().parse_args(options(given), world_size=2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    saved = Progress(1, 0, {"global_batch_size": resumed}, {})
+    saved = Progress(step=1, tokens_seen=0, data={"global_batch_size": resumed}, config={})
     with pytest.raises(UserError, match="the global batch is the checkpoint's") as fault:
         make_plan(config, 2048, saved)
     assert text in str(fault.value)
@@ -248,7 +249,7 @@ def test_a_resumed_batch_that_does_not_pass_is_refused(data, monkeypatch, resume
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, data):
-    """found(name): what two ranks find under that schedule, in bf16 under those that differ in their backward."""
+    """found(name): what two ranks find under that schedule, or case."""
     folder = tmp_path_factory.mktemp("pipelines")
     cases = {name: {SCHEDULE: name} for name in SCHEDULES}
     cases |= {

@@ -1,7 +1,7 @@
-"""Tensor parallelism against one process: the same initial bits, loss, gradients, norm, and weights after a few steps.
+"""Tensor parallelism against one process: initial bits, loss, gradients, norm, later weights.
 
-All cases run one after the other on one set of four gloo ranks, and their references on one; each saves what it found,
-whole, from rank 0.
+All cases run one after the other on one set of four gloo ranks, and their references on one; each
+saves what it found, whole, from rank 0.
 """
 
 from dataclasses import dataclass, replace
@@ -28,14 +28,12 @@ from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel, loss_
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
 B, S, STEPS, SEED = 4, 16, 3, 5
-SHAPE = ModelShape(
-    32, 2, 8, 4, 48, 44
-)  # on four ranks: one key/value head each, with its two query heads
-# 45 rows over four ranks leave 9 for the last; 25 feed-forward columns a rank are then uneven over FSDP's two.
-ODD_VOCABULARY, ODD_EVERYWHERE = (
-    replace(SHAPE, vocab_size=45),
-    replace(SHAPE, vocab_size=45, ffn_hidden_dim=50),
-)
+# On four ranks: one key/value head each, with its two query heads.
+SHAPE = ModelShape(32, 2, 8, 4, 48, 44)
+# 45 rows over four ranks leave 9 for the last; 25 feed-forward columns per rank are then uneven
+# over FSDP's two.
+ODD_VOCABULARY = replace(SHAPE, vocab_size=45)
+ODD_EVERYWHERE = replace(SHAPE, vocab_size=45, ffn_hidden_dim=50)
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +82,7 @@ def build(case):
 
 
 def batch_of(step):
-    """Tokens and labels [B, S], with very unequal numbers of valid labels: none at all in one sequence."""
+    """Tokens and labels [B, S] with very unequal numbers of valid labels: one sequence has none."""
     tokens, labels = torch.randint(
         SHAPE.vocab_size, (2, B, S), generator=torch.Generator().manual_seed(step)
     )
