@@ -42,8 +42,9 @@ from torchtrain.ranks import (
     set_timeout,
     together,
 )
+from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
-from torchtrain.set_up import Trainer, describe, open_metrics, progress_of, resume, set_up
+from torchtrain.set_up import Trainer, progress_of, resume, set_up
 from torchtrain.step_metrics import StepMetrics
 from torchtrain.utils import expanded
 

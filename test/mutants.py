@@ -181,11 +181,6 @@ MUTANTS = {
             "    if source.model_only:\n        checkpointer.load(source, trainer.weights, None)\n        trainer.step = saved.step\n        return\n",
         ),
         (
-            "the peak of the job is that of one device",
-            "device_peak * facts.world_size",
-            "device_peak",
-        ),
-        (
             "a changed learning rate is not told",
             "        changes.insert(0, ",
             "        changes[:0] and changes.insert(0, ",
@@ -199,6 +194,13 @@ MUTANTS = {
             "ranks may see different corpora",
             '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
             "",
+        ),
+    ],
+    "torchtrain/run_facts.py": [
+        (
+            "the peak of the job is that of one device",
+            "device_peak * facts.world_size",
+            "device_peak",
         ),
     ],
     "torchtrain/loss.py": [

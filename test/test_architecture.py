@@ -31,6 +31,7 @@ FLOORS = {
     "torchtrain.checkpoint": 2,
     "torchtrain.validation": 2,
     "torchtrain.set_up": 3,
+    "torchtrain.run_facts": 3.05,
     "train": 3.1,
     "torchtrain.tools": 4,
 }

@@ -1,7 +1,6 @@
 """What set_up makes of a config: that options reach what they name, and that ranks agree."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,17 +35,6 @@ def test_the_seed_reaches_every_matrix_and_the_samples(data, device):
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name
         assert torch.equal(weight, other_weights[name]) == (weight.ndim == 1), name
-
-
-def test_the_peak_of_a_job_is_that_of_all_its_devices(monkeypatch):
-    monkeypatch.setattr(set_up, "peak_flops", lambda *given: 1e12)
-    monkeypatch.setattr(set_up, "asdict", vars)
-    monkeypatch.setattr(set_up, "MetricsLogger", lambda *given: given)
-    part = SimpleNamespace(flops_per_token=lambda seq_len: 6.0 * seq_len)
-    trainer = SimpleNamespace(config=JobConfig(), device=torch.device("cpu"), parts={3: part})
-    folder = SimpleNamespace(owner=True, path="here")
-    *_, per_token, peak = set_up.open_metrics(trainer, folder, SimpleNamespace(world_size=8))
-    assert (per_token, peak) == (6.0 * JobConfig().training.seq_len, 8e12)
 
 
 def train_on_own_corpus(arguments, corpora):

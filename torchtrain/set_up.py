@@ -1,8 +1,6 @@
-"""Setting up a run: what a step needs, made in order from one plan; resuming; describing it."""
+"""Setting up a run: what a step needs, made in order from one plan; and resuming it."""
 
 import os
-import platform
-import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -12,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtrain import __version__
 from torchtrain.checkpoint import Checkpointer, Progress, Source
-from torchtrain.config.layout import BatchPlan
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
 from torchtrain.config.schema import Compile, Debug, LRScheduler
 from torchtrain.config_manager import JobConfig
@@ -24,9 +20,7 @@ from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 from torchtrain.loss import sequence_losses
-from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
-from torchtrain.metrics import MetricsLogger, find_peak_flops
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
@@ -38,7 +32,6 @@ from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.ranks import gathered, patient_group, require_equal, together
-from torchtrain.run_folder import RunFolder
 from torchtrain.step_metrics import MetricSource, find_metric_sources
 from torchtrain.validation import ValidationSet, Validator
 
@@ -82,34 +75,6 @@ class Trainer:
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.plan.batch.global_batch_size * self.config.training.seq_len
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What run.json says of a run: what was derived, and where it runs."""
-
-    torchtrain: str
-    """Version, as are the next two."""
-    torch: str
-    python: str
-    description: str
-    host: str
-    """Rank 0's."""
-    device: str
-    """Name of rank 0's."""
-    world_size: int
-    degrees: dict[str, int]
-    batch: BatchPlan
-    tokens_per_step: int
-    shape: dict[str, int | float | bool]
-    """The model's."""
-    parameters: int
-    """Of the whole model."""
-    data_fingerprint: str
-    validation_fingerprint: str
-    """Empty without validation."""
-    first_step: int
-    """The step after those that had been taken when the run started or resumed."""
 
 
 def set_up(config: JobConfig, device: torch.device, saved: Progress | None = None) -> Trainer:
@@ -326,87 +291,4 @@ def progress_of(trainer: Trainer) -> Progress:
         tokens_seen=trainer.tokens_seen,
         data=trainer.loader.state(trainer.step, positions),
         config=trainer.config.model_dump(mode="json"),
-    )
-
-
-def describe(trainer: Trainer) -> RunFacts:
-    """Say what will run, and return it as facts for run.json."""
-    facts = find_facts(trainer)
-    config, plan, batch = trainer.config, trainer.plan, trainer.plan.batch
-    training = config.training
-    layout = [plan.degrees.describe()]
-    if plan.pipeline is not None:
-        layout.append(plan.pipeline.describe())
-    logger.info(
-        f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
-        f"{facts.world_size} x {facts.device}, outputs in {config.job.dump_folder}"
-    )
-    logger.info(
-        f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters: "
-        f"{plan.shape.describe()}"
-    )
-    logger.info(f"layout     {'; '.join(layout)}")
-    logger.info(
-        f"batch      {batch.global_batch_size} sequences x {training.seq_len} tokens = "
-        f"{facts.tokens_per_step:,} tokens per step; microbatch {batch.microbatch_size}, "
-        f"accumulation {batch.accumulation_steps}"
-    )
-    logger.info(
-        f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
-        f"reductions {training.mixed_precision_reduce}"
-    )
-    logger.info(f"data       {trainer.loader.describe(training.steps)}")
-    if config.validation.enable:
-        logger.info(f"validation {trainer.validator.describe()}")
-    if config.lr_scheduler.log_schedule:
-        logger.info(f"lr         {describe_schedule(plan.schedule, config.optimizer.lr)}")
-    return facts
-
-
-def find_facts(trainer: Trainer) -> RunFacts:
-    """Return the facts for run.json."""
-    plan = trainer.plan
-    with torch.device("meta"):
-        whole = load_decoder(trainer.config.model.name)(plan.shape)
-    parameters = sum(parameter.numel() for parameter in whole.parameters())
-    device_name = "cpu"
-    if trainer.device.type != "cpu":
-        device_name = torch.get_device_module(trainer.device).get_device_name()
-    return RunFacts(
-        torchtrain=__version__,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        description=trainer.config.job.description,
-        host=socket.gethostname(),
-        device=device_name,
-        world_size=dist.get_world_size(),
-        degrees=asdict(plan.degrees),
-        batch=plan.batch,
-        tokens_per_step=trainer.tokens_per_step,
-        shape=asdict(plan.shape),
-        parameters=parameters,
-        data_fingerprint=trainer.loader.dataset.fingerprint,
-        validation_fingerprint=trainer.validator.samples.fingerprint,
-        first_step=trainer.step + 1,
-    )
-
-
-def open_metrics(trainer: Trainer, folder: RunFolder, facts: RunFacts) -> MetricsLogger | None:
-    """Open rank 0's metrics; the other ranks have none."""
-    if not folder.owner:
-        return None
-    config = trainer.config
-    part = next(iter(trainer.parts.values()))
-    dtype = DTYPES[config.training.mixed_precision_param]
-    device_peak = find_peak_flops(trainer.device, dtype, config.metrics.peak_tflops)
-    return MetricsLogger(
-        section=config.metrics,
-        run_folder=folder.path,
-        total_steps=config.training.steps,
-        first_step=facts.first_step,
-        tokens_per_step=facts.tokens_per_step,
-        flops_per_token=part.flops_per_token(config.training.seq_len),
-        peak_flops=None if device_peak is None else device_peak * facts.world_size,
-        log_lr=config.lr_scheduler.log_lr,
-        description={**config.model_dump(mode="json"), "run": asdict(facts)},
     )

@@ -13,7 +13,8 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.models.llama import Transformer
-from torchtrain.set_up import find_facts, set_up
+from torchtrain.run_facts import find_facts
+from torchtrain.set_up import set_up
 
 SHAPE = ModelShape(32, 3, 4, 2, 64, 50)
 

@@ -1,0 +1,129 @@
+"""What a run says of itself at its start: on the screen, in run.json, and to its metrics."""
+
+import platform
+import socket
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from torchtrain import __version__
+from torchtrain.config.layout import BatchPlan
+from torchtrain.logging_utils import logger
+from torchtrain.lr_scheduling import describe as describe_schedule
+from torchtrain.metrics import MetricsLogger, find_peak_flops
+from torchtrain.models.decoder import load_decoder
+from torchtrain.parallelisms.fsdp import DTYPES
+from torchtrain.run_folder import RunFolder
+from torchtrain.set_up import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What run.json says of a run: what was derived, and where it runs."""
+
+    torchtrain: str
+    """Version, as are the next two."""
+    torch: str
+    python: str
+    description: str
+    host: str
+    """Rank 0's."""
+    device: str
+    """Name of rank 0's."""
+    world_size: int
+    degrees: dict[str, int]
+    batch: BatchPlan
+    tokens_per_step: int
+    shape: dict[str, int | float | bool]
+    """The model's."""
+    parameters: int
+    """Of the whole model."""
+    data_fingerprint: str
+    validation_fingerprint: str
+    """Empty without validation."""
+    first_step: int
+    """The step after those that had been taken when the run started or resumed."""
+
+
+def describe(trainer: Trainer) -> RunFacts:
+    """Say what will run, and return it as facts for run.json."""
+    facts = find_facts(trainer)
+    config, plan, batch = trainer.config, trainer.plan, trainer.plan.batch
+    training = config.training
+    layout = [plan.degrees.describe()]
+    if plan.pipeline is not None:
+        layout.append(plan.pipeline.describe())
+    logger.info(
+        f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
+        f"{facts.world_size} x {facts.device}, outputs in {config.job.dump_folder}"
+    )
+    logger.info(
+        f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters: "
+        f"{plan.shape.describe()}"
+    )
+    logger.info(f"layout     {'; '.join(layout)}")
+    logger.info(
+        f"batch      {batch.global_batch_size} sequences x {training.seq_len} tokens = "
+        f"{facts.tokens_per_step:,} tokens per step; microbatch {batch.microbatch_size}, "
+        f"accumulation {batch.accumulation_steps}"
+    )
+    logger.info(
+        f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
+        f"reductions {training.mixed_precision_reduce}"
+    )
+    logger.info(f"data       {trainer.loader.describe(training.steps)}")
+    if config.validation.enable:
+        logger.info(f"validation {trainer.validator.describe()}")
+    if config.lr_scheduler.log_schedule:
+        logger.info(f"lr         {describe_schedule(plan.schedule, config.optimizer.lr)}")
+    return facts
+
+
+def find_facts(trainer: Trainer) -> RunFacts:
+    """Return the facts for run.json."""
+    plan = trainer.plan
+    with torch.device("meta"):
+        whole = load_decoder(trainer.config.model.name)(plan.shape)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    device_name = "cpu"
+    if trainer.device.type != "cpu":
+        device_name = torch.get_device_module(trainer.device).get_device_name()
+    return RunFacts(
+        torchtrain=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        description=trainer.config.job.description,
+        host=socket.gethostname(),
+        device=device_name,
+        world_size=dist.get_world_size(),
+        degrees=asdict(plan.degrees),
+        batch=plan.batch,
+        tokens_per_step=trainer.tokens_per_step,
+        shape=asdict(plan.shape),
+        parameters=parameters,
+        data_fingerprint=trainer.loader.dataset.fingerprint,
+        validation_fingerprint=trainer.validator.samples.fingerprint,
+        first_step=trainer.step + 1,
+    )
+
+
+def open_metrics(trainer: Trainer, folder: RunFolder, facts: RunFacts) -> MetricsLogger | None:
+    """Open rank 0's metrics; the other ranks have none."""
+    if not folder.owner:
+        return None
+    config = trainer.config
+    part = next(iter(trainer.parts.values()))
+    dtype = DTYPES[config.training.mixed_precision_param]
+    device_peak = find_peak_flops(trainer.device, dtype, config.metrics.peak_tflops)
+    return MetricsLogger(
+        section=config.metrics,
+        run_folder=folder.path,
+        total_steps=config.training.steps,
+        first_step=facts.first_step,
+        tokens_per_step=facts.tokens_per_step,
+        flops_per_token=part.flops_per_token(config.training.seq_len),
+        peak_flops=None if device_peak is None else device_peak * facts.world_size,
+        log_lr=config.lr_scheduler.log_lr,
+        description={**config.model_dump(mode="json"), "run": asdict(facts)},
+    )
