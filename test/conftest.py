@@ -17,9 +17,10 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Set the order of files; xdist's --no-loadscope-reorder keeps it."""
-    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+def pytest_collection_modifyitems(config, items):
+    """Set the order of files for xdist's workers; its --no-loadscope-reorder keeps it."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ so that an interrupted run can be started again.
     python test/mutate.py --check                 does each text still occur exactly once?
     python test/mutate.py --list                  what is in the table, and the results so far
     python test/mutate.py --only train.py         mutants whose file or description contains this
-    python test/mutate.py --stages 2              the first stages alone, which are the quick ones
+    python test/mutate.py --level 2               the tests of each file's room alone
 """
 
 import argparse
@@ -70,6 +70,7 @@ ROOMS = {
     ),
     "torchtrain/tools": ("test/tools",),
 }
+WHOLE_RUNS = ("test/test_training_by_hand.py", "test/test_training.py")
 ANY_ROOM = ("test",)
 
 
@@ -91,6 +92,8 @@ class Mutant:
 class Stage:
     """Tests that run together: paths, and which of their parts."""
 
+    level: int
+    """1 to 4: tests of higher levels run later."""
     name: str
     paths: tuple[str, ...]
     marker: str
@@ -118,20 +121,23 @@ def faults_of(mutant: Mutant, root: Path = ROOT) -> list[str]:
 def stages_of(file: str) -> list[Stage]:
     """Return the stages of tests for a mutant of `file`, those most likely to notice first."""
     prefixes = [prefix for prefix in ROOMS if file.startswith(prefix)]
-    room = ROOMS[max(prefixes, key=len)] if prefixes else own_tests(file)
+    room = ROOMS[max(prefixes, key=len)] if prefixes else WHOLE_RUNS
     paths = tuple(path for path in room if (ROOT / path).exists()) or ANY_ROOM
     stages = [
-        Stage("quick tests of the room", paths, "not slow"),
-        Stage("slow tests of the room", paths, "slow"),
-        Stage("quick tests", ANY_ROOM, "not slow"),
-        Stage("slow tests", ANY_ROOM, "slow"),
+        Stage(1, "quick tests of the room", paths, "not slow"),
+        Stage(2, "slow tests of the room", paths, "slow"),
+        Stage(3, "quick tests", ANY_ROOM, "not slow"),
+        Stage(4, "slow tests", ANY_ROOM, "slow"),
     ]
-    return [stage for n, stage in enumerate(stages) if stage not in stages[:n]]
+    if (ROOT / own_tests(file)).exists():
+        stages.insert(0, Stage(1, "quick tests of the file", (own_tests(file),), "not slow"))
+    return stages
 
 
-def own_tests(file: str) -> tuple[str, ...]:
-    """Return the tests of a module that has no room."""
-    return (f"test/test_{Path(file).name}",)
+def own_tests(file: str) -> str:
+    """Return the test file that mirrors this one."""
+    path = Path(file)
+    return str(Path("test", *path.parts[1:-1], f"test_{path.name}"))
 
 
 class Copy:
@@ -250,7 +256,8 @@ class Judge:
         text = path.read_text(encoding="utf-8")
         started = time.monotonic()
         result, failed = "survived", []
-        for stage in stages_of(mutant.file)[: self.given.stages]:
+        stages = [stage for stage in stages_of(mutant.file) if stage.level <= self.given.level]
+        for stage in stages:
             left_out = self.failing_anyway(stage)
             path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
             try:
@@ -291,7 +298,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--survivors", action="store_true", help="run again those that survived, and only those"
     )
-    parser.add_argument("--stages", type=int, default=4, help="how many stages of tests at most")
+    parser.add_argument(
+        "--level",
+        type=int,
+        default=4,
+        help="1: the room's quick tests, 2: and slow ones, 3: all quick ones, 4: all",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest-xdist")
     parser.add_argument("--timeout", type=float, default=900, help="of a stage, in seconds")
     parser.add_argument(
