@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from torchtrain import ranks
 from torchtrain.catalog.models import ModelShape
-from torchtrain.config.layout import plan_degrees
 from torchtrain.config.options import options as all_options
 from torchtrain.config.schema import Parallelism
 from torchtrain.config_manager import JobConfig
@@ -25,8 +24,6 @@ from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms import apply
-from torchtrain.parallelisms.context_parallel import UlyssesAttention, apply_context_parallel
-from torchtrain.parallelisms.ring_attention import Ring, RingAttention
 from torchtrain.set_up import set_up
 from torchtrain.tools.layouts import DOCUMENTS
 
@@ -738,72 +735,6 @@ def test_a_request_to_stop_is_not_lost_nor_doubled(device):
     assert stop.signal_number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-
-
-def test_sharing_options_reach_the_model(data, device, monkeypatch):
-    """What they then do is test_parity's and the techniques' own tests' to show."""
-    calls = {}
-    monkeypatch.setattr(apply.Ring, "of", lambda *given: given)
-    monkeypatch.setattr(apply, "apply_fsdp", lambda *_, **__: None)
-    for technique in ("tensor", "context"):
-
-        def note(model, *given, technique=technique):
-            calls[technique] = given
-
-        monkeypatch.setattr(apply, f"apply_{technique}_parallel", note)
-    model = Transformer(ModelShape(32, 2, 4, 4, 64, 50))
-
-    def parallelized(*args):
-        config = JobConfig().parse_args([*options(data), *args], world_size=2)
-        mesh = FakeMesh(plan_degrees(config.parallelism, 2))
-        apply.parallelize(model, mesh, apply.Techniques.of(config))
-        return config.parallelism
-
-    parallelized()
-    assert not calls
-    given = parallelized("--parallelism.tensor_parallel_degree=2")
-    assert calls.popitem() == ("tensor", ("tp", given))
-    given = parallelized(
-        "--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_method=ulysses"
-    )
-    assert calls.popitem() == ("context", (("cp", given), "ulysses"))
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    ("given", "headtail", "gathers"),
-    [
-        ({}, True, True),
-        ({"context_parallel_rotate_method": "alltoall"}, True, False),
-        ({"context_parallel_load_balancer": "none"}, False, True),
-    ],
-)
-def test_the_ring_options_reach_the_ring(device, given, headtail, gathers):
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    ring = Ring.of(mesh, Parallelism(**given))
-    assert ring[1:] == (0, 1, headtail, gathers)
-    model = Transformer(ModelShape(32, 2, 4, 4, 64, 50))
-    for method, kernel in (("ring", RingAttention), ("ulysses", UlyssesAttention)):
-        apply_context_parallel(model, ring, method)
-        kernels = {type(block.attention.inner_attention) for block in model.layers.values()}
-        assert kernels == {kernel}
-
-
-class FakeMesh:
-    """Stands for a mesh of CPUs: its dimensions are their names."""
-
-    device_type = "cpu"
-    fsdp = "fsdp"
-    sequence_shards = 1
-
-    def __init__(self, degrees):
-        self.degrees = degrees
-
-    def has(self, name):
-        return getattr(self.degrees, name) > 1
-
-    def get(self, name):
-        return name
 
 
 def test_async_tensor_parallel_needs_cuda(device):
