@@ -4,12 +4,16 @@ import json
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.forking import in_group
 
+import train
 from torchtrain.config.schema import Metrics
-from torchtrain.errors import UserError
+from torchtrain.errors import NonFinite, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, find_peak_flops
 
@@ -342,3 +346,79 @@ def test_a_given_peak_counts_before_the_devices(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: Device("NVIDIA H100"))
     assert find_peak_flops(torch.device("cuda:0"), torch.bfloat16, 500.0) == 500e12
     assert find_peak_flops(torch.device("cpu"), torch.float32, 0.5) == 0.5e12
+
+
+def step_of_this_rank(rank, **changes):
+    """Return what `combine_ranks` gives four ranks, two per stage of a pipeline."""
+    # The first stage's ranks have no loss; of the last stage's each has a part of it.
+    own = {
+        "loss": [0.0, 0.0, 4.5, 2.5][rank],
+        "max_loss": [0.0, 0.0, 3.75, 9.25][rank],
+        "grad_norm": 1.5,
+        "memory": [1.0, 4.0, 2.0, 3.0][rank],
+        "data_time": [0.25, 0.125, 0.5, 0.375][rank],
+        "signal": 0,
+        **changes,
+    }
+    trainer = SimpleNamespace(
+        device=torch.device("cpu"),
+        metric_sources=[],
+        step=6,
+        tokens_seen=600,
+        tokens_per_step=100,
+        plan=SimpleNamespace(degrees=SimpleNamespace(ranks_per_stage=2)),
+        optimizer=SimpleNamespace(param_groups=[{"lr": 3e-4}]),
+    )
+    stopwatch = Stopwatch()
+    stopwatch.data_time_s = own["data_time"]
+    train.peak_memory_gib = lambda device: own["memory"]
+    return train.combine_ranks(
+        trainer,
+        torch.tensor(own["loss"], dtype=torch.float64),
+        torch.tensor(own["max_loss"], dtype=torch.float64),
+        torch.tensor(own["grad_norm"], dtype=torch.float32),
+        stopwatch,
+        SimpleNamespace(signal_number=own["signal"]),
+    )
+
+
+class Samples:
+    """A loader of 8 samples per step."""
+
+    def samples_before(self, step):
+        return 8 * (step - 1)
+
+
+def combine_by_hand():
+    rank = dist.get_rank()
+    summary, stopped_by = step_of_this_rank(rank)
+    assert stopped_by == 0
+    assert summary == StepSummary(
+        step=7,
+        loss=3.5,  # the sum of the parts, over the two ranks of the stage
+        max_loss=9.25,
+        grad_norm=1.5,
+        lr=3e-4,
+        tokens_seen=700,
+        memory_gib=4.0,  # rank 1's
+        data_time_s=0.5,  # rank 2's
+    )
+    train.check_finite(summary, Samples())
+
+    # Each rank has its own signal, or none: all stop after the same step, for the same reason.
+    _, stopped_by = step_of_this_rank(rank, signal=[0, 2, 15, 0][rank])
+    assert stopped_by == 15
+    _, stopped_by = step_of_this_rank(rank, signal=2 if rank == 3 else 0)
+    assert stopped_by == 2
+
+    for value in (float("nan"), float("inf")):
+        for changed in ("loss", "grad_norm"):
+            on_one = {changed: value} if rank == 3 else {}
+            summary, _ = step_of_this_rank(rank, **on_one)
+            with pytest.raises(NonFinite, match=r"step 7: loss .* on global samples 48 to 55"):
+                train.check_finite(summary, Samples())
+
+
+@pytest.mark.slow
+def test_a_step_of_four_ranks_by_hand():
+    in_group(4, combine_by_hand, timeout_s=60)

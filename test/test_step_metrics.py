@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.forking import in_group
+from helpers.forking import in_group, train
+from helpers.launching import metrics as read_metrics
 from torch import nn
 
 from torchtrain.errors import PeerFault, SharedUserError, UserError
@@ -162,3 +163,62 @@ def test_sources_are_modules_of_the_model_and_the_optimizer():
     own = Descent(parts[0].parameters())
     assert find_metric_sources(parts, plain) == [block]
     assert find_metric_sources(parts, own) == [block, own]
+
+
+USERS_FILE = '''
+"""A Llama that says how large its logits get, and how often they were computed."""
+
+from torchtrain.catalog.models import ModelShape, register_model
+from torchtrain.models.llama import Transformer
+from torchtrain.step_metrics import MetricSource
+
+SMALL = ModelShape(32, 2, 4, 2, 64, 0)
+register_model("watched", {"small": SMALL}, "watched_llama:WatchedLlama")
+
+
+class WatchedLlama(Transformer, MetricSource):
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.largest = 0.0
+        self.calls = 0
+
+    def forward(self, tokens, documents=None):
+        logits = super().forward(tokens, documents)
+        self.largest = max(self.largest, logits.detach().abs().max().item())
+        self.calls += 1
+        return logits
+
+    def add_metrics(self, metrics):
+        metrics.add("logits/largest", self.largest, reduce="max")
+        metrics.add("logits/calls", self.calls, reduce="sum")
+        self.largest = 0.0
+        self.calls = 0
+'''
+
+
+@pytest.mark.slow
+def test_a_users_file_adds_metrics_to_a_run(tmp_path, data):
+    (tmp_path / "watched_llama.py").write_text(USERS_FILE)
+    shape = ("model.dim", "model.n_layers", "model.n_heads", "model.n_kv_heads")
+    given = {
+        **data,
+        **dict.fromkeys((*shape, "model.ffn_hidden_dim"), None),
+        "experimental.custom_import": tmp_path / "watched_llama.py",
+        "model.name": "watched",
+        "model.flavor": "small",
+        "training.steps": 2,
+        "training.local_batch_size": 2,  # of 8 sequences: 2 microbatches on each of 2 ranks
+        "metrics.enable_tensorboard": True,
+    }
+    printed = train(2, {**given, "job.dump_folder": tmp_path / "two"})
+    train(1, {**given, "job.dump_folder": tmp_path / "one"})
+    two = read_metrics(tmp_path / "two")
+    one = read_metrics(tmp_path / "one")
+    for lines in (one, two):
+        assert [line["logits/calls"] for line in lines] == [4.0, 4.0]
+    for mine, expected in zip(two, one, strict=True):
+        assert mine["logits/largest"] == pytest.approx(expected["logits/largest"], rel=1e-5)
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert f"logits/calls 4  logits/largest {two[-1]['logits/largest']:.4g}" in printed
+    (events,) = (tmp_path / "two" / "tb").glob("events*")
+    assert b"logits/largest" in events.read_bytes()

@@ -31,7 +31,13 @@ from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
-from torchtrain.ranks import gathered, patient_group, require_equal, together
+from torchtrain.ranks import (
+    first_on_each_node,
+    gathered,
+    patient_group,
+    require_equal,
+    together,
+)
 from torchtrain.step_metrics import MetricSource, find_metric_sources
 from torchtrain.validation import ValidationSet, Validator
 
@@ -176,8 +182,8 @@ def open_dataset(config: JobConfig, tokenizer: Tokenizer) -> Dataset:
             log=logger.info,
         )
 
-    # On a host whose token cache is warm the ranks wait for one that builds it.
-    return together(build, patient_group())
+    # Hosts whose token cache is warm wait for one that builds it.
+    return first_on_each_node(build, patient_group())
 
 
 def open_validation_set(
@@ -188,7 +194,7 @@ def open_validation_set(
     def build() -> ValidationSet:
         return ValidationSet(plan.validation, config.data, tokenizer, separators)
 
-    return together(build, patient_group())
+    return first_on_each_node(build, patient_group())
 
 
 def tag_compiler_cache(mesh: Mesh) -> None:
