@@ -9,6 +9,6 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/torchtrain/tools/environment.sh"
-use_python "$root" "" "${RUN_MODULES[@]}"
+use_python "$root" ""
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m torchtrain.tools.launch "$@"

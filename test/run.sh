@@ -5,7 +5,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/torchtrain/tools/environment.sh"
-use_python "$root" dev "${RUN_MODULES[@]}" pytest pytest_timeout xdist hypothesis transformers ruff mypy
+use_python "$root" dev
 cd "$root"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -12,6 +12,7 @@ from helpers.launching import ROOT
 FLOORS = {
     "torchtrain": 0.0,
     "torchtrain.errors": 0.0,
+    "torchtrain.installation": 0.0,
     "torchtrain.utils": 0.01,
     "torchtrain.logging_utils": 0.02,
     "torchtrain.ranks": 0.03,

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from helpers import forking
@@ -22,6 +23,8 @@ from helpers.launching import (
     options,
     running,
 )
+
+from torchtrain.tools import launch
 
 pytestmark = pytest.mark.slow
 
@@ -133,19 +136,21 @@ def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
     ]
 
 
-@pytest.mark.parametrize("given", ["0", "two", "-1"])
-def test_ngpu_must_be_a_positive_number(tmp_path, given):
-    status, output = launch_script(ROOT / "run_llama_train.sh", [], tmp_path, NGPU=given)
-    assert status == 2
-    assert f"NGPU = {given!r}" in output
-
-
-def test_log_rank_must_name_ranks(tmp_path):
-    status, output = launch_script(
-        ROOT / "run_llama_train.sh", [], tmp_path, ranks=2, LOG_RANK="0,2"
-    )
-    assert status == 2
-    assert "LOG_RANK = '0,2'" in output
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"NGPU": "0"}, "NGPU = '0': must be a whole number, at least 1"),
+        ({"NGPU": "zwei"}, "NGPU = 'zwei': must be a whole number, at least 1"),
+        ({"NGPU": "2", "LOG_RANK": "0,2"}, "LOG_RANK = '0,2': must be ranks from 0 to 1"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = '2': must be a whole number from 0 to 1"),
+    ],
+)
+def test_an_impossible_environment_is_one_line_that_names_it(capfd, variables, text):
+    with patch.dict(os.environ, environment(1) | variables, clear=True):
+        assert launch.main([]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(text)
+    assert error.count("\n") == 1
 
 
 def test_config_fault_is_one_message_before_any_rank_exists(tmp_path, data):

@@ -1,21 +1,24 @@
-# Sourced by run_llama_train.sh and test/run.sh. Sets PYTHON to an interpreter that has what is needed: the current
-# one, or else the repository's own virtual environment, which is made and filled where it does not exist yet.
-# TORCHTRAIN_VENV names another place for it, and then the current interpreter is not considered.
+# Sourced by run_llama_train.sh and test/run.sh. Sets PYTHON to an interpreter that has what pyproject.toml asks for:
+# the current one, or else the repository's own virtual environment, which is made and filled where it does not exist
+# yet. TORCHTRAIN_VENV names another place for it, and then the current interpreter is not considered.
 
-# use_python ROOT EXTRA MODULE...: EXTRA is the project's optional dependency group, or empty.
+# use_python ROOT EXTRA: EXTRA is the project's optional dependency group, or empty.
 use_python() {
     local root=$1 extra=$2 venv=${TORCHTRAIN_VENV:-$1/.venv}
-    shift 2
-    if [ -z "${TORCHTRAIN_VENV:-}" ] && has_modules python3 "$@"; then
+    if [ -z "${TORCHTRAIN_VENV:-}" ] && has_dependencies python3 "$root" "$extra"; then
         PYTHON=python3
         return
     fi
     PYTHON=$venv/bin/python
-    if has_modules "$PYTHON" "$@"; then
+    if has_dependencies "$PYTHON" "$root" "$extra"; then
         return
     fi
+    if ! command -v python3 >/dev/null; then
+        echo "torchtrain needs Python 3.10 or newer, and there is no python3 on the PATH" >&2
+        return 2
+    fi
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "torchtrain needs Python 3.10 or newer; python3 is $(python3 --version 2>&1 || echo missing)" >&2
+        echo "torchtrain needs Python 3.10 or newer, and python3 is $(python3 --version 2>&1)" >&2
         return 2
     fi
     echo "This Python lacks what torchtrain needs: installing it once into $venv (a few minutes)" >&2
@@ -26,22 +29,53 @@ use_python() {
         pip=(python3 -m pip --python "$PYTHON")
     fi
     "${pip[@]}" install --quiet --editable "$root${extra:+[$extra]}"
+    echo "To use it for other commands (python, torchrun, tensorboard): source $venv/bin/activate" >&2
 }
 
-# has_modules PYTHON MODULE...: whether PYTHON is new enough, and has every module and the right torch, importing none.
-has_modules() {
-    local python=$1
-    shift
-    command -v "$python" >/dev/null && "$python" - "$@" <<'PY'
+# has_dependencies PYTHON ROOT EXTRA: whether PYTHON is new enough and has the packages that ROOT/pyproject.toml asks
+# for, in the versions that it allows. Imports none of them.
+has_dependencies() {
+    command -v "$1" >/dev/null && "$1" - "$2" "$3" <<'PY'
 import importlib.metadata
-import importlib.util
+import operator
+import re
 import sys
 
-if sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in sys.argv[1:]):
+if sys.version_info < (3, 10):
     sys.exit(1)
-version = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
-sys.exit(not (2, 11) <= version < (2, 14))
+try:
+    import tomllib
+except ImportError:  # Python 3.10; tomli is one of the dependencies
+    try:
+        import tomli as tomllib
+    except ImportError:
+        sys.exit(1)
+
+# Imported only by runs that read such files, so that a bare GPU image can do without them.
+OPTIONAL = ("datasets", "tokenizers")
+COMPARE = {">=": operator.ge, "<": operator.lt}
+
+
+def numbers(version):
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
+
+
+root, extra = sys.argv[1:]
+with open(root + "/pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+wanted = project["dependencies"]
+if extra:
+    wanted += project["optional-dependencies"][extra]
+else:
+    wanted = [text for text in wanted if not text.startswith(OPTIONAL)]
+for text in wanted:
+    name = re.match(r"[\w-]+", text).group()
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(1)
+    for sign, bound in re.findall(r"(>=|<)([\d.]+)", text):
+        if not COMPARE[sign](numbers(version), numbers(bound)):
+            sys.exit(1)
 PY
 }
-
-RUN_MODULES=(torch numpy tomli pydantic sentencepiece tensorboard)

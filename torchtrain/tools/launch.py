@@ -1,25 +1,33 @@
-"""Check the config once, then start the ranks with torchrun's own launcher: what run_llama_train.sh runs.
+"""Check the config once, then start the ranks as torchrun does: what run_llama_train.sh runs.
 
     python -m torchtrain.tools.launch [trainer options]
 
-Environment: NGPU (processes a node; default every visible GPU, or 2 on a machine without), CONFIG_FILE (default
-train_configs/debug_model.toml), LOG_RANK (ranks whose lines are shown, default 0). For several nodes set torchrun's
-own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (or PET_RDZV_BACKEND, PET_RDZV_ENDPOINT,
-PET_RDZV_ID), or the same names without PET_: https://docs.pytorch.org/docs/stable/elastic/run.html
+Environment: NGPU (processes per node; default every visible GPU, or 2 on a machine without),
+CONFIG_FILE (default train_configs/debug_model.toml), LOG_RANK (ranks whose lines are shown, default
+0). For several nodes set torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR,
+PET_MASTER_PORT (or PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without
+PET_: https://docs.pytorch.org/docs/stable/elastic/run.html
 
-Exit status: 0, or that of the rank that failed first (2: the user can mend it; 128 + n: ended by signal n).
+Exit status: 0, or that of the rank that failed first (2: a user error; 128 + n: ended by signal n).
 """
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchtrain.config.options import print_help, wants_help
-from torchtrain.config_manager import parse_or_exit
+from torchtrain.config_manager import JobConfig, parse_or_exit
+from torchtrain.errors import PeerFault, UserError
+from torchtrain.installation import PROGRAM
+from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.utils import cores
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 RENDEZVOUS_VARIABLES = (
     "NNODES",
     "NODE_RANK",
@@ -29,14 +37,16 @@ RENDEZVOUS_VARIABLES = (
     "RDZV_ENDPOINT",
     "RDZV_ID",
 )
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
 PROCESSES_WITHOUT_GPU = 2  # enough to show a layout; one process is the faster way to use a CPU
 
-# glibc hands large blocks back to the kernel at once, and every step then faults its pages in again. Keeping them makes
-# a CPU step up to 1.2 times as fast, at the price of resident memory staying at its peak.
-#
-# OpenMP's threads spin while they wait for each other; on a core that another program wants as well, a step then takes
-# up to 30 times as long. After a thousand turns they go to sleep instead, which on an idle machine costs nothing.
+# OpenMP's threads spin while they wait for each other; on a core that another program wants as
+# well, a step then takes up to 30 times as long. After a thousand turns they go to sleep instead,
+# which on an idle machine costs nothing.
 SPIN_COUNT = "1000"
+# glibc returns large blocks to the kernel at once, and every step then faults its pages in again.
+# Keeping them makes a CPU step up to 1.2 times as fast, at the price of resident memory staying at
+# its peak.
 GLIBC_TUNABLES = {
     "glibc.malloc.hugetlb": 1,
     "glibc.malloc.mmap_threshold": 4 * 2**30,
@@ -46,52 +56,88 @@ GLIBC_TUNABLES = {
 
 
 def main(trainer_args: list[str]) -> int:
-    """Check, launch, wait; the exit status as above."""
-    for name in RENDEZVOUS_VARIABLES:
-        if name in os.environ:
-            os.environ.setdefault(f"PET_{name}", os.environ[name])
-    nodes = os.environ.get("PET_NNODES", "1").split(":")[-1]
+    """Check, launch, wait. Returns the exit status described above."""
     if not any(arg.split("=")[0] == "--job.config_file" for arg in trainer_args):
         trainer_args = ["--job.config_file", default_config_file(), *trainer_args]
     if wants_help(trainer_args):
         print_help()
         return 0
-    gpus = visible_gpus()
-    processes = os.environ.get("NGPU") or str(gpus or PROCESSES_WITHOUT_GPU)
-    if not (processes.isdigit() and int(processes) > 0 and nodes.isdigit() and int(nodes) > 0):
-        print(
-            f"NGPU = {processes!r}, NNODES = {nodes!r}: each must be a positive whole number",
-            file=sys.stderr,
-        )
+    for name in RENDEZVOUS_VARIABLES:
+        if name in os.environ:
+            os.environ.setdefault(f"PET_{name}", os.environ[name])
+    try:
+        gpus = visible_gpus()
+        nodes = read_nodes(os.environ)
+        processes = count_processes(gpus)
+        check_log_rank(processes * nodes.count)
+        config = check_config(trainer_args, processes * nodes.count, nodes)
+        return launch(config, trainer_args, nodes, processes, on_cpu=gpus == 0)
+    except UserError as fault:
+        print(fault, file=sys.stderr)
         return 2
-    spoken = os.environ.get("LOG_RANK", "0")
-    ranks = int(processes) * int(nodes)
-    if not all(rank.strip().isdigit() and int(rank) < ranks for rank in spoken.split(",")):
-        print(
-            f"LOG_RANK = {spoken!r}: must be ranks from 0 to {ranks - 1}, with commas",
-            file=sys.stderr,
-        )
-        return 2
-    if gpus and int(processes) > gpus:
-        print(
-            f"NGPU = {processes}, but only {gpus} GPUs are visible to this process", file=sys.stderr
-        )
-        return 2
-    parse_or_exit(trainer_args, ranks)
-    return launch(int(processes), trainer_args, on_cpu=not gpus)
+    except PeerFault as fault:
+        print(fault, file=sys.stderr)
+        return 2 if fault.is_user_error else 1
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the ranks started", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def default_config_file() -> str:
-    """CONFIG_FILE as given, or found from the repository's root when it is not there from the working directory."""
+    """Return CONFIG_FILE as given, or the one beside train.py if there is none from here."""
     given = os.environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
-    return str(ROOT / given) if not Path(given).exists() and (ROOT / given).exists() else given
+    if not Path(given).exists() and (PROGRAM / given).exists():
+        return str(PROGRAM / given)
+    return given
+
+
+def count_processes(gpus: int) -> int:
+    """Return NGPU, by default every visible GPU.
+
+    Raises:
+        UserError: it is not a number of processes that this node can run.
+    """
+    given = os.environ.get("NGPU") or str(gpus or PROCESSES_WITHOUT_GPU)
+    if not given.isdigit() or int(given) == 0:
+        raise UserError(f"NGPU = {given!r}: must be a whole number, at least 1")
+    if gpus and int(given) > gpus:
+        raise UserError(f"NGPU = {given}, but only {gpus} GPUs are visible to this process")
+    return int(given)
+
+
+def check_log_rank(world_size: int) -> None:
+    """Check that LOG_RANK names ranks of this run.
+
+    Raises:
+        UserError: it does not.
+    """
+    given = os.environ.get("LOG_RANK", "0")
+    for rank in given.split(","):
+        if not rank.strip().isdigit() or int(rank) >= world_size:
+            raise UserError(
+                f"LOG_RANK = {given!r}: must be ranks from 0 to {world_size - 1}, "
+                "separated by commas"
+            )
+
+
+def check_config(trainer_args: list[str], world_size: int, nodes: Nodes) -> JobConfig:
+    """Read the config. A refused one ends this process, after a word to the nodes that wait."""
+    try:
+        return parse_or_exit(trainer_args, world_size)
+    except SystemExit:
+        if nodes.meet_here:
+            from torchtrain.tools.meeting import tell_refused
+
+            tell_refused(nodes)
+        raise
 
 
 def visible_gpus() -> int:
-    """Accelerators that PyTorch can use and has a communication backend for. Costs nothing where there is no driver."""
-    if not any(
-        Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
-    ):
+    """Count the accelerators that PyTorch can use and has a communication backend for.
+
+    Costs nothing where there is no driver.
+    """
+    if not any(Path(driver).exists() for driver in DRIVERS):
         return 0
     import torch
 
@@ -100,44 +146,64 @@ def visible_gpus() -> int:
     return torch.accelerator.device_count() if usable_accelerator() is not None else 0
 
 
-def launch(processes: int, trainer_args: list[str], on_cpu: bool) -> int:
-    """Start `processes` ranks on this node and wait for them."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    if on_cpu:
-        tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
-        os.environ.setdefault("GLIBC_TUNABLES", tunables)
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
+def launch(
+    config: JobConfig, trainer_args: list[str], nodes: Nodes, processes: int, *, on_cpu: bool
+) -> int:
+    """Meet the other nodes, start `processes` ranks on this one, wait. Returns the exit status.
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the ranks say what failed
+    Raises:
+        UserError: node 0 cannot be where it should be.
+        PeerFault: another node does not come.
+    """
+    set_up_environment(processes, on_cpu=on_cpu)
+    # The ranks say what failed.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import get_args_parser, run
+
+    from torchtrain.tools.meeting import all_nodes
 
     options = [f"--nproc-per-node={processes}"]
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
     try:
-        run(get_args_parser().parse_args([*options, str(ROOT / "train.py"), *trainer_args]))
+        with all_nodes(nodes, config.comm.init_timeout_seconds):
+            run(get_args_parser().parse_args([*options, str(PROGRAM / "train.py"), *trainer_args]))
     except ChildFailedError as failed:
-        # Times count whole seconds; a rank that was killed comes before those that then failed for want of it.
-        rank, failure = min(
-            failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
-        )
-        if failure.exitcode < 0:
-            print(
-                f"rank {rank} was ended by {failure.signal_name()}; the others were stopped",
-                file=sys.stderr,
-            )
-            return 128 - failure.exitcode
-        return failure.exitcode
+        return status_of(failed)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except (RendezvousError, DistNetworkError) as fault:
+        raise PeerFault(f"the nodes did not meet: {fault}") from fault
     return 0
+
+
+def set_up_environment(processes: int, *, on_cpu: bool) -> None:
+    """Set what the ranks inherit; what the user has set stays."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    if on_cpu:
+        tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
+        os.environ.setdefault("GLIBC_TUNABLES", tunables)
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    paths = [str(PROGRAM), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
+def status_of(failed: "ChildFailedError") -> int:
+    """Return the exit status of the rank that failed first, and say so if a signal ended it."""
+    # Times count whole seconds; a rank that was killed comes before those that then failed for want
+    # of it.
+    rank, failure = min(
+        failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+    )
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    signal_name = failure.signal_name()
+    print(f"rank {rank} was ended by {signal_name}; the others were stopped", file=sys.stderr)
+    return 128 - failure.exitcode
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from torchtrain.config.options import options
 from torchtrain.config.reading import read_command_line
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
-from torchtrain.tools.launch import RENDEZVOUS_VARIABLES, ROOT, SPIN_COUNT, visible_gpus
+from torchtrain.installation import PROGRAM
+from torchtrain.tools.launch import RENDEZVOUS_VARIABLES, SPIN_COUNT, visible_gpus
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout
 from torchtrain.tools.parity_ranks import DONE
 from torchtrain.utils import nearest, write_durably
@@ -281,7 +282,7 @@ def environment(ranks: int, on_gpus: bool) -> dict[str, str]:
     if not on_gpus:
         kept["CUDA_VISIBLE_DEVICES"] = ""  # ROCm honours it too
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    python_path = os.pathsep.join(filter(None, [str(PROGRAM), os.environ.get("PYTHONPATH")]))
     return {
         "OMP_NUM_THREADS": threads,
         "GOMP_SPINCOUNT": SPIN_COUNT,
@@ -379,7 +380,7 @@ def make_plan(
     given, faults = read.values, read.faults
     if faults:
         raise UserError("\n".join(fault.text for fault in faults))
-    file = config_file or str(ROOT / "train_configs" / "debug_model.toml")
+    file = config_file or str(PROGRAM / "train_configs" / "debug_model.toml")
     values = ({} if config_file else SHRUNK) | {"training.steps": steps} | given
     config = JobConfig().parse_args(Plan(file, values).command_line("plain"), world_size=1)
     ranks = max(layout.ranks for layout in layouts.values())

@@ -1,0 +1,194 @@
+"""The meeting of a run's nodes, before any of them starts its ranks.
+
+torchrun's own static rendezvous waits in silence, does not hear Ctrl-C, and knows nothing of a node
+whose configuration was refused. So the launchers meet first, in the store that torchrun then uses:
+node 0 serves it at MASTER_ADDR:MASTER_PORT, each node leaves a word in it (`READY`, or why it will
+not come), and each waits for the words of all others, saying so.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from threading import Thread
+
+from torch.distributed import TCPStore
+
+from torchtrain.errors import PeerFault, UserError
+from torchtrain.tools.nodes import Nodes
+
+READY = "ready"
+REFUSED = "was refused"  # its configuration has a fault, which it prints
+STOPPED = "was stopped"
+
+POLL_S = 0.2
+ANNOUNCE_S = 10.0
+"""How often a node says what it waits for."""
+FAREWELL_S = 3.0
+"""How long a node that will not come tries to tell the others."""
+STORE_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[None]:
+    """Wait until every node is here, and keep the store that they met in until the block ends.
+
+    Raises:
+        UserError: the port is taken, or node 0 cannot be reached where it should be.
+        PeerFault: another node was refused or stopped, or did not come in time.
+    """
+    if not nodes.meet_here:
+        if nodes.count > 1:
+            print(f"waiting for {nodes.count} nodes", flush=True)
+        yield
+        return
+    waiting = _Waiting(nodes.endpoint, deadline=time.monotonic() + timeout_s)
+    store = _serve(nodes) if nodes.rank == 0 else _connect(nodes, waiting)
+    try:
+        store.set(_key(nodes.rank), READY)
+        _wait_for_words(store, nodes, waiting)
+    except BaseException as fault:
+        with suppress(RuntimeError):
+            if not isinstance(fault, PeerFault):
+                store.set(_key(nodes.rank), STOPPED)
+            if nodes.rank == 0:
+                time.sleep(5 * POLL_S)  # the store ends with this process: let the others read it
+        raise
+    yield
+    del store
+
+
+def tell_refused(nodes: Nodes) -> None:
+    """Tell the nodes that wait already that this one's configuration was refused."""
+    with suppress(UserError, PeerFault, RuntimeError):
+        if nodes.rank == 0:
+            store = _serve(nodes)
+            store.set(_key(0), REFUSED)
+            time.sleep(FAREWELL_S)
+        else:
+            waiting = _Waiting(nodes.endpoint, deadline=time.monotonic() + FAREWELL_S, silent=True)
+            _connect(nodes, waiting).set(_key(nodes.rank), REFUSED)
+
+
+@dataclass
+class _Waiting:
+    """How long a node waits, and when it last said so."""
+
+    endpoint: str
+    deadline: float
+    silent: bool = False
+    announced: str = ""
+    announced_at: float = 0.0
+
+    def turn(self, what: str, detail: str) -> None:
+        """Wait a little longer for `what`; say so when that changes and every ANNOUNCE_S seconds.
+
+        Raises:
+            PeerFault: the deadline has passed.
+        """
+        now = time.monotonic()
+        if now > self.deadline:
+            raise PeerFault(
+                f"{what} did not come to {self.endpoint} within comm.init_timeout_seconds: {detail}"
+            )
+        is_news = what != self.announced or now - self.announced_at >= ANNOUNCE_S
+        if is_news and not self.silent:
+            self.announced = what
+            self.announced_at = now
+            print(f"waiting for {what} at {self.endpoint}: {detail}", flush=True)
+        time.sleep(POLL_S)
+
+
+def _key(rank: int) -> str:
+    return f"torchtrain/node-{rank}"
+
+
+def _serve(nodes: Nodes) -> TCPStore:
+    """Open node 0's store."""
+    try:
+        socket.create_server(("", nodes.port)).close()
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT = {nodes.port}: {_reason(error)} on this node. "
+            "Set another, the same on all nodes."
+        ) from None
+    try:
+        return _open_store(nodes)
+    except RuntimeError as error:
+        raise UserError(
+            f"MASTER_ADDR = {nodes.address!r}: node 0 does not reach itself at {nodes.endpoint}. "
+            "It must be the address of node 0 as all nodes see it."
+        ) from error
+
+
+def _open_store(nodes: Nodes) -> TCPStore:
+    return TCPStore(
+        nodes.address,
+        nodes.port,
+        is_master=nodes.rank == 0,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        wait_for_workers=False,
+        multi_tenant=True,  # torchrun finds this server again by its port
+    )
+
+
+def _connect(nodes: Nodes, waiting: _Waiting) -> TCPStore:
+    """Wait for node 0's store."""
+    while True:
+        try:
+            # Not yet the store's own connection, which waits deaf to Ctrl-C.
+            socket.create_connection((nodes.address, nodes.port), timeout=1).close()
+            break
+        except OSError as error:
+            reason = _reason(error)
+        waiting.turn("node 0", reason)
+    stores: list[TCPStore] = []
+
+    def open_store() -> None:
+        with suppress(RuntimeError):
+            stores.append(_open_store(nodes))
+
+    # In a thread, since another program's silence would hold up the constructor for ever.
+    thread = Thread(target=open_store, daemon=True)
+    thread.start()
+    thread.join(STORE_TIMEOUT_S)
+    if not stores:
+        raise UserError(f"{nodes.endpoint}: what answers there is not node 0 of this run")
+    return stores[0]
+
+
+def _reason(error: OSError) -> str:
+    """Return the system's words for an error of a socket, without Python's additions."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return error.strerror or str(error)
+
+
+def _wait_for_words(store: TCPStore, nodes: Nodes, waiting: _Waiting) -> None:
+    """Wait until every other node is ready."""
+    others = [rank for rank in range(nodes.count) if rank != nodes.rank]
+    while True:
+        words = {rank: _word(store, rank) for rank in others}
+        for rank, word in words.items():
+            if word not in (None, READY):
+                fault = PeerFault(f"node {rank} {word}; this node ends too")
+                fault.is_user_error = word == REFUSED
+                raise fault
+        absent = [str(rank) for rank, word in words.items() if word is None]
+        if not absent:
+            return
+        noun = "node" if len(absent) == 1 else "nodes"
+        waiting.turn(f"{len(absent)} {noun}", f"node rank {', '.join(absent)} of {nodes.count}")
+
+
+def _word(store: TCPStore, rank: int) -> str | None:
+    """Return what a node has said, None if nothing yet."""
+    try:
+        if not store.check([_key(rank)]):
+            return None
+        return store.get(_key(rank)).decode()
+    except RuntimeError:
+        raise PeerFault("node 0 has left; this node ends too") from None
