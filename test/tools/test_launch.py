@@ -96,7 +96,7 @@ def stopped(tmp_path_factory, data):
 def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
     copy = tmp_path / "a path with spaces"
     copy.mkdir()
-    for name in ("train.py", "run_llama_train.sh"):
+    for name in ("train.py", "run_llama_train.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
     for name in ("torchtrain", "train_configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
