@@ -101,18 +101,17 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     separators = None
     if config.training.document_masking:
         separators = (tokenizer.bos_id, tokenizer.eos_id)
-    dataset = open_dataset(config, tokenizer)
-    validation_set = open_validation_set(config, plan, tokenizer, separators)
+    dataset, validation_set = open_data(config, plan, tokenizer, separators)
     fingerprints = f"{dataset.fingerprint}; {validation_set.fingerprint}"
     require_equal(fingerprints, "the corpus, as each rank reads it,")
 
     mesh = Mesh(plan.degrees, device.type, sequence_shards=plan.sequence_shards)
     tag_compiler_cache(mesh)
-    stall_s = config.data.stall_timeout_seconds
     parts = build_model(config, plan, mesh, device)
     weights = named_weights(parts.values())
     optimizer = build_optimizer(weights, config.optimizer)
     losses = build_losses(config.compile)
+    stall_s = config.data.stall_timeout_seconds
     return Trainer(
         config=config,
         plan=plan,
@@ -169,11 +168,16 @@ def make_plan(config: JobConfig, tokenizer_size: int, saved: Progress | None) ->
         ) from fault
 
 
-def open_dataset(config: JobConfig, tokenizer: Tokenizer) -> Dataset:
-    """Open what the run trains on; it is tokenized if need be. A collective call."""
+def open_data(
+    config: JobConfig, plan: RunPlan, tokenizer: Tokenizer, separators: tuple[int, int] | None
+) -> tuple[Dataset, ValidationSet]:
+    """Open what the run trains on, and what it validates on. A collective call.
 
-    def build() -> Dataset:
-        return build_dataset(
+    Either is tokenized if need be.
+    """
+
+    def open_both() -> tuple[Dataset, ValidationSet]:
+        dataset = build_dataset(
             config.training,
             config.data,
             tokenizer,
@@ -181,20 +185,10 @@ def open_dataset(config: JobConfig, tokenizer: Tokenizer) -> Dataset:
             config.validation,
             log=logger.info,
         )
+        return dataset, ValidationSet(plan.validation, config.data, tokenizer, separators)
 
     # Hosts whose token cache is warm wait for one that builds it.
-    return first_on_each_node(build, patient_group())
-
-
-def open_validation_set(
-    config: JobConfig, plan: RunPlan, tokenizer: Tokenizer, separators: tuple[int, int] | None
-) -> ValidationSet:
-    """Open what the run validates on; it is tokenized if need be. A collective call."""
-
-    def build() -> ValidationSet:
-        return ValidationSet(plan.validation, config.data, tokenizer, separators)
-
-    return first_on_each_node(build, patient_group())
+    return first_on_each_node(open_both, patient_group())
 
 
 def tag_compiler_cache(mesh: Mesh) -> None:

@@ -1,6 +1,7 @@
 """The device mesh: which ranks share what, by hand, on a fake process group of many ranks."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch.distributed as dist
@@ -89,6 +90,25 @@ CASES = [
         },
     ),
 ]
+
+
+@dataclass(frozen=True)
+class WithExperts(Degrees):
+    """Degrees with one that is not a factor of the world size: experts use dp_shard's ranks."""
+
+    ep: int = 2
+
+
+def find_with_experts(results):
+    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+    mesh = Mesh(WithExperts(pp=1, dp_replicate=1, dp_shard=4, cp=1, tp=2), "cpu")
+    results.write_text(json.dumps([mesh.data_rank, list(mesh.fsdp.shape)]))
+
+
+@pytest.mark.slow
+def test_a_degree_that_is_not_a_factor_of_the_world_size_changes_nothing(tmp_path):
+    on_ranks(1, find_with_experts, tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text()) == [1, [4]]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtrain.config.layout import Degrees
 
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The outermost first; their degrees multiply to the world size. A technique that uses the ranks of
+these in another way has a mesh of its own, made from them as FSDP's is."""
+
 
 class Mesh:
     """The ranks of the run, arranged by its degrees, and this rank's place among them.
@@ -26,12 +30,9 @@ class Mesh:
         self.degrees = degrees
         self.device_type = device_type
         self.sequence_shards = sequence_shards
-        kept = {
-            name: degree
-            for name, degree in asdict(degrees).items()
-            if degree > 1 or name == "dp_shard"
-        }
-        self._mesh = init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+        kept = [name for name in DIMENSIONS if self.has(name) or name == "dp_shard"]
+        sizes = [self._degree(name) for name in kept]
+        self._mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(kept))
         self.fsdp = self._build_fsdp()
 
     def _build_fsdp(self) -> DeviceMesh:
@@ -44,7 +45,10 @@ class Mesh:
 
     def has(self, name: str) -> bool:
         """Check whether several ranks share this dimension."""
-        return asdict(self.degrees)[name] > 1
+        return self._degree(name) > 1
+
+    def _degree(self, name: str) -> int:
+        return asdict(self.degrees)[name]
 
     def get(self, name: str) -> DeviceMesh:
         """Return the one-dimensional mesh of the ranks along this dimension."""
