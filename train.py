@@ -14,6 +14,11 @@ import traceback
 from dataclasses import asdict
 from types import FrameType
 
+from torchtrain.early_interrupt import end_on_interrupt, end_watch
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from torchtrain.config_manager import JobConfig, parse_or_exit
 
 # Before torch is imported, so that --help and a faulty config are answered at once.
@@ -243,6 +248,7 @@ class StopRequest:
         self.signal_number = 0
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._note)
+        end_watch()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT == self.signal_number:

@@ -15,6 +15,7 @@ FLOORS = {
     "torchtrain.installation": 0.0,
     "torchtrain.utils": 0.01,
     "torchtrain.logging_utils": 0.02,
+    "torchtrain.early_interrupt": 0.03,
     "torchtrain.ranks": 0.03,
     "torchtrain.step_metrics": 0.04,
     "torchtrain.catalog": 0.1,
@@ -36,7 +37,14 @@ FLOORS = {
     "train": 3.1,
     "torchtrain.tools": 4,
 }
-INSTANT = ("torchtrain.errors", "torchtrain.utils", "torchtrain.catalog", "torchtrain.config")
+INSTANT = (
+    "torchtrain.errors",
+    "torchtrain.utils",
+    "torchtrain.logging_utils",
+    "torchtrain.early_interrupt",
+    "torchtrain.catalog",
+    "torchtrain.config",
+)
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
