@@ -26,6 +26,46 @@ NAMED = (
 MUTANTS = {
     "train.py": [
         (
+            "each rank stops by its own signal",
+            'stopped_by = int(values.pop("stop_signal"))',
+            'values.pop("stop_signal")\n    stopped_by = stop.signal_number',
+        ),
+        (
+            "memory is that of rank 0 alone",
+            'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")',
+            'metrics.add("memory_gib", peak_memory_gib(trainer.device) * (dist.get_rank() == 0), reduce="max")',
+        ),
+        (
+            "data time is that of rank 0 alone",
+            'metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")',
+            'metrics.add("data_time_s", stopwatch.data_time_s * (dist.get_rank() == 0), reduce="max")',
+        ),
+        (
+            "data time is added up over ranks",
+            'metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")',
+            'metrics.add("data_time_s", stopwatch.data_time_s, reduce="sum")',
+        ),
+        (
+            "the largest loss is that of the first rank",
+            'metrics.add("max_loss", max_loss, reduce="max")',
+            'metrics.add("max_loss", max_loss, reduce="min")',
+        ),
+        (
+            "the loss counts each rank that shares samples",
+            'values.pop("loss") / trainer.plan.degrees.ranks_per_stage',
+            'values.pop("loss")',
+        ),
+        (
+            "the logged rate is the next step's",
+            'lr=trainer.optimizer.param_groups[0]["lr"]',
+            "lr=trainer.lr_scheduler.lr_lambdas[0](trainer.step + 1) * trainer.config.optimizer.lr",
+        ),
+        (
+            "the logged tokens leave out the step",
+            "tokens_seen=trainer.tokens_seen + trainer.tokens_per_step",
+            "tokens_seen=trainer.tokens_seen",
+        ),
+        (
             "the schedule is stepped before the optimizer",
             "    trainer.optimizer.step()\n    trainer.lr_scheduler.step()\n",
             "    trainer.lr_scheduler.step()\n    trainer.optimizer.step()\n",
@@ -1333,6 +1373,122 @@ MUTANTS = {
             "        if written != planned:\n",
             "        if written > planned:\n",
         ),
+    ],
+    "torchtrain/step_metrics.py": [
+        (
+            "a mean is that of the ranks",
+            "values.sum() / by_rank[:, column].sum()",
+            "(values / by_rank[:, column]).mean()",
+        ),
+        (
+            "a minimum is a maximum",
+            "                results.append(values.min())\n",
+            "                results.append(values.max())\n",
+        ),
+        ("several values of a rank are not counted", "        self.count += 1\n", ""),
+        (
+            "metrics of ranks that differ are mixed",
+            "if FAILED in signatures or len(set(signatures)) > 1:",
+            "if FAILED in signatures:",
+        ),
+        (
+            "metrics beyond the first gather are lost",
+            "            by_rank = torch.cat([by_rank, rest], dim=1)\n",
+            "            by_rank = torch.cat([by_rank, 0 * rest], dim=1)\n",
+        ),
+        (
+            "a metric's name may have no group",
+            "                if not (group and slash and rest):\n",
+            "                if not group:\n",
+        ),
+    ],
+    "torchtrain/metrics.py": [
+        (
+            "the first step counts for the throughput",
+            "        if step != self.first_step:\n",
+            "        if True:\n",
+        ),
+        ("a window goes on over the next", "            self.window.clear()\n", ""),
+        (
+            "the last step is not logged",
+            "step % self.section.log_freq == 0 or step == self.total_steps or validated",
+            "step % self.section.log_freq == 0 or validated",
+        ),
+        (
+            "a validation is not logged between steps that are",
+            "step == self.total_steps or validated:",
+            "step == self.total_steps:",
+        ),
+        (
+            "throughput is that of one step",
+            "self.tokens_per_step * len(steps) / total_time",
+            "self.tokens_per_step / total_time",
+        ),
+        (
+            "data time is a share, not per cent",
+            "100 * data_time / total_time",
+            "data_time / total_time",
+        ),
+        ("the step's time is that of the window", "total_time / len(steps),", "total_time,"),
+        ("memory is in decimal gigabytes", "GIB = 2**30", "GIB = 10**9"),
+        (
+            "memory is in KiB taken for bytes",
+            'unit = 1 if sys.platform == "darwin" else 1024',
+            "unit = 1",
+        ),
+        (
+            "a metric that is not finite breaks the JSON",
+            "record[name] = value if math.isfinite(value) else None",
+            "record[name] = value",
+        ),
+        ("TensorBoard doubles back on resume", "purge_step=self.first_step", "purge_step=None"),
+        (
+            "the remaining time counts all steps",
+            '(self.total_steps - record["step"]) * record["step_time_s"]',
+            'self.total_steps * record["step_time_s"]',
+        ),
+        ("a given peak is in FLOP/s", "return given_tflops * 1e12", "return given_tflops"),
+        (
+            "a pause counts",
+            "        self.step_started += time.perf_counter() - started\n",
+            "        pass\n",
+        ),
+        (
+            "waiting is not added up",
+            "        self.data_time_s += time.perf_counter() - started\n",
+            "        self.data_time_s = time.perf_counter() - started\n",
+        ),
+    ],
+    "torchtrain/run_folder.py": [
+        (
+            "two runs may share a folder",
+            "fcntl.LOCK_EX | fcntl.LOCK_NB",
+            "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        ),
+        (
+            "the resumed step's own line is moved",
+            "if _logged_step(line) <= step:",
+            "if _logged_step(line) < step:",
+        ),
+        ("a torn line stays", '        return float("inf")\n', "        return 0.0\n"),
+        (
+            "earlier outputs go to a folder that is taken",
+            "newest = max(newest, int(number))",
+            "newest = int(number)",
+        ),
+        (
+            "earlier superseded lines stay",
+            "names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES",
+            "names = {METRICS_FILE, *DESCRIPTION_FILES",
+        ),
+        (
+            "superseded lines are overwritten",
+            'open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8")',
+            'open(self.path / SUPERSEDED_FILE, "w", encoding="utf-8")',
+        ),
+    ],
+    "torchtrain/profiling.py": [
+        ("garbage is collected at every step", "elif step % self.every == 0:", "else:"),
     ],
     "torchtrain/ranks.py": [
         (

@@ -34,6 +34,7 @@ ROOMS = {
     "train.py": (
         "test/test_train.py",
         "test/test_training_by_hand.py",
+        "test/test_step_metrics.py",
         "test/test_metrics.py",
         "test/test_validation.py",
         "test/test_training.py",
