@@ -49,7 +49,7 @@ class RunFacts:
 def describe(trainer: Trainer) -> RunFacts:
     """Say what will run, and return it as facts for run.json."""
     facts = find_facts(trainer)
-    config, plan, batch = trainer.config, trainer.plan, trainer.plan.batch
+    config, plan = trainer.config, trainer.plan
     training = config.training
     layout = [plan.degrees.describe()]
     if plan.pipeline is not None:
@@ -63,11 +63,7 @@ def describe(trainer: Trainer) -> RunFacts:
         f"{plan.shape.describe()}"
     )
     logger.info(f"layout     {'; '.join(layout)}")
-    logger.info(
-        f"batch      {batch.global_batch_size} sequences x {training.seq_len} tokens = "
-        f"{facts.tokens_per_step:,} tokens per step; microbatch {batch.microbatch_size}, "
-        f"accumulation {batch.accumulation_steps}"
-    )
+    logger.info(f"batch      {plan.batch.describe(training.seq_len)}")
     logger.info(
         f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
         f"reductions {training.mixed_precision_reduce}"

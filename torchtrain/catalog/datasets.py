@@ -114,6 +114,8 @@ def find_dataset(name: str, path: str | None, option: str = "training.dataset") 
 
 
 def _why_unknown(name: str) -> str:
+    if not name:
+        return "names no dataset; set it, for example to jsonl with its path, or c4 from the Hub"
     if name in NOT_INCLUDED:
         return f"is not included: {NOT_INCLUDED[name]}"
     close = nearest(name, DATASETS)

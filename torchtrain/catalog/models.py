@@ -50,10 +50,11 @@ class ModelShape:
         grouped = ""
         if self.n_kv_heads != self.n_heads:
             grouped = f" on {self.n_kv_heads} key/value heads"
+        vocabulary = f"{self.vocab_size:,}" if self.vocab_size else "as the tokenizer's"
         tied = ", tied embeddings" if self.tied_embeddings else ""
         return (
             f"{self.n_layers} layers {self.dim} wide, {self.n_heads} heads{grouped}, "
-            f"feed-forward {self.ffn_hidden_dim}, vocabulary {self.vocab_size:,}{tied}"
+            f"feed-forward {self.ffn_hidden_dim}, vocabulary {vocabulary}{tied}"
         )
 
 

@@ -64,7 +64,7 @@ def split_evenly(
         lighter = ""
         if first_less or last_less:
             lighter = f", with {first_less} fewer in the first and {last_less} in the last"
-        raise UserError(f"{len(blocks)} layers are too few for {stages} pipeline stages{lighter}")
+        raise UserError(f"too few layers, {len(blocks)}, for {stages} pipeline stages{lighter}")
     split = []
     start = 0
     for count in counts:

@@ -86,6 +86,14 @@ class BatchPlan:
     data_parallel_degree: int
     """Ranks that read different sequences."""
 
+    def describe(self, seq_len: int) -> str:
+        """Return the plan in words, for the start-up line."""
+        return (
+            f"{self.global_batch_size} sequences x {seq_len} tokens = "
+            f"{self.global_batch_size * seq_len:,} tokens per step; microbatch "
+            f"{self.microbatch_size}, accumulation {self.accumulation_steps}"
+        )
+
 
 def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     """Return the degrees, with a shard degree of -1 resolved to the ranks that are left.

@@ -1,0 +1,280 @@
+"""Combinations that cannot work, each refused with one clear fault; and some that can."""
+
+import pytest
+from helpers.configs import assert_one_fault, parse, report
+
+BAD_COMBINATIONS = {
+    "unknown choice": (
+        '[optimizer]\nname = "SGD"',
+        ["optimizer.name = 'SGD' is unknown", "allowed: AdamW, Adam"],
+    ),
+    "output folder that is the run's": (
+        '[checkpoint]\nfolder = "."',
+        ["checkpoint.folder", "inside job.dump_folder"],
+    ),
+    "output folder outside": (
+        '[metrics]\nsave_tb_folder = "../tb"',
+        ["metrics.save_tb_folder", "inside"],
+    ),
+    "unknown family": (
+        '[model]\nname = "lama3"',
+        ["model.name = 'lama3' is unknown", "allowed: llama2, llama3"],
+    ),
+    "unknown flavor": (
+        '[model]\nflavor = "405b"',
+        ["model.flavor = '405b'", "8B, 70B, 405B", "Did you mean '405B'?"],
+    ),
+    "unknown dataset": (
+        '[training]\ndataset = "jsnl"',
+        ["'jsnl' is unknown, did you mean jsonl?", "text, jsonl"],
+    ),
+    "dataset without path": (
+        '[training]\ndataset = "text"',
+        ["needs training.dataset_path", "a text file"],
+    ),
+    "dataset with a path it ignores": (
+        '[training]\ndataset_path = "run.toml"',
+        ["= 'python_stdlib' takes no path", "'run.toml' is given"],
+    ),
+    "dataset path missing": (
+        '[training]\ndataset = "text"\ndataset_path = "no"',
+        ["= 'no' does not exist"],
+    ),
+    "source without weight": (
+        '[data]\nmixture = ["text ."]',
+        ['data.mixture: "text ."', '"dataset path = weight"'],
+    ),
+    "source that is not there": (
+        '[data]\nmixture = ["text no = 1"]',
+        ["data.mixture: 'text': the path 'no' does not exist"],
+    ),
+    "stream packed": (
+        '[data]\nstreaming = true\npacking = "best_fit"',
+        ["data.packing", "before the first step"],
+    ),
+    "stream held out": (
+        "[data]\nstreaming = true\n[validation]\nenable = true",
+        ["no documents can be held out", "validation.dataset"],
+    ),
+    "two tokenizers": (
+        '[model]\ntokenizer_path = "a"\nhf_assets_path = "b"',
+        ['"a"', '"b"', "give one of them"],
+    ),
+    "heads that do not divide": (
+        "[model]\nn_heads = 12\nn_kv_heads = 12",
+        ["n_heads = 12", "dim = 256"],
+    ),
+    "odd heads": ("[model]\ndim = 48", ["48 / 16 = 3", "must be even"]),
+    "kv heads that do not divide": (
+        "[model]\nn_kv_heads = 3",
+        ["n_kv_heads = 3 must divide model.n_heads = 16"],
+    ),
+    "kv heads of the flavor": (
+        "[model]\nn_heads = 8",
+        ["n_kv_heads = 16", "n_heads = 8", "it does not follow n_heads; set it too"],
+    ),
+    "rope factors": (
+        "[model]\nrope_scaling_factor = 8\nrope_high_freq_factor = 1",
+        ["rope_high_freq_factor = 1.0", "above"],
+    ),
+    "initial path missing": (
+        '[checkpoint]\nenable = true\ninitial_load_path = "no"',
+        ['"no" is not a folder'],
+    ),
+    "profiler window": (
+        "[profiling]\nenable_profiling = true\nprofile_freq = 3",
+        ["profile_freq = 3", "at least 4"],
+    ),
+    "no dataset": (
+        '[training]\ndataset = ""',
+        ["training.dataset = '' names no dataset; set it"],
+    ),
+    "unknown validation set": (
+        '[validation]\nenable = true\ndataset = "jsnl"',
+        ["validation.dataset = 'jsnl' is unknown, did you mean jsonl?"],
+    ),
+    "validation set without a path": (
+        '[validation]\nenable = true\ndataset = "jsonl"',
+        ["validation.dataset = 'jsonl' needs validation.dataset_path"],
+    ),
+    "misspelt optimizer": (
+        '[optimizer]\nname = "AdmaW"',
+        ["optimizer.name = 'AdmaW' is unknown", "did you mean AdamW?"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMBINATIONS)
+def test_what_cannot_work_gets_one_clear_fault(name):
+    text, fragments = BAD_COMBINATIONS[name]
+    assert_one_fault(report(text), "run.toml", fragments)
+
+
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+TP2, CP2 = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"
+
+# Layouts that cannot be, on 4 ranks.
+BAD_SHARING = {
+    "product": (
+        ["--parallelism.data_parallel_shard_degree=2", TP2, CP2],
+        ["tensor_parallel_degree = 2", "gives 8 ranks, but the world size is 4"],
+    ),
+    "left over": (
+        ["--parallelism.tensor_parallel_degree=3"],
+        ["tensor_parallel_degree = 3 does not divide", "1, 2, 4"],
+    ),
+    "heads": (
+        [TP2, "--model.n_kv_heads=1"],
+        ["tensor_parallel_degree = 2 must divide model.n_kv_heads = 1"],
+    ),
+    "ulysses heads": (
+        [TP2, CP2, "--model.n_kv_heads=2", "--parallelism.context_parallel_method=ulysses"],
+        [
+            "context_parallel_degree = 4 (ulysses: times the tensor-parallel degree)",
+            "must divide model.n_kv_heads = 2",
+        ],
+    ),
+    "head and tail": (
+        [CP2, "--training.seq_len=6"],
+        ["training.seq_len = 6 must be divisible by 4", "(headtail)"],
+    ),
+    "sequence parallel": (
+        [TP2, CP2, "--training.seq_len=12"],
+        ["must be divisible by 8", "tensor_parallel_degree = 2"],
+    ),
+    "feed-forward": ([TP2, "--model.ffn_hidden_dim=7"], ["must divide model.ffn_hidden_dim = 7"]),
+    "budget": (["--activation_checkpoint.mode=memory_budget"], ["it needs compile.enable = true"]),
+    "async": (
+        [TP2, "--parallelism.enable_async_tensor_parallel"],
+        ["it needs compile.enable = true"],
+    ),
+    "pp product": (
+        ["--parallelism.pipeline_parallel_degree=3"],
+        ["pipeline_parallel_degree = 3 does not divide"],
+    ),
+    "pp schedule": (
+        [PP2, "--parallelism.pipeline_parallel_schedule=1f1b"],
+        ["must be one of GPipe, 1F1B, Interleaved"],
+    ),
+    "pp layers": (
+        ["--parallelism.pipeline_parallel_degree=4", "--model.n_layers=1"],
+        ["too few layers, 1, for 4 pipeline stages"],
+    ),
+    "pp stages": (
+        [PP2, "--parallelism.pipeline_parallel_layers_per_stage=2"],
+        [
+            "pipeline_parallel_degree = 2: 4 stages on 2 pipeline ranks; 1F1B accepts 2, one",
+        ],
+    ),
+    "pp interleaved stages": (
+        [
+            PP2,
+            "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+            "--parallelism.pipeline_parallel_layers_per_stage=4",
+        ],
+        ["2 stages on 2 pipeline ranks; Interleaved1F1B accepts 4, 6 or a higher multiple of 2"],
+    ),
+    "pp microbatches": (
+        [PP2, "--training.local_batch_size=1"],
+        [
+            "1 microbatch for 2 stages; 1F1B needs at least one per stage",
+            "training.local_batch_size allows more",
+        ],
+    ),
+    "pp rounds": (
+        [
+            PP2,
+            "--parallelism.pipeline_parallel_schedule=InterleavedZeroBubble",
+            "--training.local_batch_size=5",
+        ],
+        [
+            "5 microbatches on 2 pipeline ranks; InterleavedZeroBubble accepts up to 3, or",
+        ],
+    ),
+    "pp microbatch size": (
+        [PP2, "--parallelism.pipeline_parallel_microbatch_size=3"],
+        [
+            "pipeline_parallel_microbatch_size = 3 must divide the 8 sequences that pass",
+        ],
+    ),
+    "pp pieces": (
+        [PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings,layers.0;layers.2,norm"],
+        ["missing: layers.1", "output", "the model's layers are, in order: tok_embeddings to"],
+    ),
+    "pp empty stage": (
+        [PP2, "--parallelism.module_fqns_per_model_part=tok_embeddings;"],
+        ["a list of lists of names"],
+    ),
+    "pp reshard": (
+        [
+            PP2,
+            "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+            "--parallelism.fsdp_reshard_after_forward=always",
+        ],
+        ['fsdp_reshard_after_forward = "always": ZBVZeroBubble splits the backward'],
+    ),
+    "n-th block": (
+        ["--activation_checkpoint.selective_ac_option=0"],
+        ['selective_ac_option = "0"'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARING)
+def test_layouts_that_cannot_be_are_refused(name):
+    args, fragments = BAD_SHARING[name]
+    said = report("", *args, world_size=4)
+    for fragment in fragments:
+        assert fragment in said
+
+
+def test_layouts_that_can_be_are_accepted():
+    parse("", TP2, CP2, "--training.seq_len=8", world_size=8)
+    parse("", TP2, "--training.seq_len=3", "--parallelism.disable_sequence_parallel", world_size=2)
+    parse("", PP2, TP2, CP2, "--training.seq_len=8", world_size=16)
+    parse("", PP2, "--parallelism.fsdp_reshard_after_forward=always", world_size=2)
+    parse(
+        "[parallelism]\npipeline_parallel_degree = 2\npipeline_parallel_layers_per_stage = 4",
+        world_size=2,
+    )
+    parse(
+        "",
+        CP2,
+        "--training.seq_len=6",
+        "--parallelism.context_parallel_load_balancer=none",
+        world_size=2,
+    )
+
+
+BAD_LAYOUTS_OF_12 = {
+    "replicas": (
+        ["--parallelism.data_parallel_replicate_degree", "5"],
+        ["5", "world size 12", "1, 2, 3, 4, 6, 12"],
+    ),
+    "degrees": (
+        [
+            "--parallelism.data_parallel_replicate_degree=2",
+            "--parallelism.data_parallel_shard_degree=4",
+        ],
+        ["2 x", "= 4 gives 8 ranks", "world size is 12"],
+    ),
+    "global batch": (
+        ["--training.global_batch_size=32"],
+        ["= 32", "over 12 data-parallel ranks", "8 and 16", "24 and 36"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYOUTS_OF_12)
+def test_degrees_and_batches_that_do_not_divide_are_refused(name):
+    args, fragments = BAD_LAYOUTS_OF_12[name]
+    assert_one_fault(report("", *args, world_size=12), "command line", fragments)
+
+
+def test_an_unknown_world_size_leaves_the_layout_unjudged():
+    args = ["--parallelism.data_parallel_shard_degree=4", "--training.global_batch_size=7"]
+    parse("", *args, world_size=0)
+    report("", *args, world_size=1)
+    parse("", PP2, "--training.local_batch_size=1", world_size=0)
+    report("", PP2, "--parallelism.pipeline_parallel_microbatch_size=3", world_size=0)
+    report("", "--parallelism.pipeline_parallel_degree=4", "--model.n_layers=1", world_size=0)

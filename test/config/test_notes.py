@@ -1,0 +1,156 @@
+"""Options that another one leaves without effect: noted, never refused."""
+
+import pytest
+from helpers.configs import parse
+
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+CP2 = "--parallelism.context_parallel_degree=2"
+
+# Each with one option that another one leaves without effect: the file, and what the note holds.
+IDLE = {
+    "mixture and dataset": (
+        '[data]\nmixture = ["python_stdlib = 1"]\n[training]\ndataset = "c4"',
+        ['training.dataset = "c4" has no effect', "data.mixture"],
+    ),
+    "streams of what is cached": (
+        "[data]\nstreams = 4",
+        ["data.streams = 4 has no effect while data.streaming = false"],
+    ),
+    "stream of a token file": (
+        '[training]\ndataset = "tokens"\ndataset_path = "run.toml"\n[data]\nstreaming = true',
+        ["data.streaming = true has no effect: token files are read in place"],
+    ),
+    "validation path alone": (
+        '[validation]\nenable = true\ndataset_path = "."',
+        ["dataset_path", "no effect without validation.dataset"],
+    ),
+    "share of a named set": (
+        '[validation]\nenable = true\ndataset = "python_stdlib"\nheld_out_share = 0.5',
+        ["held_out_share = 0.5 has no effect", '"python_stdlib"'],
+    ),
+    "type of no token file": (
+        '[data]\ntoken_dtype = "uint16"',
+        ["data.token_dtype", "has no effect"],
+    ),
+    "changes of no checkpoint": (
+        "[checkpoint]\naccept_changed_data = true",
+        ["accept_changed_data", "enable = false"],
+    ),
+    "load_step unused": (
+        "[checkpoint]\nload_step = 5",
+        ["checkpoint.load_step = 5 has no effect", "enable = false"],
+    ),
+    "load_only unused": (
+        "[checkpoint]\nload_only = true",
+        ["checkpoint.load_only = true has no effect"],
+    ),
+    "first step of nothing": (
+        "[checkpoint]\nenable = true\nload_only = true\nenable_first_step_checkpoint = true",
+        ["enable_first_step_checkpoint = true has no effect"],
+    ),
+    "initial path unused": (
+        '[checkpoint]\ninitial_load_path = "."',
+        ["initial_load_path", "has no effect"],
+    ),
+    "initial state of nothing": (
+        "[checkpoint]\nenable = true\ninitial_load_model_only = false",
+        ["has no effect without checkpoint.initial_load_path"],
+    ),
+    "warning only": (
+        "[debug]\ndeterministic_warn_only = true",
+        ["has no effect", "debug.deterministic = false"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_an_option_without_effect_is_noted_and_taken(name):
+    text, fragments = IDLE[name]
+    (note,) = parse(text).notes
+    for fragment in fragments:
+        assert fragment in note
+
+
+# Each with one option that another one leaves without effect, on 4 ranks.
+IDLE_LAYOUTS = {
+    "rotation": (
+        [
+            CP2,
+            "--parallelism.context_parallel_method=ulysses",
+            "--parallelism.context_parallel_rotate_method=alltoall",
+        ],
+        ['alltoall" has no effect with parallelism.context_parallel_method = "ulysses"'],
+    ),
+    "no tp": (
+        ["--parallelism.disable_loss_parallel"],
+        ["has no effect while parallelism.tensor_parallel_degree = 1"],
+    ),
+    "no cp": (
+        ["--parallelism.context_parallel_method=ulysses"],
+        ["no effect while parallelism.context_parallel_deg"],
+    ),
+    "no pp": (
+        [
+            "--parallelism.pipeline_parallel_schedule=GPipe",
+        ],
+        [
+            'pipeline_parallel_schedule = "GPipe" has no effect',
+            "while parallelism.pipeline_parallel_degree = 1",
+        ],
+    ),
+    "pp both cuts": (
+        [
+            PP2,
+            "--model.n_layers=1",
+            "--parallelism.pipeline_parallel_layers_per_stage=1",
+            "--parallelism.module_fqns_per_model_part=tok_embeddings;layers.0,norm,output",
+        ],
+        [
+            "pipeline_parallel_layers_per_stage = 1 has no effect",
+            "with parallelism.module_fqns_per_model_part",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDLE_LAYOUTS)
+def test_a_layout_option_without_effect_is_noted_and_taken(name):
+    args, fragments = IDLE_LAYOUTS[name]
+    (note,) = parse("", *args, world_size=4).notes
+    for fragment in fragments:
+        assert fragment in note
+
+
+def test_what_has_an_effect_is_not_noted():
+    text = """
+[checkpoint]
+enable = true
+load_step = 4
+keep_latest_k = 3
+initial_load_path = "."
+initial_load_model_only = false
+[data]
+streaming = true
+streams = 4
+[debug]
+deterministic = true
+deterministic_warn_only = true
+"""
+    assert parse(text).notes == []
+    assert (
+        parse("", CP2, "--parallelism.context_parallel_rotate_method=alltoall", world_size=2).notes
+        == []
+    )
+
+
+def test_each_option_is_noted_once():
+    config = parse(
+        "",
+        "--checkpoint.enable_first_step_checkpoint",
+        "--checkpoint.load_only",
+    )
+    assert config.notes == [
+        "checkpoint.load_only = true has no effect while checkpoint.enable = false",
+        "checkpoint.enable_first_step_checkpoint = true has no effect while checkpoint.enable = "
+        "false",
+    ]
