@@ -128,6 +128,7 @@ BOUNDS = {
     "profiling.profiler_active": COUNT,
     "profiling.profiler_warmup": COUNT_OR_ZERO,
     "metrics.log_freq": COUNT,
+    "metrics.peak_tflops": POSITIVE,
     "model.dim": COUNT,
     "model.n_layers": COUNT,
     "model.n_heads": COUNT,
