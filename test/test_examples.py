@@ -1,4 +1,4 @@
-"""The examples work as they are: a user's dataset, model and optimizer, on any layout."""
+"""The examples work as they are: a user's dataset, model, optimizer and metric."""
 
 import pytest
 import torch
@@ -54,3 +54,17 @@ def test_the_dataset_is_read(data, tmp_path):
         "training.dataset": "counting",
     }
     assert len(losses_of(tmp_path / "run", 1, own)) == 4
+
+
+def test_the_metric_is_that_of_the_whole_job(data, tmp_path):
+    own = {
+        **data,
+        "experimental.custom_import": EXAMPLES / "own_metric.py",
+        "optimizer.name": "WatchedAdamW",
+    }
+    largest = []
+    for ranks in (1, 2):
+        losses_of(tmp_path / str(ranks), ranks, own)
+        largest.append([line["gradient/largest"] for line in metrics(tmp_path / str(ranks))])
+    assert min(largest[0]) > 0
+    assert torch.allclose(torch.tensor(largest[0]), torch.tensor(largest[1]), rtol=1e-5)
