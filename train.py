@@ -17,7 +17,7 @@ from types import FrameType
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
 
 if __name__ == "__main__":
-    end_on_interrupt()
+    end_on_interrupt(before="the first step")
 
 from torchtrain.config_manager import JobConfig, parse_or_exit
 

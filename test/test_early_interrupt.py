@@ -84,7 +84,7 @@ def test_a_run_that_trains_has_its_own_way_to_stop():
     """Once a StopRequest is there, the thread that ends the process is gone."""
     code = (
         "import os, signal, threading, torchtrain.early_interrupt as early\n"
-        "early.end_on_interrupt()\n"
+        "early.end_on_interrupt('the end')\n"
         "noted = []\n"
         "signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))\n"
         "early.end_watch()\n"

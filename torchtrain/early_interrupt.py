@@ -1,4 +1,4 @@
-"""Ctrl-C before the first step: one line and exit status 130, at once and without a traceback.
+"""Ctrl-C before there is anything to save: one line, exit status 130, no traceback, at once.
 
 Imports no torch, so that it covers torch's import too.
 """
@@ -13,8 +13,10 @@ from types import FrameType
 from torchtrain.logging_utils import clear_progress
 
 
-def end_on_interrupt() -> None:
-    """End this process when SIGINT comes, until `end_watch` is called.
+def end_on_interrupt(before: str) -> None:
+    """End this process when SIGINT comes `before` something, until `end_watch` is called.
+
+    Of several ranks, rank 0 alone says so.
 
     Python runs a signal's handler between two instructions of the main thread, which can stand in a
     call for minutes, as when it waits for other nodes. The interpreter writes the signal's number
@@ -24,7 +26,7 @@ def end_on_interrupt() -> None:
     fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)  # as the interpreter wants it
     signal.signal(signal.SIGINT, _leave_to_thread)
     signal.set_wakeup_fd(writer)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, before), daemon=True).start()
 
 
 def end_watch() -> None:
@@ -38,11 +40,11 @@ def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """Handle SIGINT: without a handler in Python nothing is written to the pipe."""
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, before: str) -> None:
     while number := os.read(reader, 1):
         if number[0] == signal.SIGINT:
             if os.environ.get("RANK", "0") == "0":
                 clear_progress()
-                print("stopped by SIGINT before the first step", file=sys.stderr, flush=True)
+                print(f"stopped by SIGINT before {before}", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGINT)
     os.close(reader)

@@ -18,6 +18,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchtrain.early_interrupt import end_on_interrupt, end_watch
+
+if __name__ == "__main__":
+    end_on_interrupt(before="the ranks started")  # while the imports below are made
+
 from torchtrain.config.options import print_help, wants_help
 from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import PeerFault, UserError
@@ -57,6 +62,8 @@ GLIBC_TUNABLES = {
 
 def main(trainer_args: list[str]) -> int:
     """Check, launch, wait. Returns the exit status described above."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_watch()
     if not any(arg.split("=")[0] == "--job.config_file" for arg in trainer_args):
         trainer_args = ["--job.config_file", default_config_file(), *trainer_args]
     if wants_help(trainer_args):
