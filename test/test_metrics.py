@@ -293,7 +293,7 @@ def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkey
 
     class Run:
         def log(self, scalars, step):
-            logged.append((step, scalars["loss"], scalars["router/max_load"]))
+            logged.append((step, scalars["loss/loss"], scalars["router/max_load"]))
 
         def finish(self):
             calls.append("finish")

@@ -62,7 +62,8 @@ GROUPS = {
     "data_time_pct": "throughput",
     "memory_gib": "memory",
 }
-"""TensorBoard's group of each of the trainer's own metrics; an added one is named group/name."""
+"""The group, in TensorBoard and Weights & Biases, of each of the trainer's own metrics; an added one
+is named group/name."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +234,10 @@ class MetricsLogger:
         scalars = {}
         for name, value in record.items():
             if name != "step" and value is not None:
-                scalars[name] = value
-        if self.tensorboard is not None:
-            for name, value in scalars.items():
                 tag = f"{GROUPS[name]}/{name}" if name in GROUPS else name
+                scalars[tag] = value
+        if self.tensorboard is not None:
+            for tag, value in scalars.items():
                 self.tensorboard.add_scalar(tag, value, step)
             self.tensorboard.flush()  # a killed run then lacks nothing up to its last checkpoint
         if self.wandb is not None:
