@@ -22,7 +22,7 @@ IDLE = {
     ),
     "validation path alone": (
         '[validation]\nenable = true\ndataset_path = "."',
-        ["dataset_path", "no effect without validation.dataset"],
+        ["dataset_path", "no effect while validation.dataset is unset"],
     ),
     "share of a named set": (
         '[validation]\nenable = true\ndataset = "python_stdlib"\nheld_out_share = 0.5',
@@ -54,7 +54,7 @@ IDLE = {
     ),
     "initial state of nothing": (
         "[checkpoint]\nenable = true\ninitial_load_model_only = false",
-        ["has no effect without checkpoint.initial_load_path"],
+        ["has no effect while checkpoint.initial_load_path is unset"],
     ),
     "warning only": (
         "[debug]\ndeterministic_warn_only = true",
@@ -79,7 +79,7 @@ IDLE_LAYOUTS = {
             "--parallelism.context_parallel_method=ulysses",
             "--parallelism.context_parallel_rotate_method=alltoall",
         ],
-        ['alltoall" has no effect with parallelism.context_parallel_method = "ulysses"'],
+        ['alltoall" has no effect while parallelism.context_parallel_method = "ulysses"'],
     ),
     "no tp": (
         ["--parallelism.disable_loss_parallel"],
@@ -107,7 +107,7 @@ IDLE_LAYOUTS = {
         ],
         [
             "pipeline_parallel_layers_per_stage = 1 has no effect",
-            "with parallelism.module_fqns_per_model_part",
+            "while parallelism.module_fqns_per_model_part = ",
         ],
     ),
 }

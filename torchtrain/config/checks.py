@@ -11,6 +11,7 @@ from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config.faults import Fault
 from torchtrain.config.layout import (
     DEGREE_KEYS,
+    PIPELINE_KEYS,
     check_batch,
     count_sequence_shards,
     plan_batch,
@@ -35,16 +36,6 @@ NAMED_BY_USERS = (
     "validation.dataset",
 )
 
-PIPELINE_KEYS = (
-    *DEGREE_KEYS,
-    "parallelism.pipeline_parallel_schedule",
-    "parallelism.pipeline_parallel_microbatch_size",
-    "parallelism.pipeline_parallel_layers_per_stage",
-    "parallelism.pipeline_parallel_first_stage_less_layers",
-    "parallelism.pipeline_parallel_last_stage_less_layers",
-    "parallelism.module_fqns_per_model_part",
-)
-
 
 def check(config: Config, world_size: int | None) -> list[Fault]:
     """Return every combination that cannot work; a world size of None leaves the layout out."""
@@ -53,7 +44,6 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_check_model(config),
         *_check_optimizer(config),
         *_check_data(config),
-        *_check_held_out(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
         *_check_sequence(config),
@@ -167,6 +157,7 @@ def _check_data(config: Config) -> Iterator[Fault]:
         return
     for source in sources:
         yield from _check_source(source)
+    yield from _check_held_out(config, sources)
     if data.streaming and data.packing == "best_fit":
         yield Fault(
             'data.packing = "best_fit" looks at all documents before the first step; '
@@ -181,25 +172,19 @@ def _check_source(source: DataSource) -> Iterator[Fault]:
         yield Fault(str(fault))
 
 
-def _check_held_out(config: Config) -> Iterator[Fault]:
+def _check_held_out(config: Config, sources: list[DataSource]) -> Iterator[Fault]:
     """Check that documents to validate on can be held out, where no others are named."""
     if not config.validation.enable or config.validation.dataset is not None:
         return
-    try:
-        sources = plan_sources(config.training, config.data)
-    except UserError:  # reported by _check_data
-        return
-    token_files = [source for source in sources if source.dataset == "tokens"]
-    if token_files:
-        what = f"{quoted(token_files[0].name)}, a token file ({token_files[0].option})"
-    elif config.data.streaming:
-        what = "what data.streaming = true reads once"
-    else:
-        return
-    yield Fault(
-        f"validation.enable = true: no documents can be held out of {what}; name others in "
-        "validation.dataset"
-    )
+    what = "what data.streaming = true reads once" if config.data.streaming else ""
+    for source in sources:
+        if source.dataset == "tokens":
+            what = f"{quoted(source.name)}, a token file ({source.option})"
+    if what:
+        yield Fault(
+            f"validation.enable = true: no documents can be held out of {what}; name others in "
+            "validation.dataset"
+        )
 
 
 def _check_validation(config: Config) -> Iterator[Fault]:
@@ -276,7 +261,7 @@ def _check_pipeline(config: Config, world_size: int | None) -> Iterator[Fault]:
         stages = len(plan_stages(parallelism, layer_names))
     except UserError as fault:
         text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
-        yield Fault(text, (*PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"))
+        yield Fault(text, (*DEGREE_KEYS, *PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"))
         return
     yield from _check_pipeline_batch(config, world_size, stages)
 
@@ -293,7 +278,7 @@ def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -
     except UserError as fault:
         # How many microbatches there are depends on the world size, whether they divide does not.
         if world_size is not None or batch_size % parallelism.pipeline_parallel_microbatch_size:
-            yield Fault(str(fault), (*PIPELINE_KEYS, "training.global_batch_size"))
+            yield Fault(str(fault), (*DEGREE_KEYS, *PIPELINE_KEYS, "training.global_batch_size"))
 
 
 def _check_folders(config: Config) -> Iterator[Fault]:

@@ -23,6 +23,17 @@ DEGREE_KEYS = (
 )
 
 
+# How a pipeline is split and run.
+PIPELINE_KEYS = (
+    "parallelism.pipeline_parallel_schedule",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "parallelism.pipeline_parallel_layers_per_stage",
+    "parallelism.pipeline_parallel_first_stage_less_layers",
+    "parallelism.pipeline_parallel_last_stage_less_layers",
+    "parallelism.module_fqns_per_model_part",
+)
+
+
 @dataclass(frozen=True)
 class Degrees:
     """Ranks along each dimension of the device mesh, the outermost first."""
