@@ -15,8 +15,10 @@ from dataclasses import asdict
 from types import FrameType
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
+from torchtrain.installation import exit_without_dependencies
 
 if __name__ == "__main__":
+    exit_without_dependencies()
     end_on_interrupt(before="the first step")
 
 from torchtrain.config_manager import JobConfig, parse_or_exit
@@ -42,6 +44,7 @@ from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
     end_with_launcher,
     join_process_group,
+    name_process,
     on_rank_zero,
     require_equal_config,
     set_timeout,
@@ -336,7 +339,8 @@ def main(config: JobConfig) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     init_logging(rank, world_size, disable_color=config.metrics.disable_color_printing)
     end_with_launcher()
-    faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where every thread of a rank stands
+    faulthandler.register(signal.SIGUSR1)  # shows where every thread of a rank is
+    name_process()  # `pkill -USR1 torchtrain` then finds the ranks, and not torchrun
     try:
         run(config, join_process_group(config.comm.init_timeout_seconds))
     except (SharedUserError, NonFinite) as fault:

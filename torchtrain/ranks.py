@@ -64,6 +64,14 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def name_process() -> None:
+    """Name this process "torchtrain" (Linux), as `ps`, `top` and `pkill` see it."""
+    if sys.platform != "linux":
+        return
+    set_name = 15  # PR_SET_NAME, prctl(2); at most 15 bytes
+    ctypes.CDLL(None).prctl(set_name, b"torchtrain")
+
+
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
     """Make it an error, from now on, for a collective of `groups` or of all ranks to take longer.
 

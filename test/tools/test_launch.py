@@ -203,10 +203,14 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.1)
-        os.kill(ranks_of(process)[0], signal.SIGUSR1)  # shows the stack and trains on
+        ranks = ranks_of(process)
+        names = [Path(f"/proc/{pid}/comm").read_text() for pid in (process.pid, *ranks.values())]
+        assert names[1:] == ["torchtrain\n"] * 2  # so that pkill finds the ranks by their name,
+        assert names[0] != "torchtrain\n"  # and not the launcher, which the signal would end
+        os.kill(ranks[0], signal.SIGUSR1)  # shows the stack and trains on
         stack = any(line.endswith(" in train\n") for line in process.stdout)
         assert stack, "the run ended without a stack"
-        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        os.kill(ranks[1], signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL, output
     assert "rank 1 was ended by SIGKILL" in output
