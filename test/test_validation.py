@@ -22,7 +22,7 @@ from torchtrain.config.sources import plan_validation_sources
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
-from torchtrain.datasets.loader import build_dataset
+from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
@@ -354,6 +354,38 @@ def test_time_spent_validating_does_not_count(monkeypatch):
     assert stopwatch.elapsed() == 3.0
 
 
+class Clock:
+    """Stands for time.perf_counter: a millisecond passes between two looks, and what is said."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 0.001
+        return self.now
+
+    def slowed(self, function, seconds):
+        """The function, but it takes so many seconds."""
+
+        def slow(*given):
+            self.now += seconds
+            return function(*given)
+
+        return slow
+
+
+def test_a_runs_step_times_are_those_of_training(run, monkeypatch):
+    """A step that waits 60 s for data, and is validated for 1,000 s, took 60 s, all waiting."""
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", clock)
+    monkeypatch.setattr(train, "validate", clock.slowed(train.validate, 1000))
+    monkeypatch.setattr(DataLoader, "step_batches", clock.slowed(DataLoader.step_batches, 60))
+    lines, _ = run("run", **ON, **{"validation.freq": 1})
+    for line in lines:
+        assert line["step_time_s"] == pytest.approx(60, rel=0.01)
+        assert line["data_time_pct"] == pytest.approx(100, rel=0.01)
+
+
 # ---- every layout ----
 
 LONGER = {**ON, "validation.seq_len": 64, "validation.local_batch_size": 3}
@@ -364,12 +396,15 @@ SCHEDULE = "parallelism.pipeline_parallel_schedule"
 
 OFF = {"validation.enable": False}
 
+MASKED = {**LONGER, "training.document_masking": True}
+
 # name: (ranks, validation, layout)
 LAYOUTS = {
     "one": (1, LONGER, {}),
     "one-few": (1, {}, {}),
+    "one-masked": (1, MASKED, {}),
     "fsdp2": (2, LONGER, {}),
-    "pp2-one-microbatch": (2, {**LONGER, "validation.local_batch_size": 1}, PP),
+    "pp2-masked": (2, {**MASKED, "validation.local_batch_size": 1}, PP),
     "hsdp4-few": (4, {}, {"parallelism.data_parallel_replicate_degree": 2}),
     "pp2-fsdp2-few": (4, {}, PP),
     "pp2-fsdp2-quiet": (4, OFF, PP),
@@ -377,7 +412,7 @@ LAYOUTS = {
     "cp2-pp2-v": (4, LONGER, {**PP, **CP, SCHEDULE: "ZBVZeroBubble"}),
 }
 
-REFERENCES = ("one", "one-few")
+REFERENCES = ("one", "one-few", "one-masked")
 COMPARED = [name for name in LAYOUTS if name not in REFERENCES and not name.endswith("quiet")]
 
 
@@ -413,7 +448,8 @@ def run_of(tmp_path_factory, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARED)
 def test_the_numbers_are_the_same_on_every_layout(run_of, name):
-    reference = "one-few" if name.endswith("few") else "one"
+    _, _, kind = name.rpartition("-")
+    reference = f"one-{kind}" if kind in ("few", "masked") else "one"
     found, expected = run_of(name), run_of(reference)
     assert validated(found).keys() == {2, 3}
     for mine, theirs in zip(found, expected, strict=True):
