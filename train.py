@@ -68,7 +68,7 @@ def train(
     with profiler.recording():
         for step in range(first_step, config.training.steps + 1):
             stopwatch = Stopwatch()
-            microbatches = read_batches(trainer.loader, step, stopwatch)
+            microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_grad_norm_(
                 trainer.weights.values(), config.training.max_norm, trainer.mesh.group("pp")
@@ -90,25 +90,6 @@ def train(
                 set_timeout(config.comm.train_timeout_seconds, trainer.mesh.all_groups())
             if stopped_by:
                 raise Stopped(stopped_by, step)
-
-
-def read_batches(loader: DataLoader, step: int, stopwatch: Stopwatch) -> list[Microbatch]:
-    """Read this rank's microbatches of `step`; a fault of any rank's stream is raised on all.
-
-    A stream may be slow, or have many documents to skip where a run resumes. Meanwhile the ranks
-    keep hearing from each other, so that none is taken for lost.
-    """
-
-    def has_come() -> bool:
-        with stopwatch.waiting_for_data():
-            return loader.read_ahead(step)
-
-    waiting = torch.tensor(int(loader.streaming))
-    while waiting.item():
-        waiting = torch.tensor(int(not together(has_come)))
-        dist.all_reduce(waiting)
-    with stopwatch.waiting_for_data():
-        return loader.step_batches(step)
 
 
 def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:

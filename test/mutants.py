@@ -189,8 +189,8 @@ MUTANTS = {
         ),
         (
             "waiting for data is not counted",
-            "    with stopwatch.waiting_for_data():\n        return loader.step_batches(step)\n",
-            "    return loader.step_batches(step)\n",
+            "trainer.loader.read(step, stopwatch.waiting_for_data)",
+            "trainer.loader.read(step)",
         ),
     ],
     "torchtrain/set_up.py": [
@@ -201,8 +201,8 @@ MUTANTS = {
         ),
         (
             "debug.seed does not reach the data",
-            "            config.debug.seed,\n            config.validation,",
-            "            0,\n            config.validation,",
+            "config.data, tokenizer, config.debug.seed, config.validation\n",
+            "config.data, tokenizer, 0, config.validation\n",
         ),
         (
             "the tokens seen begin at 0 on resume",
@@ -863,13 +863,13 @@ MUTANTS = {
     "torchtrain/datasets/documents.py": [
         (
             "a document's end predicts the next one's beginning",
-            "    labels[(labels == bos) & ((tokens == bos) | (bos != eos))] = HIDDEN\n",
+            "    labels[is_beginning] = IGNORE_INDEX\n",
             "",
         ),
         (
             "documents begin one token late",
-            "begins[:, 1:] |= labels[:, :-1] == HIDDEN",
-            "begins[:, 1:] |= labels[:, 1:] == HIDDEN",
+            "begins[:, 1:] |= labels[:, :-1] == IGNORE_INDEX",
+            "begins[:, 1:] |= labels[:, 1:] == IGNORE_INDEX",
         ),
     ],
     "torchtrain/datasets/data_order.py": [
@@ -885,45 +885,45 @@ MUTANTS = {
         ),
         (
             "the last whole sequence is dropped",
-            "(len(self._tokens) - 1 + (",
-            "(len(self._tokens) - 2 + (",
+            "labels = len(self._tokens) - 1\n",
+            "labels = len(self._tokens) - 2\n",
         ),
         ("the seed is not part of the identity", '            "seed": self.seed,\n', ""),
     ],
     "torchtrain/datasets/mixture.py": [
         (
             "a mixture counts a sample too many",
-            "int(np.searchsorted(places, rest))",
-            'int(np.searchsorted(places, rest, side="right"))',
+            "int(np.searchsorted(indices, rest))",
+            'int(np.searchsorted(indices, rest, side="right"))',
         ),
         (
             "a source's number forgets earlier periods",
-            "periods * in_a_period[sources] + self._ranks[places]",
-            "self._ranks[places]",
+            "periods * per_period[sources] + self._numbers[indices]",
+            "self._numbers[indices]",
         ),
     ],
     "torchtrain/datasets/packing.py": [
         (
             "long documents lose the token at the cut",
-            "offsets = number * seq_len\n",
-            "offsets = number * (seq_len + 1)\n",
+            "offsets = numbers * seq_len\n",
+            "offsets = numbers * (seq_len + 1)\n",
         ),
         (
-            "packing takes the emptiest row",
+            "packing takes the emptiest sequence",
             "(fitting & -fitting).bit_length() - 1",
             "fitting.bit_length() - 1",
         ),
         (
             "labels go over from one document to the next",
-            "at + length - 1] = piece[1:]\n",
-            "at + length - 1] = piece[1:]\n                labels[sample, max(at - 1, 0)] = piece[0]\n",
+            "labels[sample, begin : end - 1] = segment[1:]\n",
+            "labels[sample, max(begin - 1, 0) : end - 1] = segment[0 if begin else 1 :]\n",
         ),
         (
             "the sequence length is not part of the packing's key",
             "*fingerprints, str(seq_len)]",
             "*fingerprints]",
         ),
-        ("a single token makes a sequence", "pieces[sizes > 1]", "pieces[sizes > 0]"),
+        ("a single token makes a sequence", "segments[:, 1] > 1", "segments[:, 1] > 0"),
     ],
     "torchtrain/datasets/loader.py": [
         (
@@ -933,13 +933,13 @@ MUTANTS = {
         ),
         (
             "every data rank reads the first share",
-            "slice(data_parallel_rank * of_a_rank, (data_parallel_rank + 1) * of_a_rank)",
-            "slice(0, of_a_rank)",
+            "slice(data_rank * share, (data_rank + 1) * share)",
+            "slice(0, share)",
         ),
         (
             "the position of a stream is the least read",
-            "max(place, positions[name])",
-            "min(place, positions[name])",
+            "max(position, positions[number])",
+            "min(position, positions[number])",
         ),
         (
             "an epoch's begin is told a step late",
@@ -952,9 +952,49 @@ MUTANTS = {
             "if False:",
         ),
         (
+            "documents are not kept apart in microbatches",
+            "if separators is not None:\n        documents =",
+            "if separators is None:\n        documents =",
+        ),
+        (
+            "ranks do not wait for each other's streams",
+            "            self._ahead.wait_for_all(step, waiting)\n",
+            "            pass\n",
+        ),
+    ],
+    "torchtrain/datasets/read_ahead.py": [
+        (
             "a stream that stalls is waited for",
-            "if time.monotonic() - since >= self._stall_timeout_s:",
-            "if time.monotonic() - since >= 1000 * self._stall_timeout_s:",
+            ">= self._stall_timeout_s:",
+            ">= 1000 * self._stall_timeout_s:",
+        ),
+        (
+            "ranks wait until one is ready",
+            "op=dist.ReduceOp.MIN",
+            "op=dist.ReduceOp.MAX",
+        ),
+        ("the steps ahead are not bounded", "<= STEPS_AHEAD:", "<= 100 * STEPS_AHEAD:"),
+        (
+            "a fault waits for the step to be taken",
+            "            result.result()  # raises what the reading raised\n",
+            "",
+        ),
+    ],
+    "torchtrain/datasets/data_state.py": [
+        (
+            "old positions come in the order of their names",
+            "key = (int(source), int(stream.removeprefix(\"stream \")))",
+            "key = (int(source), stream)",
+        ),
+        (
+            "an old state's origin is forgotten",
+            '{"step": step, "sample": sample}',
+            '{"step": 0, "sample": 0}',
+        ),
+        (
+            "a changed global batch size is not seen",
+            '"global_batch_size": state["global_batch_size"]}',
+            '"global_batch_size": 0}',
         ),
     ],
     "torchtrain/parallelisms/mesh.py": [
@@ -1019,13 +1059,13 @@ MUTANTS = {
     "torchtrain/datasets/tokenizer.py": [
         (
             "ids of a byte have no size",
-            "sizes[[id for id in ids if model.is_byte(id)]] = 1",
-            "sizes[[id for id in ids if model.is_byte(id)]] = 0",
+            "elif model.is_byte(id_):\n                sizes[id_] = 1",
+            "elif model.is_byte(id_):\n                sizes[id_] = 0",
         ),
         (
             "a space mark in the text becomes a space",
-            "if self._space_mark_ids and SPACE_MARK in text:",
-            "if False:",
+            "if not self._space_mark_ids or SPACE_MARK not in text:",
+            "if True:",
         ),
         (
             "a folder's tokenizer.model is taken first",
@@ -1046,13 +1086,13 @@ MUTANTS = {
     "torchtrain/datasets/token_file.py": [
         (
             "an id beyond the vocabulary is accepted",
-            'facts["highest"] < tokenizer.vocab_size',
-            'facts["highest"] <= tokenizer.vocab_size',
+            "<= highest < tokenizer.vocab_size",
+            "<= highest <= tokenizer.vocab_size",
         ),
         (
             "a negative id is accepted",
-            'if not 0 <= facts["lowest"] <=',
-            'if not -1 <= facts["lowest"] <=',
+            "if not 0 <= lowest <=",
+            "if not -1 <= lowest <=",
         ),
         (
             "a file of half an id is accepted",
@@ -1060,9 +1100,9 @@ MUTANTS = {
             "if size == 0:",
         ),
         (
-            "only a token file's first part is hashed",
-            "digest.update(np.ascontiguousarray(part).data)",
-            "digest.update(np.ascontiguousarray(part[:1]).data)",
+            "only the first token of each chunk is hashed",
+            "digest.update(np.ascontiguousarray(chunk).data)",
+            "digest.update(np.ascontiguousarray(chunk[:1]).data)",
         ),
     ],
     "torchtrain/datasets/token_cache.py": [
@@ -1084,22 +1124,17 @@ MUTANTS = {
         ),
         (
             "a cache of the wrong size is opened",
-            "if size != manifest.tokens * dtype.itemsize:",
-            "if size < 0:",
-        ),
-        (
-            "a corpus that changes while it is read is kept",
-            "    if state()[0] != before:\n",
-            "    if False:\n",
+            "        if size != expected:",
+            "        if size < 0:",
         ),
         (
             "a corpus that changes between its two readings is kept",
-            '    if again.facts()["fingerprint"] != contents["fingerprint"]:\n',
-            "    if False:\n",
+            "        if meter.contents() != self.contents:\n",
+            "        if False:\n",
         ),
         (
-            "a build that goes on repeats a shard",
-            "file.truncate(tokens * dtype.itemsize)",
+            "a build that resumes repeats a shard",
+            "file.truncate(tokens * itemsize)",
             "file.seek(0, 2)",
         ),
         (
@@ -1107,28 +1142,58 @@ MUTANTS = {
             '            self._digest.update(len(data).to_bytes(8, "little"))\n',
             "",
         ),
+        (
+            "a cache keeps the name it was first read under",
+            "replace(cache.manifest, source=corpus.name, files=len(corpus.files))",
+            "cache.manifest",
+        ),
+    ],
+    "torchtrain/datasets/cache_folder.py": [
         ("a relative XDG_CACHE_HOME is used", "if os.path.isabs(base):", "if base:"),
         (
             "a file that changed just now is remembered",
             "if newest < started - SETTLED_NS:",
             "if True:",
         ),
+        (
+            "a corpus that changes while it is read is kept",
+            "    if find_state()[0] != state:\n",
+            "    if False:\n",
+        ),
     ],
     "torchtrain/datasets/corpora.py": [
         (
             "empty documents are learned",
-            "if isinstance(row, Document) and row.text:\n            return row",
-            "if isinstance(row, Document):\n            return row",
+            "        if not row.text:\n",
+            "        if False:\n",
         ),
         (
             "bad rows are skipped unasked",
-            'if isinstance(row, BadRow) and self.on_bad_row == "error":',
+            'if self.on_bad_row == "error":',
             "if False:",
         ),
+        ("documents at the border are on both sides", "_hash(row) < border", "_hash(row) <= border"),
+        (
+            "lone surrogates are accepted",
+            '        value.encode("utf-8")\n    except',
+            "        pass\n    except",
+        ),
+        (
+            "bytes that are text are not",
+            "    if isinstance(value, bytes):\n",
+            "    if False:\n",
+        ),
+        (
+            "less is held out of a text than was asked for",
+            'data.rfind(b"\\n", 0, target) + 1',
+            'data.find(b"\\n", target) + 1',
+        ),
+    ],
+    "torchtrain/datasets/files.py": [
         (
             "hidden files are read",
-            'if name.endswith(suffixes) and not name.startswith(".")',
-            "if name.endswith(suffixes)",
+            'if name.endswith(suffixes) and not name.startswith(".") and',
+            "if name.endswith(suffixes) and",
         ),
         (
             "files come in the system's order",
@@ -1137,13 +1202,8 @@ MUTANTS = {
         ),
         (
             "a library's duplicates are read twice",
-            "if digest and digest not in seen:",
-            "if digest:",
-        ),
-        (
-            "documents at the border are on both sides",
-            "_hash(row) < border[0]",
-            "_hash(row) <= border[0]",
+            "if digest not in seen:",
+            "if True:",
         ),
         (
             "lines are counted from 0",
@@ -1152,41 +1212,39 @@ MUTANTS = {
         ),
         (
             "a byte-order mark stays in the first line",
-            "                if number == 1:\n",
-            "                if number == 0:\n",
+            "                if number == 1:",
+            "                if number == 0:",
         ),
         ("a link that leads back is followed", "if real in entered:", "if False:"),
-        (
-            "lone surrogates are accepted",
-            '        text.encode("utf-8")\n    except (',
-            "        pass\n    except (",
-        ),
     ],
     "torchtrain/datasets/streams.py": [
         (
+            "another tokenizer resumes in the middle of a document",
+            "            if not is_same_tokenizer:\n",
+            "            if False:\n",
+        ),
+    ],
+    "torchtrain/datasets/token_stream.py": [
+        (
             "a stream's samples overlap by two tokens",
-            "        self._offset += self._seq_len\n        self._left -= self._seq_len\n",
-            "        self._offset += self._seq_len - 1\n        self._left -= self._seq_len - 1\n",
+            "        self._next_token += self._seq_len\n        self._tokens_left -= self._seq_len\n",
+            "        self._next_token += self._seq_len - 1\n"
+            "        self._tokens_left -= self._seq_len - 1\n",
         ),
         (
             "streams all read the first document",
-            "(before + row - self._number) % self._every == 0",
-            "(before + row) % self._every == 0",
+            "(rows_before + row - self._number) % self._count == 0",
+            "(rows_before + row) % self._count == 0",
         ),
         (
             "a resumed stream forgets where in its document it was",
-            "            self._next_sample, *place, self._offset = self.start\n",
-            "            self._next_sample, *place, _ = self.start\n",
+            "        self._next_token = self.start.token\n",
+            "",
         ),
         ("a stream's epochs do not begin at its first row", "                first_row = 0\n", ""),
         (
-            "another tokenizer goes on in the middle of a document",
-            "                    stream.start[-1] = 0\n",
-            "                    pass\n",
-        ),
-        (
             "a stream without documents is waited for",
-            "            if not found:\n",
+            "            if not has_document:\n",
             "            if False:\n",
         ),
     ],

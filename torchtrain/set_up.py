@@ -178,12 +178,7 @@ def open_data(
 
     def open_both() -> tuple[Dataset, ValidationSet]:
         dataset = build_dataset(
-            config.training,
-            config.data,
-            tokenizer,
-            config.debug.seed,
-            config.validation,
-            log=logger.info,
+            config.training, config.data, tokenizer, config.debug.seed, config.validation
         )
         return dataset, ValidationSet(plan.validation, config.data, tokenizer, separators)
 
@@ -261,7 +256,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
         checkpointer.load(source, trainer.weights, None)
         return
     accept = trainer.config.checkpoint.accept_changed_data
-    together(lambda: trainer.loader.resume(saved.data, saved.step, accept))
+    together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
     checkpointer.load(source, trainer.weights, trainer.optimizer)
     trainer.step = saved.step
     trainer.tokens_seen = saved.tokens_seen

@@ -32,6 +32,11 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return number and noun, such as "1 file" or "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def expanded(path: str | Path) -> Path:
     """Return `path` with its `~` resolved.
 

@@ -25,11 +25,10 @@ from torchtrain.config.plans import ValidationPlan
 from torchtrain.config.schema import Data
 from torchtrain.datasets.data_order import permuted
 from torchtrain.datasets.loader import Microbatch, microbatches
-from torchtrain.datasets.prepare import open_tokens
+from torchtrain.datasets.open import open_tokens
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
-from torchtrain.logging_utils import logger
 from torchtrain.loss import count_valid
 from torchtrain.utils import IGNORE_INDEX
 
@@ -60,11 +59,10 @@ class ValidationSet:
         self.datasets = []
         try:
             for source in plan.sources:
-                cache = open_tokens(source, data, tokenizer, logger.info)
+                cache = open_tokens(source, data, tokenizer)
                 self.datasets.append(PackedDataset(cache, self.seq_len, seed=0, keep_rest=True))
         except UserError as fault:
-            text = str(fault).replace("training.dataset", "validation.dataset")
-            raise UserError(f"validation: {text}") from fault
+            raise UserError(f"validation: {fault}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
         # What made a token file, and from what text, only its owner can know.
         sizes = [dataset.manifest.bytes for dataset in self.datasets]

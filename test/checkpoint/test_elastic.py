@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torchtrain.config.layout import plan_batch
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
-from torchtrain.datasets import loader
-from torchtrain.datasets.corpora import open_corpus
+from torchtrain.datasets import read_ahead
 from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
@@ -83,13 +83,11 @@ def datasets(tmp_path_factory):
             return StreamDataset(hub, tokenizer, seq_len, 3)
         training, data = given[kind]
         data = Data(cache_folder=str(folder / "cache"), **data)
-        return build_dataset(
-            Training(seq_len=seq_len, **training), data, tokenizer, seed, log=lambda line: None
-        )
+        return build_dataset(Training(seq_len=seq_len, **training), data, tokenizer, seed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loader, "STEPS_AHEAD", 1
+            read_ahead, "STEPS_AHEAD", 1
         )  # what is read ahead at the end of a leg is read in vain
         yield build
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtrain.datasets import token_cache
-from torchtrain.datasets.corpora import Corpus, file_corpus, open_corpus, python_stdlib
-from torchtrain.datasets.token_cache import cache_root, open_token_cache
+from torchtrain.datasets import cache_folder, token_cache
+from torchtrain.datasets.cache_folder import cache_root
+from torchtrain.datasets.corpora import Corpus
+from torchtrain.datasets.files import read_files, read_stdlib
+from torchtrain.datasets.open import open_corpus
+from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 from torchtrain.errors import UserError
 
@@ -30,7 +33,7 @@ def tokenizer() -> SentencePieceTokenizer:
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled at once, so that the corpus' state is remembered without waiting for two seconds."""
-    monkeypatch.setattr(token_cache, "SETTLED_NS", 0)
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
 
 
 def texts(corpus: Corpus) -> list[str]:
@@ -52,7 +55,7 @@ def write(folder: Path, **files: str | bytes) -> Path:
 def test_text_keeps_every_byte(tmp_path):
     content = "\ufefffirst\r\nsecond\rthird\n\0\t".encode()
     (tmp_path / "a.txt").write_bytes(content)
-    assert [text.encode() for text in texts(file_corpus("text", tmp_path / "a.txt", ""))] == [
+    assert [text.encode() for text in texts(read_files("text", tmp_path / "a.txt", ""))] == [
         content
     ]
 
@@ -71,31 +74,31 @@ def test_text_folder_is_read_in_the_order_of_relative_paths(tmp_path):
     os.symlink(tmp_path / "a", tmp_path / "loop")
     os.symlink(tmp_path, tmp_path / "a" / "back")
     os.mkfifo(tmp_path / "pipe")
-    corpus = file_corpus("text", tmp_path, "")
+    corpus = read_files("text", tmp_path, "")
     assert texts(corpus)[:5] == ["A", "a/b/c", "a/z", "aa", "b"]
     assert sorted(texts(corpus)) == sorted({"A", "a/b/c", "a/z", "aa", "b"}), (
         "a linked folder is read once"
     )
-    assert texts(corpus) == texts(file_corpus("text", tmp_path, ""))
+    assert texts(corpus) == texts(read_files("text", tmp_path, ""))
 
 
 def test_linked_folder_is_followed(tmp_path):
     write(tmp_path / "elsewhere", x="linked")
     write(tmp_path / "corpus", a="own")
     os.symlink(tmp_path / "elsewhere", tmp_path / "corpus" / "link")
-    assert texts(file_corpus("text", tmp_path / "corpus", "")) == ["own", "linked"]
+    assert texts(read_files("text", tmp_path / "corpus", "")) == ["own", "linked"]
 
 
 def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path):
     write(tmp_path, a="fine", b=b"caf\xe9")
     with pytest.raises(UserError, match="b: not UTF-8: 0xe9 in byte 4;"):
-        texts(file_corpus("text", tmp_path, ""))
+        texts(read_files("text", tmp_path, ""))
 
 
 def test_dangling_link_is_named(tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "link")
     with pytest.raises(UserError, match=r"link.*No such file"):
-        texts(file_corpus("text", tmp_path, ""))
+        texts(read_files("text", tmp_path, ""))
 
 
 def test_jsonl_gives_each_line_with_its_place(tmp_path):
@@ -104,9 +107,9 @@ def test_jsonl_gives_each_line_with_its_place(tmp_path):
         tmp_path,
         **{"b.jsonl": lines, "a.jsonl": '{"text": "first"}\n', "c.txt": "no", ".d.jsonl": "no"},
     )
-    documents = list(file_corpus("jsonl", tmp_path, "text").documents())
+    documents = list(read_files("jsonl", tmp_path, "text").documents())
     assert [document.text for document in documents] == ["first", "one\r\n", "\U0001f600"]
-    assert [document.place for document in documents] == [
+    assert [document.location for document in documents] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/b.jsonl:1",
         f"{tmp_path}/b.jsonl:5",
@@ -115,7 +118,7 @@ def test_jsonl_gives_each_line_with_its_place(tmp_path):
 
 def test_jsonl_reads_another_key_and_a_file_of_any_name(tmp_path):
     write(tmp_path, **{"data.json": '{"body": "x"}\n'})
-    assert texts(file_corpus("jsonl", tmp_path / "data.json", "body")) == ["x"]
+    assert texts(read_files("jsonl", tmp_path / "data.json", "body")) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -129,10 +132,11 @@ def test_jsonl_reads_another_key_and_a_file_of_any_name(tmp_path):
             "no 'text', which data.text_key asks for; fields here: 'body', 'id'",
         ),
         (b"{}", "no 'text', .* fields here: none"),
-        (b'{"text": null}', "NoneType"),
-        (b'{"text": ["a"]}', "list"),
-        (b'["text"]', "JSON list"),
-        (b"3", "JSON int"),
+        (b'{"text": null}', "'text' is null, but must be a string"),
+        (b'{"text": ["a"]}', "'text' is a list, but must be a string"),
+        (b'["text"]', "the line is a list, but must be an object with 'text'"),
+        (b'"text"', "the line is a string, but must be an object"),
+        (b"3", "the line is a number"),
         (b'{"text": "\\ud800"}', r"lone surrogate, \\ud800"),
         (b"[" * 100_000, "not JSON"),
         (b"\x00", "not JSON"),
@@ -141,7 +145,7 @@ def test_jsonl_reads_another_key_and_a_file_of_any_name(tmp_path):
 def test_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     write(tmp_path, **{"x.jsonl": b'{"text": "fine"}\n' + line + b"\n"})
     with pytest.raises(UserError, match=message) as caught:
-        texts(file_corpus("jsonl", tmp_path, "text"))
+        texts(read_files("jsonl", tmp_path, "text"))
     assert str(caught.value).startswith(f"{tmp_path}/x.jsonl:2: ")
 
 
@@ -158,11 +162,11 @@ def test_library_leaves_out_duplicates_tests_and_other_encodings(tmp_path):
     )
     write(tmp_path, **{"test__t.py": "no", "pkg__tests__t.py": "no", "site-packages__s.py": "no"})
     write(tmp_path, **{"latin.py": b"# -*- coding: latin-1 -*-\n# caf\xe9\n"})
-    assert texts(python_stdlib(tmp_path)) == ["x = 1\n", "y = 2\n"]
+    assert texts(read_stdlib(tmp_path)) == ["x = 1\n", "y = 2\n"]
 
 
 def test_this_interpreters_library_is_there():
-    corpus = python_stdlib()
+    corpus = read_stdlib()
     names = [file.name for file in corpus.files]
     assert "argparse.py" in names
     assert names.count("argparse.py") == 1
@@ -203,7 +207,7 @@ def test_unknown_dataset_is_named_with_the_nearest():
 def test_cache_holds_each_document_between_bos_and_eos(tmp_path, tokenizer):
     write(tmp_path / "corpus", a="def f():\r\n\treturn 1\n", b="\u2581 \U0001f600")
     cache = open_token_cache(
-        file_corpus("text", tmp_path / "corpus", ""), tokenizer, tmp_path / "cache"
+        read_files("text", tmp_path / "corpus", ""), tokenizer, tmp_path / "cache"
     )
     expected = []
     for text in ("def f():\r\n\treturn 1\n", "\u2581 \U0001f600"):
@@ -227,43 +231,48 @@ def test_large_vocabulary_takes_four_bytes(tmp_path, tokenizer):
     large.fingerprint = "another"
     assert (
         open_token_cache(
-            file_corpus("text", tmp_path / "corpus", ""), large, tmp_path / "cache"
+            read_files("text", tmp_path / "corpus", ""), large, tmp_path / "cache"
         ).tokens.dtype
         == np.uint32
     )
 
 
-def opened(corpus: Path, tokenizer: SentencePieceTokenizer) -> tuple[str, list[str]]:
-    """The fingerprint of the cache of `corpus`, opened as a new process would, and what was logged."""
-    log: list[str] = []
-    cache = open_token_cache(
-        file_corpus("text", corpus, ""), tokenizer, corpus.parent / "cache", log.append
-    )
-    assert cache.manifest.corpus_fingerprint
-    return cache.manifest.corpus_fingerprint, [line.split()[0] for line in log]
+@pytest.fixture
+def opened(tokenizer, logged):
+    """opened(corpus): the fingerprint of its cache, opened as a new process would, and the first
+    words of what was logged."""
+
+    def open_it(corpus: Path) -> tuple[str, list[str]]:
+        logged.clear()
+        cache = open_token_cache(read_files("text", corpus, ""), tokenizer, corpus.parent / "cache")
+        assert cache.manifest.corpus_fingerprint
+        return cache.manifest.corpus_fingerprint, [line.split()[0] for line in logged]
+
+    return open_it
 
 
-BUILT = ["tokenising", "tokenised"]
+BUILT = ["tokenizing", "tokenized"]
 
 
-def test_unchanged_corpus_is_not_read_again(tmp_path, tokenizer, settled, monkeypatch):
+def test_unchanged_corpus_is_not_read_again(tmp_path, opened, settled, monkeypatch):
     corpus = write(tmp_path / "corpus", a="text")
-    first, log = opened(corpus, tokenizer)
+    first, log = opened(corpus)
     assert log == BUILT
     monkeypatch.setattr(token_cache, "_read_through", None)
-    assert opened(corpus, tokenizer) == (first, [])
+    assert opened(corpus) == (first, [])
 
 
-def test_files_that_just_changed_are_read_again(tmp_path, tokenizer, monkeypatch):
+def test_files_that_just_changed_are_read_again(tmp_path, opened, monkeypatch):
     """They might change once more within the same time stamp."""
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 10**18)  # however slow this machine is
     corpus = write(tmp_path / "corpus", a="text")
-    first, _ = opened(corpus, tokenizer)
+    first, _ = opened(corpus)
     reads = []
     read_through = token_cache._read_through
     monkeypatch.setattr(
         token_cache, "_read_through", lambda *given: reads.append(1) or read_through(*given)
     )
-    assert opened(corpus, tokenizer) == (first, [])
+    assert opened(corpus) == (first, [])
     assert reads == [1]
 
 
@@ -285,26 +294,26 @@ def rewrite_and_restore_times(corpus: Path) -> None:
     ],
     ids=["size", "time", "time set back", "added", "removed", "renamed"],
 )
-def test_changed_corpus_is_noticed(tmp_path, tokenizer, settled, change):
+def test_changed_corpus_is_noticed(tmp_path, opened, settled, change):
     corpus = write(tmp_path / "corpus", a="text", b="more")
-    first, _ = opened(corpus, tokenizer)
+    first, _ = opened(corpus)
     time.sleep(0.02)  # longer than the kernel's clock tick, which time stamps are taken from
     change(corpus)
-    second, log = opened(corpus, tokenizer)
+    second, log = opened(corpus)
     assert second != first
     assert log == BUILT
 
 
-def test_same_text_elsewhere_or_touched_is_not_tokenised_again(tmp_path, tokenizer, settled):
-    first, _ = opened(write(tmp_path / "corpus", a="text", b="more"), tokenizer)
+def test_same_text_elsewhere_or_touched_is_not_tokenized_again(tmp_path, opened, settled):
+    first, _ = opened(write(tmp_path / "corpus", a="text", b="more"))
     os.utime(tmp_path / "corpus" / "a")
-    assert opened(tmp_path / "corpus", tokenizer) == (first, [])
-    assert opened(write(tmp_path / "copy", x="text", y="more"), tokenizer) == (first, [])
+    assert opened(tmp_path / "corpus") == (first, [])
+    assert opened(write(tmp_path / "copy", x="text", y="more")) == (first, [])
 
 
-def test_border_between_documents_is_part_of_the_fingerprint(tmp_path, tokenizer):
-    first, _ = opened(write(tmp_path / "corpus", a="ab", b="c"), tokenizer)
-    second, _ = opened(write(tmp_path / "other", a="a", b="bc"), tokenizer)
+def test_border_between_documents_is_part_of_the_fingerprint(tmp_path, opened):
+    first, _ = opened(write(tmp_path / "corpus", a="ab", b="c"))
+    second, _ = opened(write(tmp_path / "other", a="a", b="bc"))
     assert first != second
 
 
@@ -325,18 +334,18 @@ def damage_size(folder: Path) -> None:
     ],
     ids=["size", "no tokens", "no manifest", "empty manifest", "half a manifest", "not text"],
 )
-def test_damaged_cache_is_built_again_with_a_warning(tmp_path, tokenizer, settled, damage):
+def test_damaged_cache_is_built_again_with_a_warning(tmp_path, opened, settled, damage):
     corpus = write(tmp_path / "corpus", a="text")
-    first, _ = opened(corpus, tokenizer)
+    first, _ = opened(corpus)
     (folder,) = (path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir())
     damage(folder)
-    assert opened(corpus, tokenizer) == (first, ["warning:", *BUILT])
-    assert opened(corpus, tokenizer) == (first, [])
+    assert opened(corpus) == (first, ["warning:", *BUILT])
+    assert opened(corpus) == (first, [])
 
 
 def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
     file = write(tmp_path / "corpus", a="text") / "a"
-    corpus = file_corpus("text", tmp_path / "corpus", "")
+    corpus = read_files("text", tmp_path / "corpus", "")
 
     def documents():
         yield from corpus.documents()
@@ -351,19 +360,19 @@ def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
 def test_empty_corpus_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="holds no text"):
         open_token_cache(
-            file_corpus("text", write(tmp_path / "corpus", a=""), ""), tokenizer, tmp_path / "cache"
+            read_files("text", write(tmp_path / "corpus", a=""), ""), tokenizer, tmp_path / "cache"
         )
 
 
 def test_folder_that_cannot_be_written_is_named_with_its_option(tmp_path, tokenizer):
-    corpus = file_corpus("text", write(tmp_path / "corpus", a="text"), "")
+    corpus = read_files("text", write(tmp_path / "corpus", a="text"), "")
     write(tmp_path, file="in the way")
     with pytest.raises(UserError, match=r"file/tokens'.*data\.cache_folder"):
         open_token_cache(corpus, tokenizer, tmp_path / "file")
 
 
 def test_full_disk_is_named_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    corpus = file_corpus("text", write(tmp_path / "corpus", a="text"), "")
+    corpus = read_files("text", write(tmp_path / "corpus", a="text"), "")
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -388,8 +397,9 @@ def test_cache_folder_is_the_option_then_the_users_cache(tmp_path, monkeypatch):
 BUILDER = """
     import sys, time
     from pathlib import Path
-    from torchtrain.datasets import token_cache
-    from torchtrain.datasets.corpora import file_corpus
+    from torchtrain.datasets import cache_folder, token_cache
+    from torchtrain.datasets.files import read_files
+    from torchtrain.logging_utils import init_logging
     from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 
     def stall(*given, **named):
@@ -397,8 +407,11 @@ BUILDER = """
         time.sleep(600)
 
     {patch}
-    corpus = file_corpus("text", Path({corpus!r}), "")
-    cache = token_cache.open_token_cache(corpus, load_tokenizer({model!r}), Path({root!r}), lambda line: print(line))
+    corpus = read_files("text", Path({corpus!r}), "")
+    init_logging()
+    # However late the corpus is read after it was written, it counts as changed just now.
+    cache_folder.SETTLED_NS = 10**18
+    cache = token_cache.open_token_cache(corpus, load_tokenizer({model!r}), Path({root!r}))
     print(cache.manifest.corpus_fingerprint, cache.manifest.tokens)
 """
 
@@ -423,17 +436,17 @@ def builder(corpus: Path, patch: str = "") -> subprocess.Popen:
         ("token_cache.fsync_folder", True),
     ],
 )
-def test_killed_builder_leaves_nothing_that_is_used(tmp_path, tokenizer, stalls_in, complete):
+def test_killed_builder_leaves_nothing_that_is_used(tmp_path, opened, stalls_in, complete):
     corpus = write(tmp_path / "corpus", a="text", b="more text")
     with builder(corpus, f"{stalls_in} = stall") as process:
         try:
-            assert process.stdout.readline().startswith("tokenising")
+            assert process.stdout.readline().startswith("tokenizing")
             assert process.stdout.readline() == "stalled\n"
         finally:
             os.kill(process.pid, signal.SIGKILL)
     folder = tmp_path / "cache" / "tokens"
     assert bool(list(folder.glob("*/manifest.json"))) == complete
-    fingerprint, log = opened(corpus, tokenizer)
+    fingerprint, log = opened(corpus)
     assert log == ([] if complete else BUILT)
     left = [path.name for path in folder.iterdir() if ".building-" in path.name]
     assert not left, "the next builder clears up"
@@ -446,11 +459,23 @@ def test_processes_at_once_build_once(tmp_path):
     corpus = write(
         tmp_path / "corpus", **{f"f{number}": f"text {number}\n" * 2000 for number in range(20)}
     )
-    slow = "encode = SentencePieceTokenizer.encode_batch\n"
-    slow += "SentencePieceTokenizer.encode_batch = lambda *given, **named: (time.sleep(0.5), encode(*given, **named))[1]"
-    processes = [builder(corpus, slow) for _ in range(3)]
+    go = tmp_path / "go"
+    held = textwrap.dedent(f"""
+        encode = SentencePieceTokenizer.encode_batch
+
+        def encode_when_told(*given, **named):
+            while not Path({str(go)!r}).exists():
+                time.sleep(0.01)
+            return encode(*given, **named)
+
+        SentencePieceTokenizer.encode_batch = encode_when_told
+        cache_folder.PATIENCE_S = 0
+    """)
+    processes = [builder(corpus, held) for _ in range(3)]
+    firsts = sorted(process.stdout.readline().split()[0] for process in processes)
+    assert firsts == ["tokenizing", "waiting", "waiting"]
+    go.touch()
     outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert len({output[-1] for output in outputs}) == 1
-    assert sum(line.startswith("tokenising") for output in outputs for line in output) == 1
-    assert sum("waiting" in line for output in outputs for line in output) == 2
+    assert sum(line.startswith("tokenized") for output in outputs for line in output) == 1

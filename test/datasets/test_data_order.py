@@ -26,7 +26,16 @@ def counting_dataset(
     n_tokens: int, seq_len: int, seed: int = 0, corpus: str = "c", tokenizer: str = "t"
 ):
     """A dataset whose token at place p is p itself, so that what was read says where it came from."""
-    manifest = Manifest("counting", 1, 1, n_tokens, n_tokens, "uint32", corpus, tokenizer)
+    manifest = Manifest(
+        source="counting",
+        files=1,
+        documents=1,
+        bytes=n_tokens,
+        tokens=n_tokens,
+        dtype="uint32",
+        corpus_fingerprint=corpus,
+        tokenizer_fingerprint=tokenizer,
+    )
     return PackedDataset(TokenCache(manifest, np.arange(n_tokens, dtype=np.uint32)), seq_len, seed)
 
 
@@ -251,7 +260,7 @@ def test_built_dataset_reads_the_documents_packed(tmp_path):
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     training = Training(dataset="jsonl", dataset_path=str(tmp_path / "c.jsonl"), seq_len=16)
     data = Data(cache_folder=str(tmp_path / "cache"), text_key="body")
-    dataset = build_dataset(training, data, tokenizer, seed=0, log=lambda line: None)
+    dataset = build_dataset(training, data, tokenizer, seed=0)
     stream = []
     for text in texts:
         stream += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]

@@ -27,7 +27,14 @@ def source(number: int, n_samples: int, seed: int = 0, corpus: str = "c") -> Pac
     """A dataset whose tokens say where they are, and of which source."""
     tokens = np.arange(n_samples * SEQ_LEN + 1, dtype=np.uint32) + 1_000_000 * number
     manifest = Manifest(
-        f"source {number}", 1, 1, 9, len(tokens), "uint32", f"{corpus}{number}", "t"
+        source=f"source {number}",
+        files=1,
+        documents=1,
+        bytes=9,
+        tokens=len(tokens),
+        dtype="uint32",
+        corpus_fingerprint=f"{corpus}{number}",
+        tokenizer_fingerprint="t",
     )
     return PackedDataset(TokenCache(manifest, tokens), SEQ_LEN, seed)
 
@@ -164,10 +171,11 @@ def test_entries_are_read_exactly():
     ]
 
 
-NO_ENTRIES = "python_stdlib|= 1|a =|a = 0|a = 0.0|a = 0/3|a = 1/0|a = -1|a = nan|a = inf|a = 1e3|a = 1e999999999|a = one"
+NO_WEIGHTS = ("0", "0.0", "0/3", "1/0", "-1", "nan", "inf", "1e3", "1e999999999", "one", "")
+NO_ENTRIES = ["python_stdlib", "= 1", *(f"a = {weight}" for weight in NO_WEIGHTS)]
 
 
-@pytest.mark.parametrize("entry", NO_ENTRIES.split("|"))
+@pytest.mark.parametrize("entry", NO_ENTRIES)
 def test_entries_that_are_none_are_refused(entry):
     with pytest.raises(UserError, match=r'must be "dataset = weight" or "dataset path = weight"'):
         planned(entry)
@@ -215,7 +223,7 @@ def test_built_mixture_reads_each_source_by_its_weight(tmp_path):
         cache_folder=str(tmp_path / "cache"),
         mixture=[f"text {tmp_path / 'a'} = 2", f"text {tmp_path / 'b'} = 1"],
     )
-    dataset = build_dataset(Training(seq_len=8), data, tokenizer, seed=0, log=lambda line: None)
+    dataset = build_dataset(Training(seq_len=8), data, tokenizer, seed=0)
     assert isinstance(dataset, Mixture)
     tokens, _ = dataset.read(np.arange(30))
     of_a = [tokenizer.decode(row.tolist()).count("a") > 2 for row in tokens]

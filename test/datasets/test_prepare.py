@@ -16,8 +16,8 @@ from helpers.launching import ROOT, options, write_corpus
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import prepare, token_cache
-from torchtrain.datasets.corpora import file_corpus
+from torchtrain.datasets import cache_folder, prepare, token_cache
+from torchtrain.datasets.files import read_files
 from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.prepare import encode_in_workers, main
 from torchtrain.datasets.token_cache import encode_here, open_token_cache
@@ -41,9 +41,7 @@ def corpus(tmp_path_factory):
 
 
 def build(corpus, tokenizer, root, encode=None):
-    return open_token_cache(
-        file_corpus("text", corpus, ""), tokenizer, root, lambda line: None, encode
-    )
+    return open_token_cache(read_files("text", corpus, ""), tokenizer, root, encode)
 
 
 def whole(corpus, tokenizer) -> list[int]:
@@ -247,7 +245,7 @@ def test_ctrl_c_ends_it_and_its_workers_soon(tmp_path):
         wait_until(lambda: documents_done(tmp_path / "cache") > 0)
         workers = [int(pid) for pid in children.read_text().split()]
         process.send_signal(signal.SIGINT)
-        assert "the same command goes on from here" in process.communicate(timeout=30)[1]
+        assert "the same command resumes from here" in process.communicate(timeout=30)[1]
         assert process.returncode == 130
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
@@ -262,14 +260,14 @@ def test_a_killed_worker_is_one_clear_error_and_loses_nothing_finished(tmp_path,
             if number == 1:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    with pytest.raises(UserError, match="tokenising processes was killed"):
+    with pytest.raises(UserError, match="tokenizing processes was killed"):
         build(corpus, tokenizer, tmp_path, killing)
     assert documents_done(tmp_path) > 0
     assert build(corpus, tokenizer, tmp_path).tokens.tolist() == whole(corpus, tokenizer)
 
 
 def test_the_command_prepares_what_the_run_then_opens(
-    tmp_path, corpus, tokenizer, capsys, monkeypatch
+    tmp_path, corpus, tokenizer, capsys, monkeypatch, request
 ):
     given = options(
         {"data.cache_folder": tmp_path, "training.dataset": "text", "training.dataset_path": corpus}
@@ -279,11 +277,11 @@ def test_the_command_prepares_what_the_run_then_opens(
     )
     assert main(["--workers", "2", *given, "--parallelism.tensor_parallel_degree", "2"]) == 0
     assert f"ready: text {corpus}: 30 documents in 30 files" in capsys.readouterr().out
-    monkeypatch.setattr(token_cache, "_build", None)
+    monkeypatch.setattr(token_cache, "_Build", None)
     config = JobConfig().parse_args(given, world_size=1)
-    lines: list[str] = []
-    build_dataset(config.training, config.data, tokenizer, 0, log=lines.append)
-    assert lines == []
+    logged = request.getfixturevalue("logged")
+    build_dataset(config.training, config.data, tokenizer, 0)
+    assert logged == []
 
 
 def test_a_mixture_is_prepared_whole(tmp_path, corpus, capsys, monkeypatch, tokenizer):
@@ -308,9 +306,10 @@ def test_faults_are_one_message_and_status_2(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-def test_long_preparations_are_told_in_a_log_file_too(tmp_path, corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_cache, "LOGGED_EVERY_S", -1.0)
-    lines: list[str] = []
+def test_long_preparations_are_told_in_a_log_file_too(
+    tmp_path, corpus, tokenizer, monkeypatch, logged
+):
+    monkeypatch.setattr(cache_folder, "LOGGED_EVERY_S", -1.0)
 
     def slowly(shards):
         for result in encode_here(tokenizer, shards):
@@ -318,9 +317,9 @@ def test_long_preparations_are_told_in_a_log_file_too(tmp_path, corpus, tokenize
             yield result
 
     monkeypatch.setattr(token_cache, "SHARD_CHARACTERS", 10_000)
-    open_token_cache(file_corpus("text", corpus, ""), tokenizer, tmp_path, lines.append, slowly)
-    told = [line for line in lines if "MB/s" in line]
+    build(corpus, tokenizer, tmp_path, slowly)
+    told = [line for line in logged if "MB/s" in line]
     assert told
-    assert "tokenising text" in told[0]
+    assert "tokenizing text" in told[0]
     assert " left" in told[0]
     assert "[#" in told[-1]

@@ -12,9 +12,13 @@ from helpers.launching import data_loader, metrics, write_corpus
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
-from torchtrain.datasets.corpora import Corpus, Document, custom_corpus, open_corpus
-from torchtrain.datasets.loader import STEPS_AHEAD, DataLoader, build_dataset
+from torchtrain.datasets import read_ahead, token_stream
+from torchtrain.datasets.corpora import Corpus, Document
+from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.open import open_corpus, read_custom
+from torchtrain.datasets.read_ahead import STEPS_AHEAD
 from torchtrain.datasets.streams import StreamDataset
+from torchtrain.datasets.token_stream import Position
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging, logger
@@ -48,7 +52,7 @@ def write_lines(file, texts) -> str:
 def stream(dataset: str, path: str | None, streams: int, seq_len: int = 8, **data) -> StreamDataset:
     section = Data(streaming=True, streams=streams, **data)
     training = Training(dataset=dataset, dataset_path=path, seq_len=seq_len)
-    built = build_dataset(training, section, TOKENIZER, 0, log=lambda line: None)
+    built = build_dataset(training, section, TOKENIZER, 0)
     assert isinstance(built, StreamDataset)
     return built
 
@@ -156,7 +160,7 @@ def test_files_of_a_custom_source_may_be_named_from_here(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "logs", documents=1)
-    StreamDataset(custom_corpus("mine", texts, "logs"), TOKENIZER, 8, 2)
+    StreamDataset(read_custom("mine", texts, "logs"), TOKENIZER, 8, 2)
 
 
 def test_fingerprint_of_a_hub_is_its_name_and_revision():
@@ -173,9 +177,12 @@ def test_fingerprint_of_a_hub_is_its_name_and_revision():
 
 
 def resumed(dataset: StreamDataset, fresh: StreamDataset, samples: int) -> StreamDataset:
-    saved = json.loads(json.dumps({**dataset.identity(), **dataset.positions()}))
-    fresh.resume(saved, samples)
+    fresh.resume(dataset.identity(), positions(dataset), samples)
     return fresh
+
+
+def positions(dataset: StreamDataset) -> list[Position]:
+    return [stream.position() for stream in dataset.streams]
 
 
 @pytest.mark.parametrize("samples", range(0, 40, 3))
@@ -198,8 +205,8 @@ def test_a_position_leads_to_the_next_sample_without_reading_what_came_before(tm
     after = resumed(before, build(), samples)
     reads.clear()
     assert read_rows(after, range(samples, 60)) == expected[samples:]
-    places = [position[2] for position in before.positions().values()]
-    assert min(reads[:1]) in places, "parts before are not even opened"
+    parts = [position.part for position in positions(before)]
+    assert min(reads[:1]) in parts, "parts before are not even opened"
 
 
 def test_a_changed_tokenizer_or_length_goes_on_in_the_same_document_and_another_corpus_anew(
@@ -208,20 +215,15 @@ def test_a_changed_tokenizer_or_length_goes_on_in_the_same_document_and_another_
     path = write_lines(tmp_path / "c.jsonl", [f"{'word ' * 30}{number}" for number in range(9)])
     before = stream("jsonl", path, 2)
     before.read(np.arange(20))
-    saved = {**before.identity(), **before.positions()}
+    saved, stood = before.identity(), positions(before)
     longer = stream("jsonl", path, 2, seq_len=16)
-    longer.resume(saved, 20)
-    assert longer.positions() == before.positions()
-    longer.resume({**saved, "tokenizer": "another"}, 20)
-    assert [place[:-1] for place in longer.positions().values()] == [
-        p[:-1] for p in before.positions().values()
-    ]
-    assert {place[-1] for place in longer.positions().values()} == {0}
+    longer.resume(saved, stood, 20)
+    assert positions(longer) == stood
+    longer.resume({**saved, "tokenizer": "another"}, stood, 20)
+    assert positions(longer) == [position._replace(token=0) for position in stood]
     other = stream("jsonl", path, 3)
-    other.resume(saved, 20)
-    assert other.positions() == {
-        f"stream {v}": [number, 0, 0, 0, 0, 0] for v, number in enumerate((7, 7, 6))
-    }
+    other.resume(saved, stood, 20)
+    assert positions(other) == [Position(sample=number) for number in (7, 7, 6)]
     assert read_rows(other, range(20, 23))[1] == read_rows(stream("jsonl", path, 3), [0])[0]
 
 
@@ -245,19 +247,14 @@ def test_the_state_takes_of_every_stream_the_rank_that_is_furthest():
     for step in (1, 2):
         for loader in loaders:
             loader.step_batches(step)
-    positions = [loader.positions() for loader in loaders]
-    assert [list(place) for place in positions] == [
-        ["stream 0"],
-        ["stream 0"],
-        ["stream 1"],
-        ["stream 1"],
-    ]
+    by_rank = [loader.positions() for loader in loaders]
+    assert [list(moved) for moved in by_rank] == [[0], [0], [1], [1]]
     (alone,) = [data_loader(build(), 12, 0, 1, 12)]
     alone.step_batches(1)
     alone.step_batches(2)
-    state = loaders[3].state(2, positions)
+    state = loaders[3].state(2, by_rank)
     assert state == alone.state(2, [alone.positions()])
-    assert state["positions"]["stream 1"][0] == 12
+    assert state["positions"][1]["sample"] == 12
 
 
 # Reading ahead
@@ -273,13 +270,17 @@ def test_reading_ahead_is_bounded_and_changes_neither_order_nor_state():
 
     loader = data_loader(made_up(rows), 4, 0, 1, 4)
     plain = made_up(rows)
+
+    def taken():
+        return list(loader.positions().values())
+
     for step in range(1, 6):
         (batch,) = loader.step_batches(step)
         assert batch.tokens.tolist() == plain.read(np.arange(4 * step - 4, 4 * step))[0].tolist()
-        assert loader.positions() == plain.positions()
+        assert taken() == positions(plain)
     tokens_taken = 4 * (5 + STEPS_AHEAD) * 8
-    loader.read_ahead(6)
-    assert loader.positions() == plain.positions(), "what is read ahead is not taken"
+    loader._ahead.is_ready(6)
+    assert taken() == positions(plain), "what is read ahead is not taken"
     assert max(given) < tokens_taken, "one document has more than one token"
 
 
@@ -326,11 +327,28 @@ def test_a_fault_comes_at_its_step_and_no_earlier():
         take(loader, range(3, 9))
 
 
-def test_a_source_that_stalls_is_named_after_the_time_allowed():
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of the test's own: clock.now is what the streams and their reader see."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(token_stream, "time", clock)
+    monkeypatch.setattr(read_ahead, "time", clock)
+    return clock
+
+
+def test_a_source_that_stalls_is_named_after_the_time_allowed(clock):
     go_on = threading.Event()
 
     def rows():
         yield from documents(["word " * 40])
+        threading.Timer(0.1, lambda: setattr(clock, "now", clock.now + 1)).start()
         go_on.wait(60)
 
     loader = data_loader(made_up(rows, streams=1), 2, 0, 1, 2, stall_timeout_seconds=1)
@@ -343,17 +361,22 @@ def test_a_source_that_stalls_is_named_after_the_time_allowed():
         go_on.set()
 
 
-def test_a_slow_source_is_waited_for():
-    pause = threading.Event()
+def test_a_slow_source_is_waited_for(clock):
+    """Each document takes nearly the time allowed, and a step many documents."""
+    given = 0
 
     def rows():
+        nonlocal given
         for text in ["word " * 6] * 40:
-            pause.wait(0.05)
+            clock.now += 0.4
+            loader._ahead._check_stall()
+            given += 1
             yield Document(text, "here")
 
     loader = data_loader(made_up(rows), 16, 0, 1, 16, stall_timeout_seconds=0.5)
     for step in (1, 2):
         loader.step_batches(step)
+    assert given * 0.4 > 10 * 0.5
 
 
 def test_a_hub_without_the_field_is_refused_at_the_start(tmp_path):

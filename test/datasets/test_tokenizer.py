@@ -118,7 +118,7 @@ def test_cutting_a_long_text_does_not_change_its_ids(monkeypatch, options):
     text = "The  quick\n   brown fox\u00e9, lazy    dogs. \r\n 0123 return x\t jumps " * 40
     whole = tokenizer.encode(text)
     monkeypatch.setattr(module, "LONG_TEXT", 7)
-    assert len(tokenizer._parts(text)) > 50
+    assert len(tokenizer._cut_for_encoding(text)) > 50
     assert tokenizer.encode(text) == whole
     assert tokenizer.decode(whole) == text
 
@@ -126,7 +126,7 @@ def test_cutting_a_long_text_does_not_change_its_ids(monkeypatch, options):
 def test_model_with_pieces_across_spaces_is_not_cut(monkeypatch):
     tokenizer = foreign_model(split_by_whitespace=False, vocab_size=360)
     monkeypatch.setattr(module, "LONG_TEXT", 7)
-    assert tokenizer._parts(TEXT[0]) == [TEXT[0]]
+    assert tokenizer._cut_for_encoding(TEXT[0]) == [TEXT[0]]
 
 
 def test_model_that_adds_a_space_reads_the_space_mark_as_a_space():
@@ -248,18 +248,18 @@ def test_folder_with_a_model_is_read(tmp_path):
             r"tiktoken format .*Give the tokenizer\.json of the same model's",
         ),
         (b"IQ== 0\r\nIg== 1\r\n", "tiktoken format"),
-        (b'{"version": "1.0", "model": {}}', "JSON, but no tokenizer.json"),
-        (b'\n  {"version": "1.0"}', "JSON, but no tokenizer.json"),
-        (b'{"version": ', "JSON, but no tokenizer.json"),
+        (b'{"version": "1.0", "model": {}}', "JSON, but not a tokenizer.json"),
+        (b'\n  {"version": "1.0"}', "JSON, but not a tokenizer.json"),
+        (b'{"version": ', "JSON, but not a tokenizer.json"),
         (
             b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}',
-            "JSON, but no tokenizer.json",
+            "JSON, but not a tokenizer.json",
         ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"", "empty"),
-        (b"\0" * 1000, "no SentencePiece model"),
-        (b"hello world\n", "no SentencePiece model"),
-        (DEBUG_MODEL.read_bytes()[:9999], "no SentencePiece model"),
+        (b"\0" * 1000, "not a SentencePiece model"),
+        (b"hello world\n", "not a SentencePiece model"),
+        (DEBUG_MODEL.read_bytes()[:9999], "not a SentencePiece model"),
     ],
 )
 def test_other_formats_are_named(tmp_path, content, message):
@@ -388,23 +388,23 @@ def test_bos_and_eos_are_those_of_the_files_beside_then_the_well_known(tmp_path)
 @pytest.mark.parametrize(
     ("specials", "beside", "message"),
     [
-        ((), {}, r"bos_token = None, eos_token = None is none .*tokenizer_config\.json"),
+        ((), {}, r"bos_token = None, eos_token = None is not in its .*tokenizer_config\.json"),
         (
             ("<b>",),
             {"tokenizer_config": {"bos_token": None, "eos_token": "<b>"}},
-            "separates documents: bos_token = None is none of its tokens",
+            "separates documents: bos_token = None is not in its vocabulary",
         ),
         (
             ("<s>", "</s>"),
             {"tokenizer_config": {"bos_token": "<x>", "eos_token": "</s>"}},
-            "bos_token = '<x>' is none of its tokens",
+            "bos_token = '<x>' is not in its vocabulary",
         ),
         (
             ("<s>", "</s>"),
             {"tokenizer_config": {"bos_token": {"x": 1}}},
             "tokenizer_config.json.* cannot be read",
         ),
-        (("<s>", "</s>"), {"tokenizer_config": {"bos_token": ["<s>"]}}, "is none of its tokens"),
+        (("<s>", "</s>"), {"tokenizer_config": {"bos_token": ["<s>"]}}, "is not in its vocabulary"),
         (
             ("<s>", "</s>"),
             {"tokenizer_config": ["<s>"]},

@@ -11,7 +11,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import packing
 from torchtrain.datasets.documents import split_documents
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.packing import best_fit, pieces_of
+from torchtrain.datasets.packing import best_fit, find_segments
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import ConfigError, UserError
 from torchtrain.loss import sequence_losses
@@ -204,7 +204,6 @@ def dataset_of(corpus, tokenizer, training=(), data=()):
         Data(**corpus[1], **dict(data)),
         tokenizer,
         0,
-        log=lambda _: None,
     )
 
 
@@ -281,12 +280,16 @@ def test_pieces_are_documents_and_long_ones_are_cut_with_an_overlap(monkeypatch,
     monkeypatch.setattr(packing, "WINDOW", window)
     #                  0  1  2  3  4  5  6  7  8  9 10 11
     tokens = np.array([9, 2, 1, 7, 7, 7, 7, 7, 2, 1, 8, 2], dtype=np.uint16)
-    pieces = np.concatenate(list(pieces_of(tokens, 4, BOS, EOS)))
+    pieces = np.concatenate(list(find_segments(tokens, 4, BOS, EOS)))
     assert pieces.tolist() == [[0, 2], [2, 5], [6, 3], [9, 3]]
     shared = np.array([2, 7, 2, 2, 8, 8, 2], dtype=np.uint16)
-    assert np.concatenate(list(pieces_of(shared, 8, EOS, EOS))).tolist() == [[0, 3], [3, 4]]
+    assert np.concatenate(list(find_segments(shared, 8, EOS, EOS))).tolist() == [[0, 3], [3, 4]]
     alone = np.array([2, 7, 2, 8, 8, 2, 9], dtype=np.uint16)
-    assert np.concatenate(list(pieces_of(alone, 8, EOS, EOS))).tolist() == [[0, 3], [2, 4], [5, 2]]
+    assert np.concatenate(list(find_segments(alone, 8, EOS, EOS))).tolist() == [
+        [0, 3],
+        [2, 4],
+        [5, 2],
+    ]
 
 
 def predictions(tokens, labels):

@@ -3,73 +3,85 @@
 Shapes: B samples, S tokens of a sequence.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from torchtrain.datasets.data_order import locate
 from torchtrain.datasets.token_cache import TokenCache
+from torchtrain.datasets.token_stream import Position, TokenStream
 from torchtrain.errors import UserError
+from torchtrain.utils import IGNORE_INDEX, counted
 
-Position = list[int]
-"""Where a stream stands (streams.py), its first number that of its next sample: of two, the larger one is further."""
+Identity = dict[str, Any]
+"""What fixes samples and their order, as JSON: numbers and strings by name. A mixture's has
+`sources`, the list of its sources' own, each with its `weight`."""
 
 
 class Dataset(Protocol):
-    """An endless row of samples; which one stands at number i depends on `identity` and i alone."""
+    """An endless sequence of samples; sample i depends on `identity` and i alone."""
 
     name: str
-    """How messages call it."""
+    """Name in messages."""
+    streams: Sequence[TokenStream] = ()
+    """Streams that samples are read from, which is only possible in ascending order; else none."""
 
-    def identity(self) -> dict[str, Any]:
-        """What fixes the samples and their order, as flat JSON: two runs with equal identities read the same."""
+    def identity(self) -> Identity:
+        """Return what fixes the samples and their order: equal identities, equal samples."""
 
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels, int64 `[B, S]` each, of samples `[B]`; a label of -100 does not count."""
+        """Read tokens and labels, int64 `[B, S]` each, of samples `[B]`.
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often the first `samples` samples go through each source, by its name; streams count by themselves."""
-        return {}
+        A label of IGNORE_INDEX is not valid.
+        """
 
     def describe(self, samples: int) -> str:
-        """What it holds, for the start of a run, and how many epochs the run's `samples` take; a line a source."""
+        """Return one line per source: what it holds, and the epochs of a run of `samples`."""
 
-    # What follows concerns streams alone (streams.py), whose samples can only be read in ascending order.
-
-    def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
-        """The stream, int64 `[B]`, of samples `[B]`; -1 where there is none, and any order will do."""
-        return np.full_like(sample_ids, -1)
-
-    def positions(self) -> dict[str, Position]:
-        """Where every stream stands, after what has been read."""
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Return how often `samples` samples go through each source; streams count themselves."""
         return {}
 
-    def resume(self, saved: dict[str, Any], samples: int) -> None:
-        """Go on with sample number `samples` where the identity and the positions in `saved` say, those that still fit.
+    def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return the stream, int64 `[B]`, of samples `[B]`; -1 where there is none."""
+        return np.full_like(sample_ids, -1)
 
-        Streams of another corpus, or of another number, begin anew.
+    def resume(self, saved: Identity, positions: Sequence[Position], samples: int) -> None:
+        """Set the streams, if any, to where they stood after `samples` samples.
+
+        Args:
+            saved: the identity of the dataset that the positions are of.
+            positions: of its streams, in order.
+            samples: number of samples that were read, which is the next one's number.
         """
         return
 
-    def waiting(self) -> tuple[float, str]:
-        """Since when (`time.monotonic`) it waits for a document of a stream, and of which; infinite if it does not."""
-        return math.inf, self.name
-
     @property
     def fingerprint(self) -> str:
-        """`identity` in one string; ranks compare it, since they may see different files."""
-        return " ".join(f"{name}={value}" for name, value in self.identity().items())
+        """The identity as text; ranks compare it, since they may see different files."""
+        return " ".join(f"{name}={value}" for name, value in flatten(self.identity()).items())
+
+
+def flatten(identity: Identity) -> dict[str, Any]:
+    """Return the entries of an identity by names such as "corpus" or "corpus of source 1"."""
+    entries = {name: value for name, value in identity.items() if name != "sources"}
+    for number, source in enumerate(identity.get("sources", []), start=1):
+        for name, value in source.items():
+            entries[f"{name} of source {number}"] = value
+    return entries
 
 
 class PackedDataset(Dataset):
     """Tokens cut into sequences: sequence j holds tokens [j·S, j·S+S] and overlaps the next by one.
 
-    The last tokens, too few for a sequence, are dropped, or with `keep_rest` filled up with labels of -100. Documents
-    follow each other without a border, so EOS predicts the BOS of the next.
+    The last tokens, too few for a sequence, are dropped or, with `keep_rest`, filled up with
+    labels of IGNORE_INDEX. Nothing separates documents, so EOS predicts the BOS of the next.
     """
 
-    def __init__(self, cache: TokenCache, seq_len: int, seed: int, keep_rest: bool = False) -> None:
+    def __init__(
+        self, cache: TokenCache, seq_len: int, seed: int, *, keep_rest: bool = False
+    ) -> None:
         """Cut `cache` into sequences of `seq_len` tokens, in the order of `seed`.
 
         Raises:
@@ -80,17 +92,18 @@ class PackedDataset(Dataset):
         self.seq_len = seq_len
         self.seed = seed
         self._tokens = cache.tokens
-        self.n_samples = (len(self._tokens) - 1 + (seq_len - 1 if keep_rest else 0)) // seq_len
-        self._remark = (
-            f"the last {max(0, len(self._tokens) - 1 - self.n_samples * seq_len):,} tokens dropped"
-        )
+        labels = len(self._tokens) - 1
+        self.n_samples = -(-labels // seq_len) if keep_rest else labels // seq_len
+        dropped = max(0, labels - self.n_samples * seq_len)
+        self._remark = f"the last {counted(dropped, 'token')} dropped"
         if self.n_samples <= 0:
             raise UserError(
-                f"{self.name} has {len(self._tokens):,} tokens, but training.seq_len = {seq_len:,} needs "
-                f"{seq_len + 1:,} for one sequence. Add text, or make the sequences shorter"
+                f"{self.name} has {counted(len(self._tokens), 'token')}, but training.seq_len = "
+                f"{seq_len:,} needs {seq_len + 1:,} for one sequence. Add text, or make the "
+                "sequences shorter"
             )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         return {
             "corpus": self.manifest.corpus_fingerprint,
             "tokenizer": self.manifest.tokenizer_fingerprint,
@@ -101,10 +114,10 @@ class PackedDataset(Dataset):
 
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = locate(sample_ids, self.n_samples, self.seed) * self.seq_len
-        sequences = np.full((len(starts), self.seq_len + 1), -100, dtype=np.int64)
-        for row, start in zip(sequences, starts, strict=True):
-            there = self._tokens[start : start + self.seq_len + 1]
-            row[: len(there)] = there
+        sequences = np.full((len(starts), self.seq_len + 1), IGNORE_INDEX, dtype=np.int64)
+        for sequence, start in zip(sequences, starts, strict=True):
+            tokens = self._tokens[start : start + self.seq_len + 1]
+            sequence[: len(tokens)] = tokens
         return np.maximum(sequences[:, :-1], 0), np.ascontiguousarray(sequences[:, 1:])
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -112,6 +125,7 @@ class PackedDataset(Dataset):
 
     def describe(self, samples: int) -> str:
         return (
-            f"{self.manifest.describe()}; an epoch is {self.n_samples:,} samples of {self.seq_len:,} tokens "
-            f"({self._remark}); the run takes {samples / self.n_samples:,.2f} epochs"
+            f"{self.manifest.describe()}; an epoch is {counted(self.n_samples, 'sample')} of "
+            f"{self.seq_len:,} tokens ({self._remark}); the run takes "
+            f"{samples / self.n_samples:,.2f} epochs"
         )

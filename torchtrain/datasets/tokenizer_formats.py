@@ -1,7 +1,7 @@
-"""Tokenizers in another format than SentencePiece's: Hugging Face's tokenizer.json.
+"""Tokenizers in a format other than SentencePiece's: Hugging Face's tokenizer.json.
 
-It is read by its own package, so that ids are what its authors' code gives. Text can spell no special token: what
-looks like one is encoded as ordinary characters, and BOS and EOS are for the caller to add.
+It is read by its own package, so that ids are what its authors' code gives. Text cannot spell a
+special token: what looks like one is encoded as ordinary characters; the caller adds BOS and EOS.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ WELL_KNOWN = (
     ("<|begin_of_text|>", "<|end_of_text|>"),
     ("<s>", "</s>"),
     ("<bos>", "<eos>"),
-    ("<|endoftext|>",) * 2,
+    ("<|endoftext|>", "<|endoftext|>"),
 )
 """BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
 
 
 def require_unicode(text: str) -> None:
-    """Refuse `text` that holds a lone surrogate, which no UTF-8 text can.
+    """Check that `text` holds no lone surrogate, which no UTF-8 text can.
 
     Raises:
         UserError: it does; says where.
@@ -36,13 +36,14 @@ def require_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start:,}, is no valid "
-            "Unicode and cannot be encoded. Drop it, or read the text with the encoding it was written in"
+            f"text with a lone surrogate, U+{ord(text[error.start]):04X} at character "
+            f"{error.start:,}, is not valid Unicode and cannot be encoded. Drop it, or read the "
+            "text with the encoding it was written in"
         ) from error
 
 
 def piece_bytes(piece: str) -> float:
-    """Bytes of UTF-8 text that a piece of SentencePiece's stands for."""
+    """Return the bytes of UTF-8 text that a piece of SentencePiece's stands for."""
     return float(len(piece.replace(SPACE_MARK, " ").encode("utf-8")))
 
 
@@ -50,10 +51,12 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, as the package `tokenizers` reads it."""
 
     def __init__(self, content: bytes, file: Path) -> None:
-        """Load `content`, that of `file`, and find BOS and EOS in the files beside it, else by well-known names.
+        """Load `content`, that of `file`, and find BOS and EOS.
+
+        The files beside it name them, or else they have well-known names.
 
         Raises:
-            UserError: no tokenizer.json, or one whose BOS and EOS cannot be known.
+            UserError: not a tokenizer.json, or one whose BOS and EOS cannot be known.
         """
         import tokenizers
 
@@ -61,7 +64,7 @@ class HuggingFaceTokenizer:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing more special
             raise UserError(
-                f"tokenizer {str(file)!r} is JSON, but no tokenizer.json: {error}"
+                f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json: {error}"
             ) from error
         self._model.no_padding()
         self._model.no_truncation()
@@ -69,17 +72,17 @@ class HuggingFaceTokenizer:
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         bos, eos = _special_names(file, vocabulary)
-        self._model.add_special_tokens([bos, eos])  # which not every file calls special; ids stay
+        self._model.add_special_tokens([bos, eos])  # not every file calls them special; ids stay
         self.bos_id: int = vocabulary[bos]
         self.eos_id: int = vocabulary[eos]
         self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
+        """Return the ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """As `encode` for each text, int32 `[tokens]`; any number of threads above one means all cores."""
+        """Return the ids of each text, int32 `[tokens]`; several `threads` mean all cores."""
         for text in texts:
             require_unicode(text)
         if threads == 1:
@@ -89,59 +92,72 @@ class HuggingFaceTokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; BOS and EOS have none."""
-        return self._model.decode([int(id) for id in ids], skip_special_tokens=True)
+        """Return the text of `ids`; BOS and EOS have none."""
+        return self._model.decode([int(id_) for id_ in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes that each id stands for, fp64 `[V]`; the decoder says how the vocabulary spells them, NaN if not."""
+        """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
+
+        The decoder says how the vocabulary spells them; NaN where it does not, 0 for BOS and EOS.
+        """
         settings = json.loads(self._model.to_str())
         decoder = settings["decoder"] or {}
         steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+        vocabulary = self._model.get_vocab(with_added_tokens=False)
         sizes = np.full(self.vocab_size, np.nan)
-        for piece, id in self._model.get_vocab(with_added_tokens=False).items():
+        for token, id_ in vocabulary.items():
             if "ByteLevel" in steps:
-                sizes[id] = len(piece)  # a character for each byte
+                sizes[id_] = len(token)  # a character for each byte
             elif steps & {"Metaspace", "ByteFallback"}:
-                sizes[id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece_bytes(piece)
+                is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+                sizes[id_] = 1 if is_byte else piece_bytes(token)
         unknown = settings["model"].get("unk_token")
         if isinstance(unknown, str) and unknown in self._model.get_vocab():
             sizes[self._model.token_to_id(unknown)] = np.nan
-        for token in settings["added_tokens"]:
-            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode("utf-8"))
+        for added in settings["added_tokens"]:
+            size = len(added["content"].encode("utf-8"))
+            sizes[added["id"]] = 0 if added["special"] else size
         return sizes
 
 
+SPECIAL_KEYS = ("bos_token", "eos_token")
+
+
 def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
-    """The tokens that the files beside `file` call bos_token and eos_token, else the first well-known pair."""
+    """Return what the files beside `file` call BOS and EOS, else the first well-known pair."""
+    given = _names_beside(file)
+    if not given:
+        for bos, eos in WELL_KNOWN:
+            if bos in vocabulary and eos in vocabulary:
+                return bos, eos
+    faults = []
+    for key in SPECIAL_KEYS:
+        if given.get(key) not in vocabulary:
+            faults.append(f"{key} = {given.get(key)!r}")
+    if faults:
+        config = str(file.with_name("tokenizer_config.json"))
+        raise UserError(
+            f"tokenizer {str(file)!r} and the files beside it do not say what separates "
+            f"documents: {', '.join(faults)} is not in its vocabulary. Name two tokens in "
+            f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same'
+        )
+    return given["bos_token"], given["eos_token"]
+
+
+def _names_beside(file: Path) -> dict[str, str]:
+    """Return the special tokens that the files beside `file` name, by bos_token and eos_token."""
     given: dict[str, str] = {}
-    for name in (
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    ):  # the latter counts where they differ
+    # The latter counts where they differ.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = file.with_name(name)
         try:
             settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
-            tokens = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
-            given |= {
-                key: str(token["content"] if isinstance(token, dict) else token)
-                for key, token in tokens.items()
-            }
+            for key in SPECIAL_KEYS:
+                token = settings.get(key)
+                if token:
+                    given[key] = str(token["content"] if isinstance(token, dict) else token)
         except (OSError, ValueError, AttributeError, LookupError) as error:
             raise UserError(
                 f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}"
             ) from error
-    if not given:
-        pairs = (pair for pair in WELL_KNOWN if all(token in vocabulary for token in pair))
-        given = dict(zip(("bos_token", "eos_token"), next(pairs, ()), strict=False))
-    faults = [
-        f"{key} = {given.get(key)!r}"
-        for key in ("bos_token", "eos_token")
-        if given.get(key) not in vocabulary
-    ]
-    if faults:
-        raise UserError(
-            f"tokenizer {str(file)!r} and the files beside it do not say what separates documents: {', '.join(faults)} "
-            f"is none of its tokens. Name two in {str(file.with_name('tokenizer_config.json'))!r}: "
-            '{"bos_token": "…", "eos_token": "…"}; they may be the same'
-        )
-    return given["bos_token"], given["eos_token"]
+    return given

@@ -20,8 +20,8 @@ import numpy as np
 from torchtrain.config.layout import BatchPlan
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
-from torchtrain.datasets.corpora import open_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.utils import cores
 
@@ -124,7 +124,7 @@ def main() -> None:
         for kind, (training, data) in kinds.items():
             section = Training(seq_len=given.seq_len, **training)
             cache = Data(cache_folder=str(folder / "cache"), **data)
-            dataset = build_dataset(section, cache, tokenizer, 0, log=lambda line: None)
+            dataset = build_dataset(section, cache, tokenizer, 0)
             loader = DataLoader(dataset, BatchPlan(given.batch, given.batch, 1, 1), 0)
             loader.step_batches(1)
             before = anonymous_mib()

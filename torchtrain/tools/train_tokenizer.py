@@ -14,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from torchtrain.catalog.custom_import import import_custom
-from torchtrain.datasets.corpora import open_corpus
+from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.tokenizer import LONG_TEXT, SentencePieceTokenizer
 from torchtrain.errors import UserError
 

@@ -1,0 +1,94 @@
+"""The data state of a checkpoint: what was read, and from where reading resumes.
+
+    samples_consumed    samples that the steps so far have read
+    origin              step and sample from which samples are counted, see DataLoader
+    global_batch_size   samples per step
+    name                what messages call the dataset
+    dataset             its identity: what fixes samples and their order (samples.Identity)
+    positions           of every stream, in order, by the names of token_stream.Position
+
+Until version 1 the identity's entries stood beside the others, those of a mixture under names such
+as "corpus of source 3"; positions had names such as "stream 4 of source 3"; `origin` was a pair.
+"""
+
+import re
+from typing import Any
+
+from torchtrain.datasets.samples import flatten
+from torchtrain.datasets.token_stream import Position
+
+DataState = dict[str, Any]
+
+OPTIONS = {
+    "corpus": (
+        "the corpus' contents (training.dataset, training.dataset_path, data.text_key, "
+        "[validation])"
+    ),
+    "tokenizer": "the tokenizer (model.tokenizer_path)",
+    "seq_len": "training.seq_len",
+    "seed": "debug.seed",
+    "n_samples": "the number of samples in an epoch",
+    "packing": "data.packing",
+    "streams": "data.streams",
+    "global_batch_size": "training.global_batch_size",
+}
+"""What messages call an entry; those of a mixture's sources are data.mixture's."""
+
+OF_SOURCE = re.compile(r"(.+) of source (\d+)")
+NOT_OF_DATASET = ("samples_consumed", "origin", "global_batch_size", "source", "positions")
+
+
+def upgrade(saved: DataState) -> DataState:
+    """Return a saved state in today's form; of a state that lacks entries, those are missing."""
+    if "dataset" in saved or "samples_consumed" not in saved:
+        return saved
+    dataset: dict[str, Any] = {}
+    sources: dict[int, dict[str, Any]] = {}
+    for key, value in saved.items():
+        if key in NOT_OF_DATASET:
+            continue
+        of_source = OF_SOURCE.fullmatch(key)
+        if of_source is None:
+            dataset[key] = value
+        else:
+            name, number = of_source.groups()
+            sources.setdefault(int(number), {})[name] = value
+    if sources:
+        dataset["sources"] = [sources[number] for number in sorted(sources)]
+    step, sample = saved.get("origin", (0, 0))
+    return {
+        "samples_consumed": saved["samples_consumed"],
+        "origin": {"step": step, "sample": sample},
+        "global_batch_size": saved.get("global_batch_size", 0),
+        "name": saved.get("source"),
+        "dataset": dataset,
+        "positions": _upgrade_positions(saved.get("positions", {})),
+    }
+
+
+def _upgrade_positions(saved: dict[str, list[int]]) -> list[dict[str, int]]:
+    """Return positions in the order of sources and streams."""
+    positions = {}
+    for name, numbers in saved.items():
+        of_source = OF_SOURCE.fullmatch(name)
+        stream, source = of_source.groups() if of_source else (name, "0")
+        key = (int(source), int(stream.removeprefix("stream ")))
+        positions[key] = Position(*numbers)._asdict()
+    return [positions[key] for key in sorted(positions)]
+
+
+def differences(saved: DataState, current: DataState) -> list[str]:
+    """Return one line per entry that fixes the samples' order and is not what it was."""
+    before, now = _entries(saved), _entries(current)
+    lines = []
+    for key in dict.fromkeys([*OPTIONS, *before, *now]):
+        if before.get(key) != now.get(key):
+            name = OPTIONS.get(key, f"{key} (data.mixture)")
+            lines.append(
+                f"  {name}: {before.get(key, 'none')} in the checkpoint, {now.get(key, 'none')} now"
+            )
+    return lines
+
+
+def _entries(state: DataState) -> dict[str, Any]:
+    return {**flatten(state["dataset"]), "global_batch_size": state["global_batch_size"]}

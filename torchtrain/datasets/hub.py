@@ -1,0 +1,181 @@
+"""Corpora of the Hugging Face Hub, and local folders that its package `datasets` can read.
+
+https://huggingface.co/docs/datasets/package_reference/loading_methods
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchtrain.catalog.datasets import DATASETS, HubSource
+from torchtrain.datasets.corpora import Corpus, Rows, as_row, no_field
+from torchtrain.datasets.files import files_under
+from torchtrain.errors import UserError
+from torchtrain.utils import expanded, nearest
+
+TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """A table of the hub or of a local folder, and how it is read."""
+
+    source: HubSource
+    where: str
+    """The folder, or the name of the repository."""
+    is_local: bool
+    revision: str | None
+    text_key: str
+    streaming: bool
+
+    @property
+    def kind(self) -> str:
+        """How its rows are read."""
+        return f"{self.source.config or 'default'} {self.source.split} [{self.text_key}]"
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return f"{self.where} {self.kind}"
+
+
+def read_hub(
+    source: HubSource,
+    path: Path | None,
+    text_key: str,
+    *,
+    streaming: bool = False,
+    option: str = "training.dataset",
+) -> Corpus:
+    """Return a dataset of the hub at its newest revision, or the local copy in `path`.
+
+    With `streaming` nothing is downloaded beforehand, and each of its files is a part.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such dataset; names the `option`.
+    """
+    if path and not path.is_dir():
+        raise UserError(
+            f"{option}_path = {str(path)!r} must be a folder, a copy of {source.repository}"
+        )
+    given = expanded(source.repository)
+    local = path or (given if given.is_dir() else None)
+    table = _Table(
+        source=source,
+        where=str(local or source.repository),
+        is_local=local is not None,
+        revision=None if local else _find_revision(source, option),
+        text_key=text_key,
+        streaming=streaming,
+    )
+    return Corpus(
+        name=table.name,
+        files=files_under(local) if local else [],
+        parts=_parts(table),
+        even_parts=streaming,
+        kind=table.kind,
+        revision=None if table.revision is None else f"{table.where}@{table.revision}",
+    )
+
+
+def _parts(table: _Table) -> list[Callable[[], Rows]]:
+    where = f"{table.where} {table.source.split}"
+    if not table.streaming:
+        return [partial(_rows, table, partial(_open, table), where)]
+    with _faults_named(table):
+        dataset = _open(table)
+    parts: list[Callable[[], Rows]] = []
+    for number in range(dataset.num_shards):
+        shard = partial(dataset.shard, dataset.num_shards, number)
+        parts.append(partial(_rows, table, shard, f"{where}, file {number + 1}"))
+    return parts
+
+
+def _rows(table: _Table, load: Callable[[], Iterable[Any]], where: str) -> Rows:
+    with _faults_named(table):
+        for number, row in enumerate(load(), start=1):
+            yield as_row(row[table.text_key], f"{where}:{number}", repr(table.text_key))
+
+
+@contextmanager
+def _faults_named(table: _Table) -> Iterator[None]:
+    """Turn faults of hub, network, file formats and the package into one line with the name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # they have no common base
+        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        problem = lines[0] if lines else repr(error)
+        raise UserError(f"{table.name} cannot be read: {problem}") from error
+
+
+def _open(table: _Table) -> Any:
+    """Open the table, its text field alone: the others are not even read."""
+    dataset = _load(table)
+    fields = dataset.column_names
+    if not fields:  # a stream may not know them
+        fields = list(next(iter(dataset), [table.text_key]))
+    if table.text_key not in fields:
+        problem = no_field(table.text_key, table.where, fields).problem
+        raise UserError(f"{table.name}: {problem}")
+    return dataset.select_columns([table.text_key])
+
+
+def _load(table: _Table) -> Any:
+    import datasets
+
+    source, folder = table.source, Path(table.where)
+    saved_files = (folder / "state.json", folder / "dataset_dict.json")
+    if table.is_local and any(file.exists() for file in saved_files):
+        saved = datasets.load_from_disk(table.where)
+        if isinstance(saved, datasets.DatasetDict):
+            saved = saved[source.split]
+        return saved.to_iterable_dataset() if table.streaming else saved
+    config = source.config
+    if table.is_local and config not in datasets.get_dataset_config_names(table.where):
+        config = None  # files of one split, copied without the description that names configs
+    return datasets.load_dataset(
+        table.where,
+        config,
+        split=source.split,
+        revision=table.revision,
+        streaming=table.streaming,
+    )
+
+
+def _find_revision(source: HubSource, option: str) -> str | None:
+    """Return the commit that `source` asks for; None under HF_HUB_OFFLINE=1 (any downloaded one).
+
+    It is asked for first, with one request, since `datasets` itself tries for half a minute when
+    there is no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository = source.repository
+    revision = f" at {source.revision!r}" if source.revision else ""
+    given = f"{option}: {repository!r}{revision} of the Hugging Face Hub"
+    try:
+        return HfApi().dataset_info(repository, revision=source.revision, timeout=TIMEOUT_S).sha
+    except OfflineModeIsEnabled:
+        return None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        close = nearest(repository, [name for name in DATASETS if "/" in name])
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(
+            f"{given} does not exist, or is not open to you (see `hf auth login`){hint}"
+        ) from error
+    except Exception as error:  # its HTTP library has changed before, and the errors with it
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"{given} cannot be reached ({type(error).__name__}: {first_line}). Set "
+            f"{option}_path to a local copy, or HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ) from error

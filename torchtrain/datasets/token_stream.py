@@ -1,0 +1,179 @@
+"""One stream of a corpus: an endless sequence of tokens, BOS document EOS after another.
+
+Shapes: S tokens of a sequence.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from torchtrain.datasets.corpora import Corpus, Rows
+from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.errors import UserError
+from torchtrain.logging_utils import logger
+
+
+class Position(NamedTuple):
+    """Where a stream stands: its next sample, and where that begins in the corpus.
+
+    Of two positions of one stream the larger is further on.
+    """
+
+    sample: int = 0
+    """Number of the next sample, of this stream's."""
+    epoch: int = 0
+    part: int = 0
+    """Part of the corpus."""
+    rows_before: int = 0
+    """Rows in the parts before."""
+    row: int = 0
+    """Row in the part."""
+    token: int = 0
+    """Token in the row's document, BOS being 0."""
+
+    @property
+    def document(self) -> "Position":
+        """The position without sample and token: which document it is in."""
+        return self._replace(sample=0, token=0)
+
+
+class TokenStream:
+    """Stream number `number` of `count`; sample n takes tokens [n·S, n·S+S].
+
+    Of each part it takes the rows `number`, `number` + `count`, … counted over the whole corpus;
+    or, with `by_part`, all rows of the parts with these numbers.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        number: int,
+        count: int,
+        *,
+        by_part: bool,
+    ) -> None:
+        self.name = f"{corpus.name}, stream {number} of {count}"
+        self.parts = corpus.parts[number::count] if by_part else corpus.parts
+        self.start = Position()
+        """Where to begin; may be set until the first sample is read."""
+        self.waiting_since = math.inf
+        """When the row was asked for that has not come yet; infinite if none is awaited."""
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._number = number
+        self._count = 1 if by_part else count
+        self._documents: Iterator[tuple[Position, np.ndarray]] | None = None
+        # The documents of the tokens that were read and not yet used, with their positions.
+        self._held: deque[tuple[Position, np.ndarray]] = deque()
+        self._next_sample = 0
+        self._next_token = 0  # in the first of these documents
+        self._tokens_left = 0  # from there on
+
+    def position(self) -> Position:
+        """Return the position of the next sample."""
+        if self._documents is None:
+            return self.start
+        document, _ = self._held[0]
+        return document._replace(sample=self._next_sample, token=self._next_token)
+
+    def read(self, number: int) -> np.ndarray:
+        """Read sample `number`, int32 `[S + 1]`; samples are read in ascending order.
+
+        Raises:
+            UserError: a bad row, or a source that cannot be read, has no document for this stream,
+                or has other documents than when `start` was saved.
+        """
+        if self._documents is None:
+            self._documents = self._begin()
+        assert number >= self._next_sample, "a stream is read forwards"
+        while self._next_sample < number:
+            self._read_next()
+        return self._read_next()
+
+    def _begin(self) -> Iterator[tuple[Position, np.ndarray]]:
+        """Open the corpus at `start`."""
+        document = self.start.document
+        documents = self._read_documents(document)
+        self._next_sample = self.start.sample
+        self._next_token = self.start.token
+        self._tokens_left = -self.start.token
+        if document != Position() or self.start.token > 0:
+            self._hold(next(documents))
+            if self._held[0][0] != document or self._tokens_left <= 0:
+                raise UserError(
+                    f"{self.name} does not give the documents that it gave before the checkpoint"
+                )
+        return documents
+
+    def _hold(self, document: tuple[Position, np.ndarray]) -> None:
+        self._held.append(document)
+        self._tokens_left += len(document[1])
+
+    def _read_next(self) -> np.ndarray:
+        assert self._documents is not None
+        while self._tokens_left <= self._seq_len:
+            self._hold(next(self._documents))
+        spans = []
+        begin, missing = self._next_token, self._seq_len + 1
+        for _, tokens in self._held:
+            span = tokens[begin : begin + missing]
+            spans.append(span)
+            begin, missing = 0, missing - len(span)
+        self._next_sample += 1
+        self._next_token += self._seq_len
+        self._tokens_left -= self._seq_len
+        while self._next_token >= len(self._held[0][1]):
+            _, tokens = self._held.popleft()
+            self._next_token -= len(tokens)
+        return np.concatenate(spans)
+
+    def _read_documents(self, first: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """Read the documents of this stream from `first` on: their positions and tokens."""
+        epoch, first_part, rows_before, first_row = first[1:5]
+        has_document = first != Position()  # this epoch
+        while True:
+            for part in range(first_part, len(self.parts)):
+                rows = 0
+                for row, content in enumerate(self._read_rows(part)):
+                    rows = row + 1
+                    is_own = (rows_before + row - self._number) % self._count == 0
+                    if row < first_row or not is_own:
+                        continue
+                    document = self._corpus.accept(content)
+                    if document is not None:
+                        has_document = True
+                        tokens = self._tokenize(document.text)
+                        yield Position(0, epoch, part, rows_before, row), tokens
+                rows_before += rows
+                first_row = 0
+            if not has_document:
+                raise UserError(
+                    f"{self.name} has no document: make data.streams smaller, or the corpus larger"
+                )
+            epoch += 1
+            first_part = rows_before = 0
+            has_document = False
+            logger.info(f"{self.name}: epoch {epoch + 1} begins")
+
+    def _tokenize(self, text: str) -> np.ndarray:
+        (ids,) = self._tokenizer.encode_batch([text])
+        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
+        return np.concatenate([bos, ids, eos], dtype=np.int32)
+
+    def _read_rows(self, part: int) -> Rows:
+        """Read the rows of a part; what is awaited is known meanwhile."""
+        rows = self.parts[part]()
+        while True:
+            self.waiting_since = time.monotonic()
+            row = next(rows, None)
+            self.waiting_since = math.inf
+            if row is None:
+                return
+            yield row
