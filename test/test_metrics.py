@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,13 @@ import train
 from torchtrain.config.schema import Metrics
 from torchtrain.errors import NonFinite, UserError
 from torchtrain.logging_utils import init_logging, logger
-from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, find_peak_flops
+from torchtrain.metrics import (
+    MetricsLogger,
+    StepSummary,
+    Stopwatch,
+    find_peak_flops,
+    peak_memory_gib,
+)
 
 
 class FixedStopwatch(Stopwatch):
@@ -312,6 +320,33 @@ def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkey
     assert logged == [(1, 6.9, 1.375), (2, 6.8, 1.375)]
     assert calls[0] == calls[2]
     assert calls[1] == calls[3] == "finish"
+
+
+def test_a_stopwatch_by_hand(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    stopwatch = Stopwatch()
+    now[0] += 1
+    for waited in (2, 4):
+        with stopwatch.waiting_for_data():
+            now[0] += waited
+    now[0] += 8
+    with stopwatch.paused():
+        now[0] += 16
+    assert stopwatch.data_time_s == 2 + 4
+    assert stopwatch.elapsed() == 1 + 2 + 4 + 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says it there")
+def test_peak_memory_is_what_the_kernel_says():
+    status = Path("/proc/self/status").read_text()
+    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(kib) / 2**20, rel=0.01)
+
+
+def test_peak_memory_of_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 3 * 2**30)
+    assert peak_memory_gib(torch.device("cuda:0")) == 3.0
 
 
 class Device:

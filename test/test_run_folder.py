@@ -64,18 +64,21 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
         (path / name).write_text(name)
     (path / "profiling" / "traces").mkdir(parents=True)
     (path / "wandb").mkdir()
-    (path / "previous-4").mkdir()
+    for number in (4, 10, 9):
+        (path / f"previous-{number}").mkdir()
     (path / "previous-old").mkdir()
     outputs = [Path("profiling/traces"), Path("tb"), outside]
     folder.begin_afresh(outputs)
     assert sorted(entry.name for entry in path.iterdir()) == [
         ".lock",
         "notes",
+        "previous-10",
+        "previous-11",
         "previous-4",
-        "previous-5",
+        "previous-9",
         "previous-old",
     ]
-    assert sorted(entry.name for entry in (path / "previous-5").iterdir()) == [
+    assert sorted(entry.name for entry in (path / "previous-11").iterdir()) == [
         "config.toml",
         "metrics.jsonl",
         "metrics.superseded.jsonl",
@@ -83,10 +86,10 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
         "run.json",
         "wandb",
     ]
-    assert (path / "previous-5" / "metrics.jsonl").read_text() == "metrics.jsonl"
+    assert (path / "previous-11" / "metrics.jsonl").read_text() == "metrics.jsonl"
     assert outside.is_dir()
     folder.begin_afresh(outputs)
-    assert not (path / "previous-6").exists(), "nothing to move"
+    assert not (path / "previous-12").exists(), "nothing to move"
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
