@@ -207,7 +207,13 @@ def build_model(
     schedule = config.parallelism.pipeline_parallel_schedule
     stages = own_stages(plan.stages, schedule, mesh)
     model_class = load_decoder(config.model.name)
-    parts = build_parts(model_class, plan.shape, stages, mesh, Techniques.of(config))
+    techniques = Techniques(
+        training=config.training,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+    )
+    parts = build_parts(model_class, plan.shape, stages, mesh, techniques)
     for part in parts.values():
         materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
     return parts

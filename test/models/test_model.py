@@ -16,7 +16,10 @@ from torchtrain.models.llama import Transformer
 from torchtrain.models.rotary import rotary_frequencies, rotate
 from torchtrain.parallelisms.initial_weights import materialize
 
-TINY = ModelShape(dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61)
+# An epsilon so large that a norm without it would show.
+TINY = ModelShape(
+    dim=48, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=80, vocab_size=61, norm_eps=0.01
+)
 GROUPED = dataclasses.replace(TINY, n_kv_heads=2)
 # A short original context: of the six frequencies some are kept, some interpolated, some divided.
 SCALED = {"rope_theta": 500.0, "rope_scaling_factor": 8.0, "rope_original_seq_len": 32}

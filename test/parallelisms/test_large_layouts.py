@@ -26,7 +26,13 @@ def facts(config, ranks, rank):
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     mesh = Mesh(plan.degrees, "cpu", sequence_shards=plan.sequence_shards)
     stages = own_stages(plan.stages, config.parallelism.pipeline_parallel_schedule, mesh)
-    parts = build_parts(Transformer, plan.shape, stages, mesh, Techniques.of(config))
+    techniques = Techniques(
+        training=config.training,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+    )
+    parts = build_parts(Transformer, plan.shape, stages, mesh, techniques)
     if plan.pipeline is not None:
         cpu = torch.device("cpu")
         Pipeline(parts, plan, mesh, cpu, torch.bfloat16, sequence_losses)
@@ -45,7 +51,9 @@ def facts(config, ranks, rank):
 
 
 def find_facts(file, ranks, of, results):
-    config = JobConfig().parse_args(["--job.config_file", file, "--training.dataset=c4", "--compile.enable=false"], ranks)
+    config = JobConfig().parse_args(
+        ["--job.config_file", file, "--training.dataset=c4", "--compile.enable=false"], ranks
+    )
     results.write_text(json.dumps([facts(config, ranks, rank) for rank in of]))
 
 

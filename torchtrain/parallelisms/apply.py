@@ -11,7 +11,6 @@ from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.schema import (
     ActivationCheckpoint,
     Compile,
-    Config,
     Parallelism,
     Training,
 )
@@ -36,16 +35,6 @@ class Techniques:
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint
     compile: Compile
-
-    @classmethod
-    def of(cls, config: Config) -> "Techniques":
-        """Pick the sections from the whole config."""
-        return cls(
-            training=config.training,
-            parallelism=config.parallelism,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=config.compile,
-        )
 
 
 def own_stages(stages: list[list[str]], schedule: str, mesh: Mesh) -> dict[int, list[str]]:
