@@ -137,7 +137,7 @@ def configure_numerics(debug: Debug) -> None:
     if debug.deterministic:
         # cuBLAS is deterministic only with this.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)  # noqa: FBT003
+        torch.use_deterministic_algorithms(mode=True, warn_only=debug.deterministic_warn_only)
     torch.autograd.set_detect_anomaly(debug.detect_anomaly)
 
 
