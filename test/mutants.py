@@ -441,8 +441,8 @@ MUTANTS = {
         ),
         (
             "documents may be held out of a stream",
-            "    elif config.data.streaming:",
-            "    elif False:",
+            '"what data.streaming = true reads once" if config.data.streaming else ""',
+            '""',
         ),
         (
             "both names of the tokenizer at once",
