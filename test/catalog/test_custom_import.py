@@ -4,7 +4,7 @@ import pytest
 from helpers.configs import parse, report
 
 from torchtrain.catalog.datasets import DATASETS
-from torchtrain.catalog.models import FAMILIES
+from torchtrain.catalog.models import FAMILIES, find_family
 from torchtrain.catalog.optimizers import OPTIMIZERS, find_optimizer, register_optimizer
 from torchtrain.config.plans import plan_run
 from torchtrain.errors import UserError
@@ -55,7 +55,8 @@ def test_a_users_model_optimizer_and_dataset_are_known(tmp_path):
     text = config_text("mine_all.py", name="mine", flavor="tiny")
     config = parse(text, "--optimizer.name=Lion", "--training.dataset=numbers")
     plan = plan_run(config, 1)
-    assert (plan.model, plan.shape.n_kv_heads) == ("my_models:Mine", 1)
+    assert find_family(config.model.name).model == "my_models:Mine"
+    assert (plan.shape.dim, plan.shape.n_kv_heads) == (32, 1)
     assert find_optimizer(config.optimizer.name) == "my_optimizers:build_lion"
     text = config_text("mine_all.py", name="llama3", flavor="tiny")
     assert plan_run(parse(text), 1).shape.dim == 32

@@ -180,7 +180,6 @@ mode = "full"
 def test_the_whole_plan_of_a_mixed_layout():
     plan = plan_run(parse(MIXED, world_size=16), 16, tokenizer_size=1000)
     assert plan.degrees == Degrees(pp=2, dp_replicate=1, dp_shard=2, cp=2, tp=2)
-    assert plan.model == "torchtrain.models.llama:Transformer"
     assert plan.shape.vocab_size == 1000
     assert plan.sequence_shards == 2
     assert asdict(plan.batch) == {

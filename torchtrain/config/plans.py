@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torchtrain.catalog.models import ModelShape, find_family, resolve_shape
+from torchtrain.catalog.models import ModelShape, resolve_shape
 from torchtrain.catalog.schedules import SCHEDULES, stages_of
 from torchtrain.config.layout import (
     BatchPlan,
@@ -97,8 +97,6 @@ class RunPlan:
     """Everything that follows from the config and the world size."""
 
     degrees: Degrees
-    model: str
-    """The class that computes the model, "module:Class"."""
     shape: ModelShape
     stages: list[list[str]]
     """Layer names of each pipeline stage; one stage without a pipeline."""
@@ -151,7 +149,6 @@ def plan_run(
         )
     return RunPlan(
         degrees=degrees,
-        model=find_family(config.model.name).model,
         shape=shape,
         stages=stages,
         sequence_shards=count_sequence_shards(parallelism),
