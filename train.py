@@ -30,8 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtrain.catalog.identity import ModelIdentity
 from torchtrain.checkpoint import Checkpointer, Source
-from torchtrain.config.plans import list_output_folders
+from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
@@ -267,6 +268,9 @@ def run(config: JobConfig, device: torch.device) -> None:
     if source is not None and not has_steps_left(source, config.training.steps, is_own=is_own):
         return
 
+    if source is not None:
+        shape = asdict(plan_shape(config.model))
+        checkpointer.check_model(source, ModelIdentity(family=config.model.name, shape=shape))
     saved = None if source is None or source.model_only else source.progress
     trainer = set_up(config, device, saved)
     if source is not None:

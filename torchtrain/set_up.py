@@ -1,5 +1,6 @@
 """Setting up a run: what a step needs, made in order from one plan; and resuming it."""
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtrain.catalog.identity import describe_changes
 from torchtrain.checkpoint import Checkpointer, Progress, Source
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
 from torchtrain.config.schema import Compile, Debug, LRScheduler
@@ -150,7 +152,7 @@ def make_plan(config: JobConfig, tokenizer_size: int, saved: Progress | None) ->
     """
     saved_batch = None
     if saved is not None and config.training.global_batch_size == -1:
-        saved_batch = saved.data["global_batch_size"]
+        saved_batch = saved.data.get("global_batch_size")
     try:
         return plan_run(
             config,
@@ -258,10 +260,11 @@ def build_loss_context(config: JobConfig, mesh: Mesh) -> Callable[[], AbstractCo
 def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
     """Load the weights and, unless only they are wanted, the rest; say what differs."""
     saved = source.progress
+    config = trainer.config
     if source.model_only:
         checkpointer.load(source, trainer.weights, None)
         return
-    accept = trainer.config.checkpoint.accept_changed_data
+    accept = config.checkpoint.accept_changed_data
     together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
     checkpointer.load(source, trainer.weights, trainer.optimizer)
     trainer.step = saved.step
@@ -269,6 +272,12 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     set_step(trainer.lr_scheduler, trainer.step)
     for change in schedule_changes(trainer, saved):
         logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
+    changes, more_than_rounding = describe_changes(
+        saved.config, config.model_dump(mode="json"), JobConfig().model_dump(mode="json")
+    )
+    if changes:
+        level = logging.WARNING if more_than_rounding else logging.INFO
+        logger.log(level, f"the config differs from the checkpoint's: {changes}")
 
 
 def schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
@@ -292,4 +301,5 @@ def progress_of(trainer: Trainer) -> Progress:
         tokens_seen=trainer.tokens_seen,
         data=trainer.loader.state(trainer.step, positions),
         config=trainer.config.model_dump(mode="json"),
+        shape=asdict(trainer.plan.shape),
     )

@@ -55,6 +55,8 @@ class Progress:
     """The data state: sample position and fingerprints."""
     config: dict[str, Any]
     """The resolved config by section, to be compared with the next launch's."""
+    shape: dict[str, Any] | None = None
+    """The resolved shape of the model; None in old checkpoints, whose config tells it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +168,9 @@ def read_progress(path: Path) -> Progress:
         UserError: it is not what torchtrain writes.
     """
     try:
-        progress = Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
+        return Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as fault:
         raise UserError(f"{path / STATE} is not what torchtrain writes: {fault}") from fault
-    return progress
 
 
 def set_aside(path: Path, word: str) -> Path:

@@ -42,6 +42,7 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.load_only",
         "checkpoint.enable_first_step_checkpoint",
         "checkpoint.accept_changed_data",
+        "checkpoint.accept_changed_model",
     ),
     ("checkpoint.initial_load_path", None): ("checkpoint.initial_load_model_only",),
     ("checkpoint.load_only", True): ("checkpoint.enable_first_step_checkpoint",),

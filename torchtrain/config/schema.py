@@ -304,6 +304,8 @@ class Checkpoint(Section):
     """Load, but never save."""
     accept_changed_data: bool = False
     """Resume although batch size, sequence length, corpus, tokenizer or seed differ; states how."""
+    accept_changed_model: bool = False
+    """Load the weights although the model computes something else from them; states what."""
 
 
 class ActivationCheckpoint(Section):

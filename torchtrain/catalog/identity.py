@@ -1,0 +1,182 @@
+"""Which model a checkpoint holds, and what of the config may change when a run resumes.
+
+The data is compared by the loader, the tensors where they are loaded, the learning-rate schedule
+line by line. A test holds that every key is compared, stated, or changes no result.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from torchtrain.catalog.models import FAMILIES, ModelShape, legacy_shape
+from torchtrain.errors import UserError
+
+RESULTS = (
+    "optimizer.name",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "training.max_norm",
+    "training.document_masking",
+    "training.mixed_precision_param",
+    "training.mixed_precision_reduce",
+    "data.on_bad_row",
+    "validation.dataset",
+    "validation.dataset_path",
+    "validation.seq_len",
+    "validation.freq",
+    "validation.steps",
+    "experimental.custom_import",
+)
+"""Keys that are free to change on resume and change what is computed: a change is stated."""
+
+ROUNDING = (
+    "optimizer.implementation",
+    "training.local_batch_size",
+    "training.enable_cpu_offload",
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.data_parallel_shard_degree",
+    "parallelism.tensor_parallel_degree",
+    "parallelism.disable_sequence_parallel",
+    "parallelism.disable_loss_parallel",
+    "parallelism.enable_async_tensor_parallel",
+    "parallelism.pipeline_parallel_degree",
+    "parallelism.pipeline_parallel_schedule",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "parallelism.context_parallel_degree",
+    "parallelism.context_parallel_method",
+    "parallelism.context_parallel_rotate_method",
+    "parallelism.context_parallel_load_balancer",
+    "compile.enable",
+    "compile.components",
+    "compile.backend",
+    "debug.deterministic",
+)
+"""Keys that change the order of operations, so the last bits of results: stated as that."""
+
+# They matter only where the rotary frequencies are scaled.
+SCALING_DETAILS = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which function of the tokens a model's weights are the parameters of."""
+
+    family: str
+    """`model.name`."""
+    shape: Mapping[str, Any]
+    """The fields of its `ModelShape`; a vocabulary of 0 is the tokenizer's."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that differs from the checkpoint's."""
+
+    key: str
+    """The full name of the key."""
+    saved: Any
+    current: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {show(self.saved)} in the checkpoint, {show(self.current)} now"
+
+
+def show(value: Any) -> str:
+    """Return a value as the config file has it."""
+    return "unset" if value is None else json.dumps(value)
+
+
+def find_saved_model(
+    config: Mapping[str, Mapping[str, Any]], shape: Mapping[str, Any] | None
+) -> ModelIdentity:
+    """Return which model a checkpoint holds, by its config and its shape.
+
+    Old checkpoints have no shape. It is what their config and the flavors of their time give.
+
+    Raises:
+        UserError: the config does not say it.
+    """
+    section = config.get("model", {})
+    if "name" not in section or "flavor" not in section:
+        raise UserError("the checkpoint's config does not say which model it holds")
+    if shape is None:
+        overrides = {field.name: section.get(field.name) for field in fields(ModelShape)}
+        shape = asdict(legacy_shape(section["name"], section["flavor"], overrides))
+    return ModelIdentity(family=section["name"], shape=shape)
+
+
+def compare_models(saved: ModelIdentity, current: ModelIdentity) -> list[Difference]:
+    """Return what makes the checkpoint's model another function than this one.
+
+    A field that was added after the checkpoint was saved had its default there. A vocabulary of 0
+    differs from none: the tokenizer and the rows of the embedding are compared by themselves.
+    """
+    found = []
+    if _find_class(saved.family) != _find_class(current.family):
+        found.append(Difference("model.name", saved.family, current.family))
+    defaults = {
+        field.name: field.default for field in fields(ModelShape) if field.default is not MISSING
+    }
+    before = {**defaults, **saved.shape}
+    now = {**defaults, **current.shape}
+    ignored: set[str] = set()
+    if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:
+        ignored.update(SCALING_DETAILS)
+    if before["vocab_size"] == 0 or now["vocab_size"] == 0:
+        ignored.add("vocab_size")
+    for key in dict.fromkeys([*now, *before]):
+        if key not in ignored and before.get(key) != now.get(key):
+            found.append(Difference(f"model.{key}", before.get(key), now.get(key)))
+    return found
+
+
+def _find_class(family: str) -> str:
+    """Return what computes a family's models; its name where it is not registered."""
+    return FAMILIES[family].model if family in FAMILIES else family
+
+
+def advise(differences: list[Difference]) -> str:
+    """Return what to do where a checkpoint holds another model."""
+    settings = ", ".join(f"{each.key} = {show(each.saved)}" for each in differences)
+    return (
+        f"For the checkpoint's model set {settings}. To load its weights into this one all the "
+        "same, set checkpoint.accept_changed_model = true"
+    )
+
+
+Sections = Mapping[str, Mapping[str, Any]]
+"""A config by section and key."""
+
+
+def describe_changes(saved: Sections, current: Sections, defaults: Sections) -> tuple[str, bool]:
+    """Say which keys that are free to change differ from the checkpoint's.
+
+    Args:
+        saved: the checkpoint's config; a key that it does not have had its default.
+        current: the config now.
+        defaults: of every key.
+
+    Returns:
+        One line, empty where nothing differs; and whether more than the last bits can change.
+    """
+    results = _list_changes(RESULTS, saved, current, defaults)
+    rounding = _list_changes(ROUNDING, saved, current, defaults)
+    parts = list(results)
+    if rounding:
+        parts.append(f"in rounding alone: {', '.join(rounding)}")
+    return "; ".join(parts), bool(results)
+
+
+def _list_changes(
+    names: Iterable[str], saved: Sections, current: Sections, defaults: Sections
+) -> list[str]:
+    changes = []
+    for name in names:
+        section, _, key = name.partition(".")
+        before = saved.get(section, {}).get(key, defaults[section][key])
+        now = current[section][key]
+        if before != now:
+            changes.append(f"{name} was {show(before)}, is {show(now)}")
+    return changes
