@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.launching import metrics, options, write_corpus
+from torch.distributed.tensor import DTensor
 
 import train
 from torchtrain import ranks
@@ -341,6 +342,8 @@ def test_what_validation_computes(given, data, device, tmp_path, masking):
     }
     trainer = set_up(config_of({**given, **overrides}), device)
     found = train.validate(trainer)
+    parameters = [weight for part in trainer.parts.values() for weight in part.parameters()]
+    assert all(isinstance(weight, DTensor) for weight in parameters), "weights stay gathered"
 
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     ids = []
