@@ -55,7 +55,7 @@ from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer, progress_of, resume, set_up
 from torchtrain.step_metrics import StepMetrics
-from torchtrain.utils import expanded
+from torchtrain.utils import expand_user
 
 
 def train(
@@ -261,7 +261,7 @@ def run(config: JobConfig, device: torch.device) -> None:
         logger.info(to_toml(config))
     for note in config.notes:
         logger.info(f"config     {note}")
-    folder = together(lambda: RunFolder(expanded(config.job.dump_folder), owner=rank == 0))
+    folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find()
     is_own = source is not None and source.path.parent == checkpointer.folder

@@ -32,12 +32,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def counted(number: int, noun: str) -> str:
-    """Return number and noun, such as "1 file" or "2,000 files"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def expanded(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """Return `path` with its `~` resolved.
 
     That of an unknown user stays as it is, where `Path.expanduser` raises.
@@ -60,13 +55,13 @@ def load_attribute(path: str, what: str) -> Any:
         ) from error
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def user_errors_when_reading(what: str) -> Iterator[None]:
     """Turn an OSError while reading `what` into a UserError."""
     try:
         yield

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded
+from torchtrain.utils import expand_user
 
 
 def import_custom(given: str) -> None:
@@ -19,7 +19,7 @@ def import_custom(given: str) -> None:
         UserError: not found, or any error of the code, with file and line.
     """
     option = f"experimental.custom_import = {given!r}"
-    path = expanded(given).absolute() if given.endswith(".py") else None
+    path = expand_user(given).absolute() if given.endswith(".py") else None
     if path and not path.is_file():
         raise UserError(f"{option}: there is no such file (looked from {Path.cwd()})")
     folder = str(path.parent if path else Path.cwd())

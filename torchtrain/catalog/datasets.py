@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded, nearest
+from torchtrain.utils import expand_user, nearest
 
 Texts = Callable[[str | None], Iterable[str]]
 """A user's source: given `training.dataset_path`, the text of each document, always the same."""
@@ -108,7 +108,7 @@ def find_dataset(name: str, path: str | None, option: str = "training.dataset") 
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
         raise UserError(f"{given} takes no path, but {path_given} is given")
-    if path and not spec.texts and not expanded(path).exists():
+    if path and not spec.texts and not expand_user(path).exists():
         raise UserError(f"{given}: {path_given} does not exist (looked from {Path.cwd()})")
     return spec
 
@@ -135,7 +135,7 @@ def _find_by_address(name: str, given: str) -> DatasetSpec | None:
     hub = HubSource(
         repository, config=config or None, split=split or "train", revision=revision or None
     )
-    if expanded(repository).is_dir():
+    if expand_user(repository).is_dir():
         return DatasetSpec("a local folder that the package datasets can read", hub=hub)
     if not ADDRESS.fullmatch(name):
         raise UserError(

@@ -44,7 +44,7 @@ from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import expanded, fsync_folder, write_durably
+from torchtrain.utils import expand_user, fsync_folder, write_durably
 
 TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
@@ -172,7 +172,7 @@ class Checkpointer:
             )
         if not self.config.initial_load_path:
             return None
-        return self._find_initial(expanded(self.config.initial_load_path))
+        return self._find_initial(expand_user(self.config.initial_load_path))
 
     def check_model(self, source: Source, current: ModelIdentity) -> None:
         """Check that the checkpoint's model is this run's: the same function of the tokens.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from torchtrain.errors import UserError
-from torchtrain.logging_utils import logger
-from torchtrain.utils import expanded, reading, write_durably
+from torchtrain.logging_utils import clear_progress, draw_progress, logger
+from torchtrain.utils import expand_user, user_errors_when_reading, write_durably
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again without another time
@@ -33,7 +33,7 @@ def cache_root(configured: str | None) -> Path:
         UserError: nothing is configured, and the user has no home folder.
     """
     if configured:
-        return expanded(configured).absolute()
+        return expand_user(configured).absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification: a relative one is to be ignored
         return Path(base, "torchtrain")
@@ -71,15 +71,10 @@ class Progress:
         self._lock.truncate()
         self._lock.write(text)
         self._lock.flush()
-        _draw(text)
+        draw_progress(text)
         if now > self._next_logged and not sys.stderr.isatty():
             self._next_logged = now + LOGGED_EVERY_S
             logger.info(text)
-
-
-def _draw(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -102,7 +97,7 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
             "Make room there, or set data.cache_folder to a folder that can be written"
         ) from error
     finally:
-        _draw("")
+        clear_progress()
 
 
 def _wait_for(lock: IO[str]) -> None:
@@ -118,7 +113,7 @@ def _wait_for(lock: IO[str]) -> None:
                 is_told = True
                 logger.info(f"waiting for the process that prepares the token cache ({lock.name})")
             lock.seek(0)
-            _draw(lock.read(200))
+            draw_progress(lock.read(200))
             time.sleep(0.1)
 
 
@@ -176,7 +171,7 @@ def files_state(files: list[Path]) -> tuple[str, int]:
     newest = 0
     states = []
     for file in files:
-        with reading(repr(str(file))):
+        with user_errors_when_reading(repr(str(file))):
             stat = os.stat(file)
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         states.append(

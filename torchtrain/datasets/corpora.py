@@ -19,7 +19,7 @@ from typing import Literal
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import counted
+from torchtrain.utils import plural
 
 LOCATIONS_KEPT = 5
 
@@ -83,7 +83,7 @@ class Skipped:
         """Return one line: how many of which kind, and where the first are."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
         return (
-            f"left out {counted(self.counts.total(), 'row')}: {kinds}; "
+            f"left out {plural(self.counts.total(), 'row')}: {kinds}; "
             f"the first: {', '.join(self.locations)}"
         )
 

@@ -14,7 +14,7 @@ from torchtrain.catalog.datasets import DATASETS, HubSource
 from torchtrain.datasets.corpora import Corpus, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded, nearest
+from torchtrain.utils import expand_user, nearest
 
 TIMEOUT_S = 10.0
 
@@ -61,7 +61,7 @@ def read_hub(
         raise UserError(
             f"{option}_path = {str(path)!r} must be a folder, a copy of {source.repository}"
         )
-    given = expanded(source.repository)
+    given = expand_user(source.repository)
     local = path or (given if given.is_dir() else None)
     table = _Table(
         source=source,

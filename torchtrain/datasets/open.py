@@ -16,7 +16,7 @@ from torchtrain.datasets.token_cache import Encode, TokenCache, open_token_cache
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded
+from torchtrain.utils import expand_user
 
 
 def open_tokens(
@@ -83,7 +83,7 @@ def open_corpus(
             a hub that cannot be reached.
     """
     spec = find_dataset(dataset, dataset_path, option)
-    path = expanded(dataset_path) if dataset_path else None
+    path = expand_user(dataset_path) if dataset_path else None
     if spec.texts is not None:
         corpus = read_custom(dataset, spec.texts, dataset_path)
     elif spec.hub is not None:
@@ -104,8 +104,8 @@ def read_custom(name: str, texts: Texts, dataset_path: str | None) -> Corpus:
     `dataset_path`. Without files nothing can tell: then they are read once at every start.
     """
     files = []
-    if dataset_path and expanded(dataset_path).exists():
-        files = [source_file(texts), *files_under(expanded(dataset_path))]
+    if dataset_path and expand_user(dataset_path).exists():
+        files = [source_file(texts), *files_under(expand_user(dataset_path))]
     return Corpus(
         name=name if not dataset_path else f"{name} {dataset_path}",
         files=files,

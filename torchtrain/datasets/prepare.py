@@ -31,7 +31,7 @@ from torchtrain.datasets.token_cache import Shards, encode_shard
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
-from torchtrain.utils import cores
+from torchtrain.utils import count_cores
 
 AHEAD = 4
 """Shards per worker that may be read before the oldest is done: one slow shard holds up no one, and
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers",
         type=int,
-        default=cores(),
+        default=count_cores(),
         help="processes (default: %(default)s, the cores of this machine)",
     )
     own, of_run = parser.parse_known_args(arguments)

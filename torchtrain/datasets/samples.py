@@ -12,7 +12,7 @@ from torchtrain.datasets.data_order import locate
 from torchtrain.datasets.token_cache import TokenCache
 from torchtrain.datasets.token_stream import Position, TokenStream
 from torchtrain.errors import UserError
-from torchtrain.utils import IGNORE_INDEX, counted
+from torchtrain.utils import IGNORE_INDEX, plural
 
 Identity = dict[str, Any]
 """What fixes samples and their order, as JSON: numbers and strings by name. A mixture's has
@@ -95,10 +95,10 @@ class PackedDataset(Dataset):
         labels = len(self._tokens) - 1
         self.n_samples = -(-labels // seq_len) if keep_rest else labels // seq_len
         dropped = max(0, labels - self.n_samples * seq_len)
-        self._remark = f"the last {counted(dropped, 'token')} dropped"
+        self._remark = f"the last {plural(dropped, 'token')} dropped"
         if self.n_samples <= 0:
             raise UserError(
-                f"{self.name} has {counted(len(self._tokens), 'token')}, but training.seq_len = "
+                f"{self.name} has {plural(len(self._tokens), 'token')}, but training.seq_len = "
                 f"{seq_len:,} needs {seq_len + 1:,} for one sequence. Add text, or make the "
                 "sequences shorter"
             )
@@ -125,7 +125,7 @@ class PackedDataset(Dataset):
 
     def describe(self, samples: int) -> str:
         return (
-            f"{self.manifest.describe()}; an epoch is {counted(self.n_samples, 'sample')} of "
+            f"{self.manifest.describe()}; an epoch is {plural(self.n_samples, 'sample')} of "
             f"{self.seq_len:,} tokens ({self._remark}); the run takes "
             f"{samples / self.n_samples:,.2f} epochs"
         )

@@ -46,7 +46,7 @@ from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, in_batches
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import cores, counted, fsync_folder, write_durably
+from torchtrain.utils import count_cores, fsync_folder, plural, write_durably
 
 FORMAT = 1
 """Bump when the on-disk layout changes."""
@@ -80,10 +80,10 @@ class Manifest:
         """Return what is known, in words."""
         known = []
         if self.documents is not None:
-            known.append(f"{counted(self.documents, 'document')} in {counted(self.files, 'file')}")
+            known.append(f"{plural(self.documents, 'document')} in {plural(self.files, 'file')}")
         if self.bytes is not None:
             known.append(f"{self.bytes / 1e6:,.2f} MB")
-        known.append(counted(self.tokens, "token"))
+        known.append(plural(self.tokens, "token"))
         return f"{self.source}: {', '.join(known)}"
 
 
@@ -255,7 +255,7 @@ def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[
 
 def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, bytes]]:
     """Encode in one process, whose threads share each shard (an `Encode`)."""
-    return (encode_shard(tokenizer, texts, threads=cores()) for texts in shards)
+    return (encode_shard(tokenizer, texts, threads=count_cores()) for texts in shards)
 
 
 @dataclass(frozen=True)

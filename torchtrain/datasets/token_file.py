@@ -25,7 +25,7 @@ from torchtrain.datasets.cache_folder import (
 from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded, reading
+from torchtrain.utils import expand_user, user_errors_when_reading
 
 CHUNK = 1 << 24
 """Tokens that are checked at a time."""
@@ -46,8 +46,8 @@ def open_token_file(
         UserError: no such file, not what its name says, or an id outside the vocabulary.
     """
     assert path is not None, "the config check asks for it"
-    file = expanded(path)
-    with reading(f"the token file {path!r}"):
+    file = expand_user(path)
+    with user_errors_when_reading(f"the token file {path!r}"):
         tokens = _map(file, None if dtype is None else np.dtype(dtype), dtype_for(tokenizer))
     facts = _find_facts(file, tokens, root)
     lowest, highest = facts["lowest"], facts["highest"]

@@ -25,7 +25,7 @@ from torchtrain.datasets.tokenizer_formats import (
     require_unicode,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import expanded, reading
+from torchtrain.utils import expand_user, user_errors_when_reading
 
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
@@ -186,7 +186,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _find_file(path)
     name = str(file)
-    with reading(f"model.tokenizer_path = {name!r}"):
+    with user_errors_when_reading(f"model.tokenizer_path = {name!r}"):
         content = file.read_bytes()
     if not content:
         raise UserError(f"tokenizer {name!r} is an empty file")
@@ -208,7 +208,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _find_file(path: str | Path) -> Path:
     given = f"model.tokenizer_path = {str(path)!r}"
-    file = expanded(path)
+    file = expand_user(path)
     if file.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (file / name).is_file():

@@ -23,7 +23,7 @@ from torchtrain.config.schema import Data, Training
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtrain.utils import cores
+from torchtrain.utils import count_cores
 
 COPIED = "python_stdlib"
 
@@ -91,7 +91,7 @@ def raw_speeds(tokenizer: Tokenizer, ids_file: Path, seconds: float) -> dict[str
 
     return {
         "tokenizer, 1 thread": timed(lambda _: encode(1), seconds),
-        f"tokenizer, {cores()} threads": timed(lambda _: encode(cores()), seconds),
+        f"tokenizer, {count_cores()} threads": timed(lambda _: encode(count_cores()), seconds),
         "page cache": timed(read, seconds),
     }
 

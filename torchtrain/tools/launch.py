@@ -28,7 +28,7 @@ from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.installation import PROGRAM
 from torchtrain.tools.nodes import Nodes, read_nodes
-from torchtrain.utils import cores
+from torchtrain.utils import count_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -190,7 +190,7 @@ def launch(
 
 def set_up_environment(processes: int, *, on_cpu: bool) -> None:
     """Set what the ranks inherit; what the user has set stays."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
     if on_cpu:
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
         os.environ.setdefault("GLIBC_TUNABLES", tunables)
