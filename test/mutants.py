@@ -226,11 +226,6 @@ MUTANTS = {
             "        changes[:0] and changes.insert(0, ",
         ),
         (
-            "offloading is not asked for",
-            "offload=config.training.enable_cpu_offload",
-            "offload=False",
-        ),
-        (
             "ranks may see different corpora",
             '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
             "",
