@@ -534,6 +534,33 @@ MUTANTS = {
             "dim=3072, n_heads=24",
         ),
     ],
+    "torchtrain/catalog/identity.py": [
+        (
+            "models of two families are one",
+            "if _find_class(saved.family) != _find_class(current.family):",
+            "if False:",
+        ),
+        (
+            "the details of a scaling that is off are compared",
+            'if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:',
+            "if False:",
+        ),
+        (
+            "the details of a scaling are never compared",
+            'if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:',
+            "if True:",
+        ),
+        (
+            "a field that an old checkpoint lacks is a difference",
+            "before = {**defaults, **saved.shape}",
+            "before = dict(saved.shape)",
+        ),
+        (
+            "changes of rounding are told as changes of results",
+            'return "; ".join(parts), bool(results)',
+            'return "; ".join(parts), bool(parts)',
+        ),
+    ],
     "torchtrain/catalog/schedules.py": [
         (
             "a V gives each rank two neighbors",
@@ -978,7 +1005,7 @@ MUTANTS = {
     "torchtrain/datasets/data_state.py": [
         (
             "old positions come in the order of their names",
-            "key = (int(source), int(stream.removeprefix(\"stream \")))",
+            'key = (int(source), int(stream.removeprefix("stream ")))',
             "key = (int(source), stream)",
         ),
         (
@@ -1167,7 +1194,11 @@ MUTANTS = {
             'if self.on_bad_row == "error":',
             "if False:",
         ),
-        ("documents at the border are on both sides", "_hash(row) < border", "_hash(row) <= border"),
+        (
+            "documents at the border are on both sides",
+            "_hash(row) < border",
+            "_hash(row) <= border",
+        ),
         (
             "lone surrogates are accepted",
             '        value.encode("utf-8")\n    except',
@@ -1244,6 +1275,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/checkpointer.py": [
+        (
+            "another model's checkpoint is loaded",
+            "        if not self.config.accept_changed_model:\n",
+            "        if False:\n",
+        ),
         (
             "the last step is not saved",
             "first or stopping or step == last_step or step %",
