@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtrain.catalog.optimizers import register_optimizer
 from torchtrain.config.schema import Optimizer as OptimizerConfig
-from torchtrain.optimizers.build import decay_groups
+from torchtrain.optimizers.build import split_by_decay
 from torchtrain.step_metrics import MetricSource, StepMetrics
 
 
@@ -36,7 +36,7 @@ class WatchedAdamW(torch.optim.AdamW, MetricSource):
 
 def build(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> WatchedAdamW:
     """Build it over this rank's weights; norms are not decayed."""
-    groups = decay_groups(weights, config.weight_decay)
+    groups = split_by_decay(weights, config.weight_decay)
     return WatchedAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchtrain.catalog.optimizers import register_optimizer
 from torchtrain.config.schema import Optimizer as OptimizerConfig
-from torchtrain.optimizers.build import decay_groups
+from torchtrain.optimizers.build import split_by_decay
 
 
 class Lion(torch.optim.Optimizer):
@@ -51,7 +51,7 @@ class Lion(torch.optim.Optimizer):
 
 def build(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> Lion:
     """Build Lion over this rank's weights; norms are not decayed."""
-    groups = decay_groups(weights, config.weight_decay)
+    groups = split_by_decay(weights, config.weight_decay)
     return Lion(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 

@@ -701,24 +701,24 @@ MUTANTS = {
         (
             "AdamW's betas are swapped",
             """    return torch.optim.AdamW(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),""",
             """    return torch.optim.AdamW(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta2, config.beta1),""",
         ),
         (
             "AdamW's epsilon is PyTorch's default",
             """AdamW(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
 """,
             """AdamW(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
 """,

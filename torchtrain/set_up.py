@@ -25,7 +25,7 @@ from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
-from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
+from torchtrain.parallelisms.apply import Techniques, build_parts, collect_weights, find_own_stages
 from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.parallelisms.initial_weights import materialize
@@ -110,7 +110,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     mesh = Mesh(plan.degrees, device.type, sequence_shards=plan.sequence_shards)
     tag_compiler_cache(mesh)
     parts = build_model(config, plan, mesh, device)
-    weights = named_weights(parts.values())
+    weights = collect_weights(parts.values())
     optimizer = build_optimizer(weights, config.optimizer)
     losses = build_losses(config.compile)
     stall_s = config.data.stall_timeout_seconds
@@ -207,7 +207,7 @@ def build_model(
 ) -> dict[int, Decoder]:
     """Build this rank's part of the model with its initial weights."""
     schedule = config.parallelism.pipeline_parallel_schedule
-    stages = own_stages(plan.stages, schedule, mesh)
+    stages = find_own_stages(plan.stages, schedule, mesh)
     model_class = load_decoder(config.model.name)
     techniques = Techniques(
         training=config.training,
@@ -270,7 +270,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     trainer.step = saved.step
     trainer.tokens_seen = saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)
-    for change in schedule_changes(trainer, saved):
+    for change in find_schedule_changes(trainer, saved):
         logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
     changes, more_than_rounding = describe_changes(
         saved.config, config.model_dump(mode="json"), JobConfig().model_dump(mode="json")
@@ -280,7 +280,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
         logger.log(level, f"the config differs from the checkpoint's: {changes}")
 
 
-def schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
+def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
     """Return how the current schedule, which counts, differs from the checkpoint's."""
     section = saved.config["lr_scheduler"]
     known = {key: value for key, value in section.items() if key in LRScheduler.model_fields}

@@ -111,7 +111,9 @@ def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
     cuts = (100, 30, 126)
     documents = torch.cat((documents_of(cuts), documents_of((256,))))
     q, k, v = torch.randn(2, 4, 256, 16), *torch.randn(2, 2, 2, 256, 16)
-    expected = document_masking.masked_attention(q, k, v, document_masking.document_mask(documents))
+    expected = document_masking.attend_masked(
+        q, k, v, document_masking.build_document_mask(documents)
+    )
 
     class Elsewhere:
         """The documents as if on another kind of device."""
@@ -126,21 +128,21 @@ def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
 
     created = document_masking.create_block_mask
     monkeypatch.setattr(document_masking, "create_block_mask", on_cpu)
-    mask = document_masking.document_mask(Elsewhere())
+    mask = document_masking.build_document_mask(Elsewhere())
     assert mask.shape == (2, 1, 256, 256)
     with torch.no_grad():
         torch.testing.assert_close(
-            document_masking.masked_attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-6
+            document_masking.attend_masked(q, k, v, mask), expected, rtol=1e-5, atol=1e-6
         )
 
 
 def test_widened_bf16_attention_is_masked():
     q, k, v = (torch.randn(1, heads, 32, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
-    mask = document_masking.document_mask(documents_of(LENGTHS))
+    mask = document_masking.build_document_mask(documents_of(LENGTHS))
     widened = WidenedAttention(
         Transformer(ModelShape(32, 1, 4, 2, 64, 50)).layers["0"].attention.inner_attention
     )
-    exact = document_masking.masked_attention(q.float(), k.float(), v.float(), mask)
+    exact = document_masking.attend_masked(q.float(), k.float(), v.float(), mask)
     assert torch.equal(widened(q, k, v, mask), exact.bfloat16())
     assert not torch.equal(widened(q, k, v), exact.bfloat16())
 

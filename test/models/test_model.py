@@ -13,7 +13,7 @@ from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.loss import sequence_losses
 from torchtrain.models.attention import Attention
 from torchtrain.models.llama import Transformer
-from torchtrain.models.rotary import rotary_frequencies, rotate
+from torchtrain.models.rotary import compute_frequencies, rotate
 from torchtrain.parallelisms.initial_weights import materialize
 
 # An epsilon so large that a norm without it would show.
@@ -154,7 +154,7 @@ def test_equals_transformers(shape, scaling, tied):
 
 def test_the_scaling_bites_in_every_branch():
     plain, scaled = (
-        rotary_frequencies(shape, torch.device("cpu"))
+        compute_frequencies(shape, torch.device("cpu"))
         for shape in (
             dataclasses.replace(TINY, rope_theta=500.0),
             dataclasses.replace(TINY, **SCALED),

@@ -16,7 +16,7 @@ from torchtrain.config.schema import Optimizer
 from torchtrain.errors import UserError
 from torchtrain.models.llama import Transformer
 from torchtrain.optimizers.build import build_optimizer
-from torchtrain.optimizers.clipping import clip_grad_norm_, total_norm
+from torchtrain.optimizers.clipping import clip_grad_norm_, compute_norm
 
 
 class Small(nn.Module):
@@ -184,7 +184,7 @@ def test_what_is_not_a_number_shows_in_the_norm():
 def test_the_norm_keeps_its_precision_over_millions_of_elements(dtype):
     gradient = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = gradient.double().square().sum().sqrt()
-    assert total_norm([gradient]).item() == pytest.approx(exact.item(), rel=2e-7)
+    assert compute_norm([gradient]).item() == pytest.approx(exact.item(), rel=2e-7)
 
 
 # Whole gradients, and how each lies on a 2 x 2 mesh: uneven rows, rows and columns, copies, an

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config_manager import JobConfig
 from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms.apply import named_weights
+from torchtrain.parallelisms.apply import collect_weights
 from torchtrain.set_up import set_up
 
 TP = "parallelism.tensor_parallel_degree"
@@ -123,7 +123,7 @@ def test_weights_have_their_names_in_the_whole_model(tied):
     first, last = Transformer(shape), Transformer(shape)
     first.keep(["tok_embeddings", "layers.0"])
     last.keep(["layers.1", "norm", "output"])
-    weights = named_weights([first, last])
+    weights = collect_weights([first, last])
     whole = dict(Transformer(shape).named_parameters())
     assert {name: weight.shape for name, weight in weights.items()} == {
         name: weight.shape for name, weight in whole.items()

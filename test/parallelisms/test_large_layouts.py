@@ -13,7 +13,7 @@ from torchtrain.config.plans import plan_run
 from torchtrain.config_manager import JobConfig
 from torchtrain.loss import sequence_losses
 from torchtrain.models.llama import Transformer
-from torchtrain.parallelisms.apply import Techniques, build_parts, named_weights, own_stages
+from torchtrain.parallelisms.apply import Techniques, build_parts, collect_weights, find_own_stages
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
 
@@ -25,7 +25,7 @@ def facts(config, ranks, rank):
     plan = plan_run(config, ranks)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     mesh = Mesh(plan.degrees, "cpu", sequence_shards=plan.sequence_shards)
-    stages = own_stages(plan.stages, config.parallelism.pipeline_parallel_schedule, mesh)
+    stages = find_own_stages(plan.stages, config.parallelism.pipeline_parallel_schedule, mesh)
     techniques = Techniques(
         training=config.training,
         parallelism=config.parallelism,
@@ -36,7 +36,7 @@ def facts(config, ranks, rank):
     if plan.pipeline is not None:
         cpu = torch.device("cpu")
         Pipeline(parts, plan, mesh, cpu, torch.bfloat16, sequence_losses)
-    weights = named_weights(parts.values())
+    weights = collect_weights(parts.values())
     found = {
         "mesh": {name: mesh.get(name).size() for name in DIMENSIONS if mesh.has(name)},
         "data_rank": mesh.data_rank,

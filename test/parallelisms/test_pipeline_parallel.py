@@ -73,7 +73,7 @@ def test_layers_are_cut_evenly_but_for_the_ends(layers, stages, first, last, exp
 
 @pytest.mark.parametrize(("stages", "first", "last"), [(9, 1, 1), (2, 9, 0), (4, 0, 3)])
 def test_too_few_layers_are_refused(stages, first, last):
-    with pytest.raises(UserError, match=rf"6 layers are too few for {stages} pipeline stages"):
+    with pytest.raises(UserError, match=rf"too few layers, 6, for {stages} pipeline stages"):
         split_evenly(LAYER_NAMES, stages, first, last)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
-from torchtrain.models.document_masking import Mask, masked_attention
+from torchtrain.models.document_masking import Mask, attend_masked
 from torchtrain.models.rotary import rotate
 
 
@@ -43,7 +43,7 @@ class CausalAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
         if mask is not None:
-            return masked_attention(q, k, v, mask)
+            return attend_masked(q, k, v, mask)
         # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.
         is_grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)

@@ -25,7 +25,7 @@ Mask = Tensor | BlockMask
 """What each query sees: itself, and what comes before it in its document."""
 
 
-def document_mask(documents: Tensor) -> Mask:
+def build_document_mask(documents: Tensor) -> Mask:
     """Build the mask of `documents` [B, S]: boolean [B, 1, S, S], or in blocks."""
     batch, length = documents.shape
     if documents.device.type == "cpu":
@@ -38,7 +38,7 @@ def document_mask(documents: Tensor) -> Mask:
     return compiled(create_block_mask)(sees, batch, None, length, length, device=documents.device)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]: attention under a mask."""
     is_grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, Tensor):

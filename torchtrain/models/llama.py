@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchtrain.catalog.models import ModelShape
 from torchtrain.models.attention import Attention
 from torchtrain.models.decoder import Decoder, Role
-from torchtrain.models.document_masking import Mask, document_mask
+from torchtrain.models.document_masking import Mask, build_document_mask
 from torchtrain.models.rotary import RotaryPositions
 
 
@@ -55,7 +55,7 @@ class Transformer(Decoder):
         """Take tokens [B, S] to logits [B, S, V]; `documents` [B, S] as in document_masking.py."""
         h = self.tok_embeddings(tokens)
         rotations = self.rope(tokens, documents)
-        mask = None if documents is None else document_mask(documents)
+        mask = None if documents is None else build_document_mask(documents)
         for block in self.layers.values():
             h = block(h, rotations, mask)
         return self.output(self.norm(h))

@@ -40,11 +40,11 @@ class RotaryPositions(nn.Module):
         compute precision, and bf16 cannot tell neighboring positions apart; it is also the fastest
         form on a CPU, see `rotate`.
         """
-        angles = positions.float().unsqueeze(-1) * rotary_frequencies(self.shape, positions.device)
+        angles = positions.float().unsqueeze(-1) * compute_frequencies(self.shape, positions.device)
         return torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
 
 
-def rotary_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
+def compute_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
     """Return theta^(-2j/C) for each pair j, [C/2], fp32, in radians per token.
 
     Llama 3.1's scaling (arXiv:2407.21783; reference code in github.com/meta-llama/llama-models)

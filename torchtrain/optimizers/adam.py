@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from torchtrain.config.schema import Optimizer as OptimizerConfig
-from torchtrain.optimizers.build import decay_groups
+from torchtrain.optimizers.build import split_by_decay
 
 
 def build_adam(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Adam:
     """Build Adam, whose weight decay is added to the gradient."""
     return torch.optim.Adam(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -24,7 +24,7 @@ def build_adam(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
 def build_adamw(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW, whose weight decay is decoupled (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     return torch.optim.AdamW(
-        decay_groups(weights, config.weight_decay),
+        split_by_decay(weights, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

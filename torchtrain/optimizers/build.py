@@ -25,7 +25,9 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
     return build(weights, config)
 
 
-def decay_groups(weights: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def split_by_decay(
+    weights: Mapping[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
     """Split the weights into a group with weight decay and one without.
 
     Weight decay is for matrices: norm weights, the only parameters of one dimension, scale what

@@ -26,7 +26,7 @@ def clip_grad_norm_(
         The norm before clipping: 0-dim, fp32, the same on every rank.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = total_norm(gradients, stages)
+    norm = compute_norm(gradients, stages)
     # As PyTorch's own clipping does; a norm that is NaN stays visible.
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
@@ -34,7 +34,7 @@ def clip_grad_norm_(
     return norm
 
 
-def total_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
+def compute_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
     """Return the 2-norm of all gradients, every element of every shard counted once: 0-dim, fp32.
 
     `torch.nn.utils.get_total_norm` is not used: a CPU's fp32 norm adds a whole tensor's squares in

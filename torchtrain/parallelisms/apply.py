@@ -37,7 +37,7 @@ class Techniques:
     compile: Compile
 
 
-def own_stages(stages: list[list[str]], schedule: str, mesh: Mesh) -> dict[int, list[str]]:
+def find_own_stages(stages: list[list[str]], schedule: str, mesh: Mesh) -> dict[int, list[str]]:
     """Return the layer names of this rank's pipeline stages, by the stages' numbers."""
     numbers = stages_of(mesh.rank_along("pp"), schedule, len(stages), mesh.degrees.pp)
     return {number: stages[number] for number in numbers}
@@ -109,7 +109,7 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
     apply_fsdp(model, mesh.fsdp, training, reshard)
 
 
-def named_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:
+def collect_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:
     """Return the parameters by their names in the whole model.
 
     A tied output, which may be a stage's copy, is left out.

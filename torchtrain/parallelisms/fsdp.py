@@ -61,14 +61,14 @@ def apply_fsdp(
     for block in model.layers.values():
         shard(block, reshard_after_forward=frees_blocks)
     shard(model, reshard_after_forward=frees_last)
-    for module in fsdp_modules(model):
+    for module in find_fsdp_modules(model):
         # The loss is already divided by the number of valid labels of all ranks, so gradients are
         # summed, not averaged; a plain SUM on every backend, since gloo has no pre-multiplied sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+def find_fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """Return the modules that gather and shard a group of parameters."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -76,5 +76,5 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 def free_gathered(parts: Iterable[nn.Module]) -> None:
     """Free what a forward without a backward left gathered: the weights are shards again."""
     for part in parts:
-        for module in fsdp_modules(part):
+        for module in find_fsdp_modules(part):
             module.reshard()

@@ -27,11 +27,11 @@ def materialize(model: Decoder, device: torch.device, seed: int, *, offload: boo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-            fill(whole, model.initial_std(name), generator_for(name, seed, device))
+            fill(whole, model.initial_std(name), seed_generator(name, seed, device))
             copy_slice(parameter, whole)
 
 
-def generator_for(name: str, seed: int, device: torch.device) -> torch.Generator:
+def seed_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
     """Return the random generator of the parameter with this full name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

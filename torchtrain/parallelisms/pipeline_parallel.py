@@ -27,7 +27,7 @@ from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import PipelinePlan, RunPlan
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.rotary import RotaryPositions
-from torchtrain.parallelisms.fsdp import free_gathered, fsdp_modules
+from torchtrain.parallelisms.fsdp import find_fsdp_modules, free_gathered
 from torchtrain.parallelisms.mesh import Mesh
 
 
@@ -174,7 +174,7 @@ class Pipeline:
         if not plan.whole_backward:
             return schedule
         orders = {
-            rank: whole_backwards(actions) for rank, actions in schedule.pipeline_order.items()
+            rank: merge_backwards(actions) for rank, actions in schedule.pipeline_order.items()
         }
         return self._build_runtime(plan, orders)
 
@@ -184,7 +184,7 @@ class Pipeline:
         )
         with_comms = runtime.pipeline_order_with_comms
         runtime.pipeline_order_with_comms = {
-            rank: only_forwards(actions) for rank, actions in with_comms.items()
+            rank: drop_backwards(actions) for rank, actions in with_comms.items()
         }
         return runtime
 
@@ -223,7 +223,7 @@ def list_in_turn(plan: PipelinePlan, rank: int, ranks: int) -> list[_Action | No
     return [*forwards, *backwards]
 
 
-def only_forwards(actions: list[_Action]) -> list[_Action]:
+def drop_backwards(actions: list[_Action]) -> list[_Action]:
     """Return the actions without the backwards.
 
     (PyTorch's own evaluation cannot run the V-shaped schedules.)
@@ -232,7 +232,7 @@ def only_forwards(actions: list[_Action]) -> list[_Action]:
     return [action for action in list_steps(actions) if action.computation_type not in backward]
 
 
-def whole_backwards(actions: list[_Action | None]) -> list[_Action | None]:
+def merge_backwards(actions: list[_Action | None]) -> list[_Action | None]:
     """Return the actions with each backward whole where its first half was, and no second half.
 
     The halves are separate passes through autograd: a recomputed block would be computed again for
@@ -266,7 +266,7 @@ class AccumulatingStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:  # noqa: FBT001, FBT002
         """Do as PyTorch does, and then what FSDP's hook does."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        for module in fsdp_modules(self.submod):
+        for module in find_fsdp_modules(self.submod):
             state = module._get_fsdp_state()
             has_several = hasattr(state, "_fsdp_param_groups")  # a module of torch 2.11 has one
             groups = state._fsdp_param_groups if has_several else [state._fsdp_param_group]

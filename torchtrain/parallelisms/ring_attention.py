@@ -81,7 +81,7 @@ class AttendAroundRing(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         dropout_state: list[Tensor] = []
         for source, held in visit(kv, ring):
-            seen = visible(ring, source, q.shape[2])
+            seen = find_visible(ring, source, q.shape[2])
             if seen is None:
                 continue
             k, v = held[:, :, :, seen.columns].unbind(0)
@@ -118,7 +118,7 @@ class AttendAroundRing(torch.autograd.Function):
                 grad_kv = grad_all[source]
             else:
                 grad_kv = torch.zeros_like(kv, dtype=torch.float32)
-            seen = visible(ring, source, q.shape[2])
+            seen = find_visible(ring, source, q.shape[2])
             if seen is not None:
                 rows, columns = seen.rows, seen.columns
                 k, v = held[:, :, :, columns].unbind(0)
@@ -150,7 +150,7 @@ class Seen(NamedTuple):
     """Whether each sees only those up to its own position, rather than all."""
 
 
-def visible(ring: Ring, source: int, length: int) -> Seen | None:
+def find_visible(ring: Ring, source: int, length: int) -> Seen | None:
     """Return what this rank's queries see of the keys of rank `source`; None for nothing.
 
     Both have `length` positions. They grow within a shard in either order, so the own shard is
@@ -226,11 +226,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attended:
         causal: whether query i sees keys 0 .. i, Lq = Lk, rather than all.
     """
     if q.device.type == "cpu":
-        k, v = unshared(q, k, v)
+        k, v = repeat_heads(q, k, v)
         result, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
         return Attended(result, lse, [])
     if q.dtype == torch.float32:  # the flash kernel has half precisions only
-        k, v = unshared(q, k, v)
+        k, v = repeat_heads(q, k, v)
         result, lse, *state = aten._scaled_dot_product_efficient_attention(
             q, k, v, None, compute_log_sumexp=True, is_causal=causal
         )
@@ -252,12 +252,12 @@ def attend_backward(
     result, lse, state = whole
     kv_heads = k.shape[1]
     if q.device.type == "cpu":
-        k, v = unshared(q, k, v)
+        k, v = repeat_heads(q, k, v)
         grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, result, lse, 0.0, causal
         )
     elif q.dtype == torch.float32:
-        k, v = unshared(q, k, v)
+        k, v = repeat_heads(q, k, v)
         padded = F.pad(lse, (0, -q.shape[2] % 32), value=torch.inf)
         wanted = [True, True, True, False]  # the gradients of q, k, v, not of a bias
         grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -271,7 +271,7 @@ def attend_backward(
     return grad_q, sum_heads(grad_k, kv_heads), sum_heads(grad_v, kv_heads)
 
 
-def unshared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat each head of k and v, [B, K, L, C] to [B, H, L, C], for kernels that can't share."""
     share = q.shape[1] // k.shape[1]
     if share == 1:
@@ -280,5 +280,5 @@ def unshared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:
-    """Undo `unshared` in the backward: [B, H, L, C] to [B, K, L, C], in fp32."""
+    """Undo `repeat_heads` in the backward: [B, H, L, C] to [B, K, L, C], in fp32."""
     return x.unflatten(1, (heads, -1)).sum(dim=2, dtype=torch.float32)
