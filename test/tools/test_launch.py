@@ -1,4 +1,4 @@
-"""The launcher and what happens when something goes wrong: one message, the right exit status, quickly."""
+"""The launcher, and what happens when something fails: one message, the right exit status."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from helpers import forking
-from helpers.forking import train
+from helpers.forking import on_ranks, run_trainer, train
 from helpers.launching import (
     ROOT,
     TIMEOUT_S,
@@ -86,7 +86,7 @@ def run_with_a_stopped_rank(folder, data):
 
 @pytest.fixture(scope="module", autouse=True)
 def stopped(tmp_path_factory, data):
-    """That run, beside all the others: torchrun waits for half a minute before it kills a rank that is stopped."""
+    """That run, beside all the others: torchrun waits half a minute for a rank that is stopped."""
     with ThreadPoolExecutor(1) as thread:
         yield thread.submit(
             run_with_a_stopped_rank, tmp_path_factory.mktemp("stopped") / "run", data
@@ -235,9 +235,15 @@ def test_ranks_die_with_their_launcher(tmp_path, data):
         assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
+def train_speaking(log_rank, arguments):
+    """A rank whose LOG_RANK is this."""
+    os.environ["LOG_RANK"] = log_rank
+    return run_trainer(arguments)
+
+
 def test_log_rank_chooses_who_speaks(tmp_path, data):
-    output = launched(2, {**data, "job.dump_folder": tmp_path / "run"}, LOG_RANK="1")
-    assert "[rank 1]" in output
+    arguments = options({**data, "job.dump_folder": tmp_path / "run"})
+    assert "[rank 1]" in on_ranks(2, train_speaking, "1", arguments)
     output = train(2, {**data, "job.dump_folder": tmp_path / "run"})
     assert "[rank" not in output
     assert (tmp_path / "run" / "previous-1" / "metrics.jsonl").exists()
@@ -251,7 +257,7 @@ def test_non_finite_loss_stops_before_the_weights(tmp_path, data):
         "optimizer.lr": 1e30,
         "training.max_norm": 1e30,
     }
-    output = launched(2, overrides, expect=1)
+    output = train(2, overrides, expect=1)
     assert "gradient norm" in output
     assert "global samples" in output
     assert output.count("detect_anomaly") == 1

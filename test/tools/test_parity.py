@@ -7,12 +7,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers import sabotage
 from helpers.forking import Ranks
 from helpers.launching import ROOT
 
 from torchtrain.config_manager import JobConfig
 from torchtrain.tools import parity, parity_ranks
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout, pipeline
+from torchtrain.tools.parity_compare import TOLERANCES, Tolerance, compare, relative
+from torchtrain.tools.parity_plan import SHRUNK, Plan, make_plan
+from torchtrain.tools.parity_processes import first_fault
+from torchtrain.tools.parity_ranks import DONE
 
 # Every technique once, most of them in company; the whole table is the tool's own business.
 SUBSET = (
@@ -42,6 +47,7 @@ SUBSET = (
     "pp2-1f1b-compile",
     "pp2-1f1b-offload",
     "pp2-zbv-bf16",
+    "pp2-zbv-selective-op-ac",
     "fsdp2-pp2-zbv",
     "fsdp2-pp2-interleaved-always",
     "tp2-pp2-zbv",
@@ -59,32 +65,35 @@ def small(data):
     return {**data, "training.steps": 3}
 
 
-def work(cases_file, on_gpus):
+def work(action, cases_file, on_gpus):
     """A forked rank of the tool."""
     if not on_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    parity_ranks.work(cases_file)
+    action(cases_file)
 
 
-def forked_cases(plan, ranks, cases, folder):
-    """`parity.run_cases` on forked ranks. How the tool starts its own is shown by the layouts with a fault."""
-    waiting = dict(cases)
-    while waiting:
-        file = folder / f"cases-{ranks}.json"
-        file.write_text(
-            json.dumps({"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())})
-        )
-        forked = Ranks(ranks, work, file, plan.on_gpus)
-        forked.finish(timeout_s=500)
-        for line in forked.printed.splitlines():
-            if line.startswith(parity.DONE):
-                name = line.removeprefix(parity.DONE).strip()
+def forked_cases(action):
+    """`run_cases` on forked ranks; the layouts that fail show how the tool starts its own."""
+
+    def run(plan, ranks, cases, folder):
+        waiting = dict(cases)
+        while waiting:
+            file = folder / f"cases-{ranks}.json"
+            orders = {"timeout_seconds": plan.timeout_seconds, "cases": list(waiting.values())}
+            file.write_text(json.dumps(orders))
+            forked = Ranks(ranks, work, action, file, plan.on_gpus)
+            forked.finish(timeout_s=500)
+            for line in forked.printed.splitlines():
+                if line.startswith(DONE):
+                    name = line.removeprefix(DONE).strip()
+                    del waiting[name]
+                    yield name, ""
+            if waiting:
+                name = next(iter(waiting))
                 del waiting[name]
-                yield name, ""
-        if waiting:
-            name = next(iter(waiting))
-            del waiting[name]
-            yield name, parity.first_fault(folder, name) or forked.printed
+                yield name, first_fault(folder, name) or forked.printed
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,7 @@ def table(tmp_path_factory, small):
     """The tool's exit status and the rows it wrote, by layout."""
     file = tmp_path_factory.mktemp("parity") / "table.json"
     given = [f"--{name}={value}" for name, value in small.items()]
-    with patch.object(parity, "run_cases", forked_cases):
+    with patch.object(parity, "run_cases", forked_cases(parity_ranks.work)):
         status = parity.main(["--layouts", ",".join(SUBSET), "--json", str(file), *given])
     return status, {row["layout"]: row for row in json.loads(file.read_text())["layouts"]}
 
@@ -103,7 +112,7 @@ def table(tmp_path_factory, small):
 def test_a_layout_trains_as_one_process_does(table, name):
     row = table[1][name]
     assert row["verdict"] == "same", row
-    limits = parity.TOLERANCES["bfloat16" if "bf16" in name else "float32"]
+    limits = TOLERANCES["bfloat16" if "bf16" in name else "float32"]
     assert row["loss"] <= limits.loss
     assert row["norm"] <= limits.norm
     assert row["gradient"] <= limits.gradient
@@ -118,14 +127,13 @@ def test_the_table_has_all_and_the_status_says_so(table):
     assert table[0] == 0
 
 
-FAULTY = {
+OFF = {
     "scaled": Layout(2, {"training.local_batch_size": 1}),
     "positions": Layout(2, {"parallelism.context_parallel_degree": 2}),
     "replica-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}),
-    "tensor-rank-drifts": Layout(2, {"parallelism.tensor_parallel_degree": 2}),
-    "tied-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}, "tied"),
-    "stages-scaled": Layout(2, pipeline("1F1B")),
     "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
+}
+FAILING = {
     "killed": Layout(2),
     "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
     "good": Layout(2),  # on the ranks that took up the rest
@@ -133,65 +141,56 @@ FAULTY = {
 }
 
 
-@pytest.fixture(scope="module")
-def faulty(small):
-    """The rows of layouts with a fault built in."""
+def checked(layouts, small):
+    """The rows of layouts that have a fault of their name built in."""
     file = str(ROOT / "train_configs" / "debug_model.toml")
     worker = (str(ROOT / "test" / "helpers" / "sabotage.py"),)
-    plan = parity.Plan(file, parity.SHRUNK | small, timeout_seconds=60, worker=worker)
-    return {row.layout: row for row in parity.check_layouts(FAULTY, plan)}
+    plan = Plan(file, SHRUNK | small, timeout_seconds=60, worker=worker)
+    return {row.layout: row for row in parity.check_layouts(layouts, plan)}
+
+
+@pytest.fixture(scope="module")
+def off(small):
+    with patch.object(parity, "run_cases", forked_cases(sabotage.work)):
+        return checked(OFF, small)
 
 
 @pytest.mark.slow
-def test_gradients_scaled_by_the_microbatch_count_are_seen(faulty):
-    row = faulty["scaled"]
-    assert row.gradient == pytest.approx(3, rel=1e-5)  # four microbatches a rank
+def test_gradients_scaled_by_the_microbatch_count_are_seen(off):
+    row = off["scaled"]
+    assert row.gradient == pytest.approx(3, rel=1e-5)  # four microbatches per rank
     assert row.norm == pytest.approx(3, rel=1e-5)
     assert "gradient norm" in row.verdict
     assert "gradient of" in row.verdict
 
 
 @pytest.mark.slow
-def test_gradients_that_pytorch_divides_by_the_pipelines_microbatches_are_seen(faulty):
-    row = faulty["stages-scaled"]
-    assert row.gradient == pytest.approx(7 / 8, rel=1e-5)
-    assert "gradient norm" in row.verdict
+def test_a_tied_outputs_gradient_that_does_not_reach_the_embedding_is_seen(off):
+    assert "gradient of tok_embeddings.weight" in off["copy-forgotten"].verdict
 
 
 @pytest.mark.slow
-def test_a_tied_outputs_gradient_that_does_not_reach_the_embedding_is_seen(faulty):
-    assert "gradient of tok_embeddings.weight" in faulty["copy-forgotten"].verdict
-
-
-@pytest.mark.slow
-def test_wrong_positions_of_context_shards_are_seen(faulty):
-    row = faulty["positions"]
+def test_wrong_positions_of_context_shards_are_seen(off):
+    row = off["positions"]
     assert row.verdict.startswith("OFF: loss; ")
     assert "gradient of" in row.verdict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("replica-drifts", "norm.weight"),
-        ("tensor-rank-drifts", "layers.1.ffn_norm.weight"),
-        ("tied-drifts", "tok_embeddings.weight"),
-    ],
-)
-def test_a_copy_that_drifts_on_one_rank_in_the_last_bits_is_seen(faulty, name, parameters):
+def test_a_copy_that_drifts_on_one_rank_in_the_last_bits_is_seen(off):
     # Rank 0 has the right weights, so nothing else can see it.
-    assert faulty[name].verdict == f"OFF: copies differ between ranks of {parameters}"
+    assert off["replica-drifts"].verdict == "OFF: copies differ between ranks of norm.weight"
 
 
 @pytest.mark.slow
-def test_a_layout_that_fails_says_why_and_the_others_go_on(faulty):
-    assert faulty["raises"].verdict == "failed: RuntimeError: a fault of rank 1"
-    assert faulty["killed"].verdict.startswith("failed: ")
-    assert faulty["impossible"].verdict.startswith("refused: ")
-    assert "tensor_parallel_degree = 3" in faulty["impossible"].verdict
-    assert faulty["good"].verdict == "same"
-    assert set(faulty) == set(FAULTY)
+def test_a_layout_that_fails_says_why_and_the_others_run(small):
+    rows = checked(FAILING, small)
+    assert rows["raises"].verdict == "failed: RuntimeError: a fault of rank 1"
+    assert rows["killed"].verdict.startswith("failed: ")
+    assert rows["impossible"].verdict.startswith("refused: ")
+    assert "tensor_parallel_degree = 3" in rows["impossible"].verdict
+    assert rows["good"].verdict == "same"
+    assert set(rows) == set(FAILING)
 
 
 # ---- without ranks ----
@@ -210,15 +209,15 @@ def results(**changes):
     } | changes
 
 
-TOLERANCE = parity.Tolerance(loss=1e-6, norm=1e-5, gradient=1e-5, weights=1e-4)
+TOLERANCE = Tolerance(loss=1e-6, norm=1e-5, gradient=1e-5, weights=1e-4)
 
 
 def verdict(**changes):
-    return parity.compare("x", 2, results(**changes), results(), TOLERANCE).verdict
+    return compare("x", 2, results(**changes), results(), TOLERANCE).verdict
 
 
 def test_equal_results_are_the_same():
-    row = parity.compare("x", 2, results(), results(), TOLERANCE)
+    row = compare("x", 2, results(), results(), TOLERANCE)
     assert row.verdict == "same"
     assert (row.loss, row.norm, row.gradient, row.weights) == (0, 0, 0, 0)
 
@@ -248,15 +247,15 @@ def test_what_is_off_is_named(changes, off):
 
 
 def test_a_difference_is_relative_to_the_references_norm():
-    assert parity.relative(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
-    assert parity.relative(torch.zeros(2), torch.zeros(2)) == 0
-    assert parity.relative(torch.ones(2), torch.zeros(2)) == math.inf
+    assert relative(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+    assert relative(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative(torch.ones(2), torch.zeros(2)) == math.inf
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_the_table_is_accepted(name):
     layout = LAYOUTS[name]
-    plan = parity.make_plan(None, 4, [], LAYOUTS)
+    plan = make_plan(None, 4, [], LAYOUTS)
     JobConfig().parse_args(plan.command_line(layout.task, layout), world_size=layout.ranks)
     assert layout.task in TASKS
 
@@ -264,10 +263,12 @@ def test_every_layout_of_the_table_is_accepted(name):
 def test_the_reference_is_plain_whatever_the_options_say(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text(
-        "[parallelism]\ntensor_parallel_degree = 4\n[training]\nseq_len = 32\n[compile]\nenable = true\n"
+        "[parallelism]\ntensor_parallel_degree = 4\n"
+        "[training]\nseq_len = 32\n"
+        "[compile]\nenable = true\n"
     )
     options = ["--training.mixed_precision_param", "bfloat16", "--model.dim=128"]
-    plan = parity.make_plan(str(file), 7, options, {"fsdp4": LAYOUTS["fsdp4"]})
+    plan = make_plan(str(file), 7, options, {"fsdp4": LAYOUTS["fsdp4"]})
     reference = JobConfig().parse_args(plan.command_line("plain"), world_size=1)
     layout = JobConfig().parse_args(plan.command_line("plain", LAYOUTS["fsdp4"]), world_size=4)
     assert (reference.parallelism, reference.compile.enable) == (JobConfig().parallelism, False)

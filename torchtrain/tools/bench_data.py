@@ -1,11 +1,12 @@
-"""Tokens per second of each kind of source, beside what bounds them, in one run:
+"""Measure the tokens per second of each kind of data source, beside what bounds them.
 
-    python -m torchtrain.tools.bench_data [--megabytes 64] [--seconds 2] [--seq-len 2048] [--batch 32]
+    python -m torchtrain.tools.bench_data [--megabytes 64] [--seconds 2] [--seq-len 2048]
+                                          [--batch 32]
 
-`tokenizer` is the raw speed at which text becomes ids (one thread, all cores); `page cache` that at which a file's ids
-are read from memory, in order, summed and nothing else. Between them stand the sources, each read as a run reads it: a
-step's batch after the other, in the run's order. A stream is tokenised meanwhile, by one thread. `memory` is by how
-much the process' own grows.
+`tokenizer` is the raw speed at which text becomes ids (one thread, all cores); `page cache` that at
+which a file's ids are read from memory, in order, summed and nothing else. Between them stand the
+sources, each read as a run reads it: one step's batch after another, in the run's order. A stream
+is tokenized meanwhile, by one thread. `memory` is by how much the process's own memory grows.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,41 +28,47 @@ from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.utils import count_cores
 
 COPIED = "python_stdlib"
+READ_AT_ONCE = 2**22
+"""Ids per read of the page cache."""
+
+Sections = tuple[dict[str, Any], dict[str, Any]]
+"""Values of [training] and of [data]."""
 
 
-def sources(folder: Path, megabytes: float) -> dict[str, tuple[dict, dict]]:
-    """[training] and [data] of each kind, over files of about `megabytes` that are written into `folder`."""
+def write_sources(folder: Path, megabytes: float) -> dict[str, Sections]:
+    """Write files of about `megabytes` each into `folder`; return each kind's sections."""
     texts = [document.text for document in open_corpus(COPIED, None, "").documents()]
-    (folder / "corpus").mkdir()
-    written = copy = 0
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    written = 0
+    copy = 0
     with open(folder / "lines.jsonl", "w", encoding="utf-8") as lines:
         while written < megabytes * 1e6:
             for number, text in enumerate(texts):
                 text = f"# {copy}\n{text}"
-                written += (folder / "corpus" / f"{copy}-{number}.txt").write_bytes(text.encode())
+                written += (corpus / f"{copy}-{number}.txt").write_bytes(text.encode())
                 lines.write(json.dumps({"text": text}) + "\n")
             copy += 1
     ids = np.random.default_rng(0).integers(0, 2048, int(megabytes * 1e6) // 2, dtype=np.uint16)
     ids.tofile(folder / "ids.bin")
-    text, file = f"text {folder / 'corpus'}", f"tokens {folder / 'ids.bin'}"
+
+    text_files = {"dataset": "text", "dataset_path": str(corpus)}
+    token_file = {"dataset": "tokens", "dataset_path": str(folder / "ids.bin")}
+    json_lines = {"dataset": "jsonl", "dataset_path": str(folder / "lines.jsonl")}
+    shares = [f"text {corpus} = 0.7", f"tokens {folder / 'ids.bin'} = 0.2", f"{COPIED} = 0.1"]
     return {
-        "cache": ({"dataset": "text", "dataset_path": str(folder / "corpus")}, {}),
-        "token file": ({"dataset": "tokens", "dataset_path": str(folder / "ids.bin")}, {}),
-        "stream": (
-            {"dataset": "text", "dataset_path": str(folder / "corpus")},
-            {"streaming": True},
-        ),
-        "stream, jsonl": (
-            {"dataset": "jsonl", "dataset_path": str(folder / "lines.jsonl")},
-            {"streaming": True},
-        ),
-        "mixture": ({}, {"mixture": [f"{text} = 0.7", f"{file} = 0.2", f"{COPIED} = 0.1"]}),
+        "cache": (text_files, {}),
+        "token file": (token_file, {}),
+        "stream": (text_files, {"streaming": True}),
+        "stream, jsonl": (json_lines, {"streaming": True}),
+        "mixture": ({}, {"mixture": shares}),
     }
 
 
 def timed(work: Callable[[int], int], seconds: float) -> float:
-    """Units a second of `work`, which is given its turn's number and returns its units."""
-    units = turn = 0
+    """Return the units per second of `work`, which takes its turn's number and returns units."""
+    units = 0
+    turn = 0
     started = time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         units += work(turn)
@@ -69,25 +77,24 @@ def timed(work: Callable[[int], int], seconds: float) -> float:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that is no file's, where the kernel tells (Linux); else 0."""
+    """Return this process's memory that belongs to no file; 0 where the kernel does not tell."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def raw_speeds(tokenizer: Tokenizer, ids_file: Path, seconds: float) -> dict[str, float]:
-    """What bounds every source: encoding on one thread and on all, reading a file from the page cache."""
+    """Measure what bounds every source: encoding and reading from the page cache."""
     texts = [document.text for document in open_corpus(COPIED, None, "").documents()][:100]
     ids = np.memmap(ids_file, np.uint16, mode="r")
-    size = 1 << 22
 
     def encode(threads: int) -> int:
-        return sum(len(part) for part in tokenizer.encode_batch(texts, threads=threads))
+        return sum(len(encoded) for encoded in tokenizer.encode_batch(texts, threads=threads))
 
     def read(turn: int) -> int:
-        part = ids[turn * size % len(ids) :][:size]
-        part.sum(dtype=np.uint64)
-        return len(part)
+        block = ids[turn * READ_AT_ONCE % len(ids) :][:READ_AT_ONCE]
+        block.sum(dtype=np.uint64)
+        return len(block)
 
     return {
         "tokenizer, 1 thread": timed(lambda _: encode(1), seconds),
@@ -96,8 +103,26 @@ def raw_speeds(tokenizer: Tokenizer, ids_file: Path, seconds: float) -> dict[str
     }
 
 
-def main() -> None:
-    """The command line."""
+def measure_source(
+    sections: Sections, tokenizer: Tokenizer, folder: Path, given: argparse.Namespace
+) -> tuple[float, float]:
+    """Return a source's tokens per second, and by how many MiB the process grew meanwhile."""
+    training, data = sections
+    dataset = build_dataset(
+        Training(seq_len=given.seq_len, **training),
+        Data(cache_folder=str(folder / "cache"), **data),
+        tokenizer,
+        0,
+    )
+    loader = DataLoader(dataset, BatchPlan(given.batch, given.batch, 1, 1), 0)
+    loader.step_batches(1)
+    before = anonymous_mib()
+    speed = timed(lambda turn: loader.step_batches(turn + 2)[0].tokens.numel(), given.seconds)
+    return speed, anonymous_mib() - before
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m torchtrain.tools.bench_data", allow_abbrev=False
     )
@@ -108,35 +133,29 @@ def main() -> None:
         "--seconds", type=float, default=2, help="time for each figure (default: %(default)s)"
     )
     parser.add_argument(
-        "--seq-len", type=int, default=2048, help="tokens of a sequence (default: %(default)s)"
+        "--seq-len", type=int, default=2048, help="tokens per sequence (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch", type=int, default=32, help="sequences of a step (default: %(default)s)"
+        "--batch", type=int, default=32, help="sequences per step (default: %(default)s)"
     )
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    given = parse_arguments()
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
+    tokens_per_batch = given.batch * given.seq_len
     print(f"{'':22}{'tokens/s':>14}{'batch':>12}{'memory':>12}")
     with tempfile.TemporaryDirectory(prefix="torchtrain-bench-") as name:
         folder = Path(name)
-        kinds = sources(folder, given.megabytes)
+        kinds = write_sources(folder, given.megabytes)
         for what, speed in raw_speeds(tokenizer, folder / "ids.bin", given.seconds).items():
             print(f"{what:22}{speed:14,.0f}", flush=True)
-        for kind, (training, data) in kinds.items():
-            section = Training(seq_len=given.seq_len, **training)
-            cache = Data(cache_folder=str(folder / "cache"), **data)
-            dataset = build_dataset(section, cache, tokenizer, 0)
-            loader = DataLoader(dataset, BatchPlan(given.batch, given.batch, 1, 1), 0)
-            loader.step_batches(1)
-            before = anonymous_mib()
-            per_batch = given.batch * given.seq_len
-            speed = timed(
-                lambda turn: loader.step_batches(turn + 2)[0].tokens.numel(), given.seconds
-            )
-            grown = anonymous_mib() - before
-            print(
-                f"{kind:22}{speed:14,.0f}{per_batch / speed * 1e3:9.2f} ms{grown:+8.1f} MiB",
-                flush=True,
-            )
+        for kind, sections in kinds.items():
+            speed, grown = measure_source(sections, tokenizer, folder, given)
+            milliseconds = tokens_per_batch / speed * 1e3
+            print(f"{kind:22}{speed:14,.0f}{milliseconds:9.2f} ms{grown:+8.1f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The layouts that `torchtrain.tools.parity` compares, as data: a line more is a layout more."""
+"""The layouts that `torchtrain.tools.parity` compares, as data: one line each."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,8 @@ class Task:
 
     overrides: dict[str, Any] = field(default_factory=dict)
     hide_labels: bool = False
-    """Make the number of valid labels very unequal over samples, and so over ranks, microbatches and shards."""
+    """Whether the number of valid labels is made very unequal over samples, and so over ranks,
+    microbatches and shards."""
 
 
 DOCUMENTS = {
@@ -62,7 +63,7 @@ BF16 = {"training.mixed_precision_param": "bfloat16"}
 
 
 def pipeline(schedule: str, ranks: int = 2) -> dict[str, Any]:
-    """A pipeline under this schedule."""
+    """Return the options of a pipeline under this schedule."""
     return {
         "parallelism.pipeline_parallel_degree": ranks,
         "parallelism.pipeline_parallel_schedule": schedule,
@@ -70,8 +71,10 @@ def pipeline(schedule: str, ranks: int = 2) -> dict[str, Any]:
 
 
 PP_2 = pipeline("1F1B")
-INTERLEAVED, ZERO_BUBBLE = pipeline("Interleaved1F1B"), pipeline("InterleavedZeroBubble")
-ZBV, DUAL_PIPE = pipeline("ZBVZeroBubble"), pipeline("DualPipeV")
+INTERLEAVED = pipeline("Interleaved1F1B")
+ZERO_BUBBLE = pipeline("InterleavedZeroBubble")
+ZBV = pipeline("ZBVZeroBubble")
+DUAL_PIPE = pipeline("DualPipeV")
 BATCHES_OF_4 = {"training.local_batch_size": 4}
 PAIRS = {"parallelism.pipeline_parallel_microbatch_size": 2}
 UNEVEN = {

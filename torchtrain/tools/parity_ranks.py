@@ -1,6 +1,6 @@
-"""A rank of `torchtrain.tools.parity`: it trains in many layouts, one after the other, so that one start serves all.
+"""A rank of `torchtrain.tools.parity`, which trains in many layouts, one after the other.
 
-The tool starts it with torchrun, which hands it a JSON file of cases.
+The tool starts it with torchrun, which hands it a JSON file of cases: one start serves all.
 """
 
 import gc
@@ -23,7 +23,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import Microbatch
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
-from torchtrain.ranks import end_with_launcher, join_process_group, set_timeout
+from torchtrain.ranks import end_with_launcher, gathered, join_process_group, set_timeout
 from torchtrain.set_up import set_up
 from torchtrain.utils import IGNORE_INDEX
 
@@ -31,7 +31,10 @@ DONE = "parity: done "  # goes before a case's name in rank 0's output
 
 
 def work(cases_file: Path) -> None:
-    """Run the file's cases in turn. Each leaves this rank's part of its results, or a fault that ends this rank."""
+    """Run the file's cases in turn.
+
+    Each leaves a file with this rank's results, or one with a fault, which ends this rank.
+    """
     end_with_launcher()
     orders = json.loads(cases_file.read_text())
     device = join_process_group(orders["timeout_seconds"])
@@ -39,10 +42,10 @@ def work(cases_file: Path) -> None:
         try:
             torch.save(run_case(case, device), f"{case['results']}.{dist.get_rank()}")
         except BaseException as fault:
-            # The others may wait in a collective that this rank will never make: it ends, and the launcher ends them.
-            Path(f"{case['results']}.fault-{dist.get_rank()}").write_text(
-                f"{type(fault).__name__}: {fault}"
-            )
+            # The others may wait in a collective that this rank will never make: it ends, and the
+            # launcher ends them.
+            file = Path(f"{case['results']}.fault-{dist.get_rank()}")
+            file.write_text(f"{type(fault).__name__}: {fault}")
             os._exit(1)
         gc.collect()  # modules and hooks refer to each other in cycles
         torch._dynamo.reset()
@@ -53,7 +56,7 @@ def work(cases_file: Path) -> None:
 
 
 def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Train as `train.train` does, and collect what is compared: this rank's part of it."""
+    """Train as `train.train` does, and collect what this rank has of what is compared."""
     started = time.perf_counter()
     config = JobConfig().parse_args(case["options"])
     trainer = set_up(config, device)
@@ -83,50 +86,52 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def hide_labels(microbatches: list[Microbatch]) -> None:
-    """Hide, in place, a number of labels that depends on the sample alone: some samples keep none, some all."""
+    """Hide, in place, a number of labels that depends on the sample alone.
+
+    Some samples keep no label, some all.
+    """
     for microbatch in microbatches:
-        for labels, sample in zip(
-            microbatch.labels, microbatch.sample_ids, strict=True
-        ):  # labels [S]
-            labels[: sample * 13 % (len(labels) + 1)] = IGNORE_INDEX
+        for labels, sample in zip(microbatch.labels, microbatch.sample_ids, strict=True):
+            hidden = sample * 13 % (len(labels) + 1)
+            labels[:hidden] = IGNORE_INDEX  # labels [S]
 
 
 def gather(tensors: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], list[str]]:
-    """Make each tensor whole, one at a time, and keep it on the first of the ranks that have one of its name.
+    """Make each tensor whole, one at a time; the first rank that has one of its name keeps it.
 
     Returns:
-        What this rank keeps, on the CPU; and the names of tensors that are not the same to the bit on all ranks that
-        have them: each rank puts them together from the copies nearest to it, so it is seen where these have drifted.
+        What this rank keeps, on the CPU; and the names of tensors that are not the same to the bit
+        on all ranks that have them. Each rank puts them together from the copies nearest to it, so
+        it is seen where these have drifted.
     """
-    rank, names = dist.get_rank(), all_gather(list(tensors))
-    owners = {name: owner for owner in reversed(range(len(names))) for name in names[owner]}
-    kept, digests = {}, {}
+    names_by_rank = gathered(list(tensors))
+    owners: dict[str, int] = {}
+    for rank, names in enumerate(names_by_rank):
+        for name in names:
+            owners.setdefault(name, rank)
+    kept = {}
+    digests = {}
     for name, tensor in tensors.items():
         if tensor is None:
             raise RuntimeError(f"{name} has no gradient")
-        whole = (
-            (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-            .detach()
-            .cpu()
-            .contiguous()
-        )
-        digests[name] = hashlib.sha256(
-            whole.flatten().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        if owners[name] == rank:
+        whole = make_whole(tensor)
+        content = whole.flatten().view(torch.uint8).numpy().tobytes()
+        digests[name] = hashlib.sha256(content).hexdigest()
+        if owners[name] == dist.get_rank():
             kept[name] = whole.clone()
-    everyones = all_gather(digests)
-    first = {name: everyones[owner][name] for name, owner in owners.items()}
-    return kept, sorted(
-        {name for theirs in everyones for name in theirs if theirs[name] != first[name]}
-    )
+    digests_by_rank = gathered(digests)
+    drifted = set()
+    for of_one_rank in digests_by_rank:
+        for name, digest in of_one_rank.items():
+            if digest != digests_by_rank[owners[name]][name]:
+                drifted.add(name)
+    return kept, sorted(drifted)
 
 
-def all_gather(mine: Any) -> list[Any]:
-    """Every rank's, in rank order."""
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return everyones
+def make_whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a shard, on the CPU."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torchtrain.catalog.datasets import register_corpus
 
 @register_corpus("short-documents", "made-up documents of some ten tokens, for the parity tool")
 def short_documents(path: str | None) -> Iterator[str]:
-    """Sums of small numbers, the same everywhere."""
+    """Yield sums of small numbers, the same everywhere."""
     numbers = random.Random(0)
     for _ in range(2000):
         terms = [numbers.randrange(10) for _ in range(numbers.randint(2, 9))]

@@ -1,6 +1,7 @@
 """Train a small lossless SentencePiece tokenizer on documents of your own:
 
-    python -m torchtrain.tools.train_tokenizer --output FILE [--vocab-size 2048] [--dataset text --dataset-path P]
+    python -m torchtrain.tools.train_tokenizer --output FILE [--vocab-size 2048]
+                                               [--dataset text --dataset-path PATH]
 
 The same documents and size make the same file.
 """
@@ -20,37 +21,39 @@ from torchtrain.errors import UserError
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """The model file of a lossless byte-fallback BPE of `texts`, which are all held in memory.
+    """Return the model file of a lossless byte-fallback BPE of `texts`, all held in memory.
 
-    The same texts and size give the same bytes, since the number of threads is fixed and no path goes in.
+    The same texts and size give the same bytes, since the number of threads is fixed and no path
+    goes in.
 
     Raises:
         UserError: `vocab_size` is too large or too small for these texts.
     """
     if vocab_size < 260:
         raise UserError(
-            f"a vocabulary of {vocab_size} is too small: 256 bytes and <unk>, BOS, EOS come before any text"
+            f"a vocabulary of {vocab_size} is too small: "
+            "256 bytes and <unk>, BOS, EOS come before any text"
         )
     model = io.BytesIO()
-    # SentencePiece drops a sentence over its length limit, in bytes, so that long texts come to it in cuts.
-    cuts = (
+    # SentencePiece drops a sentence over its length limit, in bytes: long texts are given in parts.
+    parts = (
         text[start : start + LONG_TEXT]
         for text in texts
         for start in range(0, len(text), LONG_TEXT)
     )
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=cuts,
+            sentence_iterator=parts,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             max_sentence_length=4 * LONG_TEXT,
-            # Lossless: nothing normalised, and what has no piece is spelled in bytes.
+            # Lossless: nothing is normalized, and what has no token is spelled in bytes.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
-            # Indentation in one piece: source code shrinks by a third.
+            # Indentation as one token: source code shrinks by a third.
             allow_whitespace_only_pieces=True,
             split_digits=True,
             unk_id=0,
@@ -63,7 +66,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].split(" Increase")[0]
         raise UserError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}"
+            f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}"
         ) from error
     return model.getvalue()
 
@@ -81,13 +84,12 @@ def _train(options: argparse.Namespace) -> None:
         output.write_bytes(model)
     except OSError as error:
         raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
-    print(
-        f"{output}: {tokenizer.vocab_size:,} pieces from {corpus.name}, sha256 {tokenizer.fingerprint}"
-    )
+    size = f"{tokenizer.vocab_size:,} tokens"
+    print(f"{output}: {size} from {corpus.name}, sha256 {tokenizer.fingerprint}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status is 2 for a fault of the user's."""
+    """Train as the command line says. Returns the exit status, 2 for a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m torchtrain.tools.train_tokenizer",
         description="Train a lossless byte-fallback BPE model.",
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
     parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="number of pieces (default: %(default)s)"
+        "--vocab-size", type=int, default=2048, help="number of tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--dataset", default="python_stdlib", help="as training.dataset (default: %(default)s)"
