@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and goes on with any number of ranks reads what the uninterrupted one would."""
+"""A run interrupted anywhere and resumed on any ranks reads what the uninterrupted one would."""
 
 import json
 import random
@@ -30,7 +30,7 @@ KINDS = ("cache", "mixture", "token file", "stream", "stream in files", "mixture
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """datasets(kind, seed=0): a dataset of each kind, built as a run builds it; epochs are of some 100 samples."""
+    """datasets(kind, seed=0): a dataset as a run builds it, with epochs of some 100 samples."""
     folder = tmp_path_factory.mktemp("elastic")
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     texts = [write_corpus(folder / name, documents=1, seed=seed) for seed, name in enumerate("ab")]
@@ -110,7 +110,8 @@ def ranks(build, global_batch: int, degree: int, local_batch: int) -> list[DataL
     ]
 
 
-GLOBAL_BATCH = 840  # sequences: every number of ranks from 1 to 8 divides it
+GLOBAL_BATCH = 24  # sequences, of epochs of some 100
+DEGREES = (1, 2, 3, 4, 6, 8)
 
 
 @settings(
@@ -120,7 +121,9 @@ GLOBAL_BATCH = 840  # sequences: every number of ranks from 1 to 8 divides it
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 3),
     legs=st.lists(
-        st.tuples(st.integers(1, 8), st.integers(1, 200), st.integers(1, 3)), min_size=1, max_size=4
+        st.tuples(st.sampled_from(DEGREES), st.integers(1, 24), st.integers(1, 6)),
+        min_size=1,
+        max_size=4,
     ),
 )
 def test_interrupted_anywhere_and_resumed_on_any_ranks_reads_the_same(datasets, kind, seed, legs):

@@ -1,10 +1,16 @@
-"""Nothing is lost: a stopped and resumed run equals the uninterrupted one bit for bit, on the same layout; on another,
-the state and the data are exact and the losses agree to rounding."""
+"""Nothing is lost: on one layout a stopped and resumed run equals the uninterrupted one to the bit.
+
+On another layout the state and the data are exact and the losses agree to rounding.
+"""
 
 import json
+import os
+import random
 import shutil
 import signal
+import sys
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -87,17 +93,68 @@ def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole,
     assert curve(folder) == curve(whole[ranks])
 
 
+KILLS = 4
+
+
+def run_until_killed(arguments, victim, last_call, counted):
+    """Be a rank of a run of which one kills itself at its `last_call`th call of our functions.
+
+    It writes to the file `counted` how many calls it has made, where it lives to the end.
+    """
+    calls = 0
+
+    def count(frame, event, _):
+        nonlocal calls
+        if event != "call" or not frame.f_code.co_filename.startswith(OURS):
+            return
+        calls += 1
+        if calls == last_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if own_rank() == victim:
+        sys.setprofile(count)
+    status = forking.run_trainer(arguments)
+    sys.setprofile(None)
+    if own_rank() == victim:
+        counted.write_text(str(calls))
+    return status
+
+
+def own_rank():
+    return int(os.environ["RANK"])
+
+
+OURS = (str(launching.ROOT / "torchtrain"), str(launching.ROOT / "train.py"))
+
+
+def kill_at(ranks, overrides, victim, last_call, counted):
+    """Run until the victim has killed itself, and then kill the others; or to the end."""
+    arguments = launching.options(overrides)
+    run = forking.Ranks(ranks, run_until_killed, arguments, victim, last_call, counted)
+    try:
+        wait([run.processes[victim].sentinel], launching.TIMEOUT_S)
+        if run.statuses[victim] == 0:
+            run.finish(launching.TIMEOUT_S)
+    finally:
+        run.kill()
+    assert run.statuses[victim] in (0, -signal.SIGKILL), run.printed
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
+    """A run is killed again and again, at calls drawn from all that its rest would make."""
     folder = tmp_path / "run"
-    with forking.running(ranks, saving(data, folder)) as run:
-        wait_for_step(run.alive, folder, 6)
-        run.kill()
+    counted = tmp_path / "counted"
+    kill_at(ranks, saving(data, tmp_path / "counting"), ranks - 1, None, counted)
+    calls = int(counted.read_text())
+    rng = random.Random(ranks)
+    for number in range(KILLS):
+        last_call = rng.randrange(1, calls)
+        overrides = saving(data, folder, **{"checkpoint.interval": 2})
+        kill_at(ranks, overrides, number % ranks, last_call, tmp_path / f"kill-{number}")
     train(ranks, saving(data, folder))
     assert curve(folder) == curve(whole[ranks])
     assert_same_state(folder, whole[ranks], STEPS, tmp_path)
-    superseded = (folder / "metrics.superseded.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6]
 
 
 TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
