@@ -10,6 +10,11 @@ As a command it checks a config without running it; the status is 0, or 2 with a
 import argparse
 import sys
 
+from torchtrain.installation import exit_without_dependencies
+
+if __name__ == "__main__":
+    exit_without_dependencies()
+
 from pydantic import PrivateAttr
 
 from torchtrain.config.plans import plan_run

@@ -23,6 +23,11 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from torchtrain.installation import exit_without_dependencies
+
+if __name__ == "__main__":
+    exit_without_dependencies()
+
 from torchtrain.config.plans import find_tokenizer
 from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
 from torchtrain.config_manager import JobConfig
