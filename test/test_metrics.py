@@ -94,9 +94,9 @@ def test_the_line_of_each_step(tmp_path, lines):
     assert lines() == [
         "step 1/6  loss 6.9000  norm 1.250  lr 8.00e-04  mem 0.50GiB  data 0%",
         "step 2/6  loss 6.8000  norm 1.250  lr 8.00e-04  tok/s 50  "
-        "mem 0.50GiB  eta 0:00:08  data 5%",
+        "eta 0:00:08  mem 0.50GiB  data 5%",
         "step 3/6  loss 6.7000  norm 1.250  lr 8.00e-04  tok/s 50  "
-        "mem 0.50GiB  eta 0:00:06  data 5%",
+        "eta 0:00:06  mem 0.50GiB  data 5%",
     ]
 
 

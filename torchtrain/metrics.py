@@ -90,8 +90,8 @@ FIRST_COLUMNS = (
 )
 # Added metrics stand here.
 LAST_COLUMNS = (
-    Column("mem", "memory_gib", "{:.2f}GiB"),
     Column("eta", "eta", "{}"),
+    Column("mem", "memory_gib", "{:.2f}GiB"),
     Column("data", "data_time_pct", "{:.0f}%"),
 )
 
