@@ -12,8 +12,15 @@ LONGEST = (
     "test_parity.py",
     "test_launch.py",
     "test_validation.py",
+    "test_training.py",
     "test_resume.py",
     "test_elastic.py",
+    "test_options.py",
+    "test_pipeline_parallel.py",
+    "test_context_parallel.py",
+    "test_sources.py",
+    "test_streams.py",
+    "test_prepare.py",
 )
 
 

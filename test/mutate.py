@@ -32,12 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Test files or folders of a source file, by the longest prefix of its path: they run first.
 ROOMS = {
     "train.py": (
-        "test/test_train.py",
         "test/test_training_by_hand.py",
-        "test/test_step_metrics.py",
         "test/test_metrics.py",
-        "test/test_validation.py",
+        "test/test_step_metrics.py",
         "test/test_training.py",
+        "test/test_validation.py",
         "test/checkpoint/test_resume.py",
     ),
     "torchtrain/set_up.py": (
