@@ -1,8 +1,10 @@
 """A checkpoint is complete or not there: damage is found, and a crash loses nothing."""
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import stat
@@ -27,7 +29,7 @@ from helpers.checkpoints import (
 from helpers.forking import in_group
 
 from torchtrain.checkpoint import Checkpointer
-from torchtrain.checkpoint.commit import INDEX, MARKER, STATE
+from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Marker, find_altered
 from torchtrain.errors import UserError
 
 # Damage
@@ -39,32 +41,60 @@ def remove_all(step: Path) -> None:
 
 
 def lead_marker_outside(step: Path) -> None:
-    text = (step / MARKER).read_text()
-    (step / MARKER).write_text(text.replace(STATE, f"../step-1/{STATE}"))
+    marker = json.loads((step / MARKER).read_text())
+    marker["files"][f"../{step.name}/{STATE}"] = marker["files"][STATE]
+    (step / MARKER).write_text(json.dumps(marker))
 
 
 DAMAGE = {
-    "truncated tensors": lambda step: os.truncate(step / "__0_0.distcp", 3000),
-    "flipped bit in the tensors": lambda step: flip(step / "__0_0.distcp", 2500),
-    "flipped bit in the index": lambda step: flip(step / INDEX, 100),
-    "flipped bit in the state": lambda step: flip(step / STATE, 20),
-    "longer tensors": lambda step: (step / "__0_0.distcp").open("ab").write(b"x"),
-    "missing tensors": lambda step: (step / "__0_0.distcp").unlink(),
-    "missing index": lambda step: (step / INDEX).unlink(),
-    "missing state": lambda step: (step / STATE).unlink(),
-    "missing marker": lambda step: (step / MARKER).unlink(),
-    "empty marker": lambda step: (step / MARKER).write_text(""),
-    "marker of nothing": lambda step: (step / MARKER).write_text('{"format": 1, "files": {}}'),
-    "marker that leads outside": lead_marker_outside,
-    "empty folder": remove_all,
+    "truncated tensors": (
+        lambda step: os.truncate(step / "__0_0.distcp", 3000),
+        r"__0_0\.distcp has 3000 bytes instead of \d+",
+    ),
+    "longer tensors": (
+        lambda step: (step / "__0_0.distcp").open("ab").write(b"x"),
+        r"__0_0\.distcp has \d+ bytes instead of \d+",
+    ),
+    "flipped bit in the tensors": (
+        lambda step: flip(step / "__0_0.distcp", 2500),
+        r"__0_0\.distcp is damaged: its SHA-256",
+    ),
+    "flipped bit in the index": (
+        lambda step: flip(step / INDEX, 100),
+        r"\.metadata is damaged: its SHA-256",
+    ),
+    "flipped bit in the state": (
+        lambda step: flip(step / STATE, 20),
+        r"train_state\.json is damaged: its SHA-256",
+    ),
+    "missing tensors": (
+        lambda step: (step / "__0_0.distcp").unlink(),
+        r"__0_0\.distcp is missing",
+    ),
+    "missing index": (lambda step: (step / INDEX).unlink(), r"\.metadata is missing"),
+    "missing state": (lambda step: (step / STATE).unlink(), r"train_state\.json is missing"),
+    "missing marker": (lambda step: (step / MARKER).unlink(), "never finished or is half removed"),
+    "empty marker": (
+        lambda step: (step / MARKER).write_text(""),
+        r"complete\.json is damaged \(JSONDecodeError",
+    ),
+    "marker of nothing": (
+        lambda step: (step / MARKER).write_text('{"format": 1, "files": {}}'),
+        r"complete\.json is damaged \(TypeError",
+    ),
+    "marker that leads outside": (lead_marker_outside, "does not name the files of a checkpoint"),
+    "empty folder": (remove_all, "never finished or is half removed"),
 }
+"""What is done to the folder of a step, and what is then said to be wrong with it."""
+
 INCOMPLETE = ("missing marker", "empty folder")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path, alone, log, kind):
     run = saved_run(tmp_path, (1, 2))
-    DAMAGE[kind](tmp_path / "checkpoint/step-2")
+    damage, reason = DAMAGE[kind]
+    damage(tmp_path / "checkpoint/step-2")
     with pytest.raises(UserError, match=r"checkpoint\.load_step = 2 .*Complete steps in .*: 1\."):
         Checkpointer(section(load_step=2), tmp_path).find()
     assert Checkpointer(section(load_only=True), tmp_path).find().progress.step == 1
@@ -76,12 +106,35 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path, alon
     assert names(tmp_path) == ["step-1", aside]
     warnings = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
     (said,) = [warning for warning in warnings if aside in warning]
-    assert "step-2 is not usable" in said
+    assert re.search(f"step-2 is not usable .*{reason}", said)
     # The step is taken again, and may be damaged again.
     run.save(2)
-    DAMAGE[kind](tmp_path / "checkpoint/step-2")
+    damage(tmp_path / "checkpoint/step-2")
     assert loaded(tmp_path)[0] == 1
     assert names(tmp_path) == ["step-1", aside, f"{aside}-2"]
+
+
+def test_all_of_a_large_file_is_hashed(tmp_path):
+    content = bytearray(5 * 2**20)
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    marker = Marker(step=1, world_size=1, torch="", files={"large": record})
+    (tmp_path / "large").write_bytes(content)
+    assert find_altered(tmp_path, ["large"], marker) is None
+    content[-1] ^= 1
+    (tmp_path / "large").write_bytes(content)
+    assert "its file large is damaged" in find_altered(tmp_path, ["large"], marker)
+
+
+def test_a_state_of_another_step_is_refused(tmp_path, alone):
+    """Each file is whole, but they are of different checkpoints."""
+    saved_run(tmp_path, (1, 2))
+    first, second = (tmp_path / f"checkpoint/step-{step}" for step in (1, 2))
+    marker = json.loads((second / MARKER).read_text())
+    marker["files"][STATE] = json.loads((first / MARKER).read_text())["files"][STATE]
+    (second / MARKER).write_text(json.dumps(marker))
+    shutil.copy(first / STATE, second / STATE)
+    with pytest.raises(UserError, match="are of different checkpoints"):
+        Checkpointer(section(), tmp_path).find()
 
 
 def test_a_later_format_is_refused_and_left_alone(tmp_path, alone):
@@ -117,7 +170,8 @@ def test_another_programs_checkpoint_is_told_so_and_left_alone(tmp_path, alone):
 
 
 def test_all_is_synced_before_the_rename_and_the_rename_after(tmp_path, alone, monkeypatch):
-    events, fsync, rename = [], os.fsync, os.rename
+    events, written = [], []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
 
     def recording_fsync(descriptor):
         state = os.fstat(descriptor)
@@ -128,7 +182,12 @@ def test_all_is_synced_before_the_rename_and_the_rename_after(tmp_path, alone, m
         events.append((Path(source).name.split("-")[0], Path(target).name))
         rename(source, target)
 
+    def recording_replace(source, target):
+        written.append(Path(target).name)
+        replace(source, target)
+
     monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
     monkeypatch.setattr(os, "rename", recording_rename)
     saved_run(tmp_path, (1,))
     monkeypatch.undo()
@@ -139,6 +198,7 @@ def test_all_is_synced_before_the_rename_and_the_rename_after(tmp_path, alone, m
     marker = (step / MARKER).stat()
     assert events[:at][-2:] == [(marker.st_ino, marker.st_size), (step.stat().st_ino, None)]
     assert events[at + 1 :] == [(step.parent.stat().st_ino, None)]
+    assert written == [STATE, MARKER], "the marker is written once, and last"
 
 
 class Crash:

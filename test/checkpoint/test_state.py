@@ -21,6 +21,7 @@ from helpers.forking import in_group
 from torch import nn
 
 from torchtrain.checkpoint import Checkpointer
+from torchtrain.checkpoint.state import has_states, make_states
 from torchtrain.errors import UserError
 
 # Any optimizer
@@ -135,6 +136,23 @@ def interrupt_and_resume_all(run: Path) -> None:
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_on_two_ranks(tmp_path):
     in_group(2, interrupt_and_resume_all, tmp_path)
+
+
+def test_making_the_states_puts_everything_else_back(alone):
+    model, optimizer = start("a user's", seed=0)
+    gradients = {}
+    for name, parameter in weights(model).items():
+        parameter.grad = torch.ones_like(parameter)
+        gradients[name] = parameter.grad
+    before = everything(model, optimizer)
+    random = torch.get_rng_state()
+    make_states(optimizer)
+    made = everything(model, optimizer)
+    assert has_states(optimizer)
+    assert_bitwise({name: made[name] for name in before}, before)
+    assert all(weights(model)[name].grad is gradient for name, gradient in gradients.items())
+    assert [(group["lr"], group["steps"]) for group in optimizer.param_groups] == [(0.01, 0)]
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 class Greedy(torch.optim.SGD):
