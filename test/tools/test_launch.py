@@ -235,6 +235,39 @@ def test_ranks_die_with_their_launcher(tmp_path, data):
         assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
+def node(rank, port):
+    """What torchrun's variables say on this node of two."""
+    return {
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": str(rank),
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port),
+    }
+
+
+def test_two_nodes_train_as_one_does(tmp_path, data, free_port):
+    overrides = {**data, "job.dump_folder": tmp_path / "two"}
+    with running(1, overrides, **node(0, free_port)) as first:
+        launched(1, overrides, **node(1, free_port))
+        output, _ = first.communicate(timeout=TIMEOUT_S)
+    assert first.returncode == 0, output
+    train(2, {**data, "job.dump_folder": tmp_path / "one"})
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+
+
+def test_ctrl_c_ends_a_node_that_waits_in_one_line(tmp_path, data, free_port):
+    overrides = {**data, "job.dump_folder": tmp_path / "run"}
+    with running(1, overrides, **node(0, free_port)) as process:
+        said = process.stdout.readline()
+        assert said.startswith(f"waiting for 1 node at 127.0.0.1:{free_port}"), said
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGINT
+    assert output == "stopped by SIGINT before the ranks started\n"
+
+
 def train_speaking(log_rank, arguments):
     """A rank whose LOG_RANK is this."""
     os.environ["LOG_RANK"] = log_rank

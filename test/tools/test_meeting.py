@@ -12,11 +12,6 @@ from torchtrain.tools.meeting import all_nodes, tell_refused
 from torchtrain.tools.nodes import Nodes, read_nodes
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def node(rank, count, port):
     return Nodes(count=count, rank=rank, address="127.0.0.1", port=port, static=True)
 
@@ -58,35 +53,34 @@ def test_nodes_are_read_as_torchrun_reads_them():
     assert read_nodes({"PET_RDZV_ENDPOINT": "there:2"}).endpoint == "there:2"
 
 
-def test_nodes_go_on_when_all_are_here(capsys):
-    port = free_port()
+def test_nodes_start_when_all_are_here(capsys, free_port):
     together = threading.Barrier(3)
     with ThreadPoolExecutor(3) as pool:
-        waits = [pool.submit(come, node(rank, 3, port), 60, together) for rank in (2, 0)]
+        waits = [pool.submit(come, node(rank, 3, free_port), 60, together) for rank in (2, 0)]
         said = ""
         while "waiting for 1 node at" not in said:
             said += capsys.readouterr().out
             assert not any(wait.done() for wait in waits)
-        assert f"at 127.0.0.1:{port}: node rank 1 of 3" in said
-        waits.append(pool.submit(come, node(1, 3, port), 60, together))
+        assert f"at 127.0.0.1:{free_port}: node rank 1 of 3" in said
+        waits.append(pool.submit(come, node(1, 3, free_port), 60, together))
         assert [wait.result() for wait in waits] == ["all are here"] * 3
 
 
 @pytest.mark.parametrize("refused", [0, 1])
-def test_a_wait_ends_when_another_node_was_refused(refused, monkeypatch):
+def test_a_wait_ends_when_another_node_was_refused(refused, monkeypatch, free_port):
     monkeypatch.setattr(meeting, "FAREWELL_S", 30.0)
-    port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(come, node(1 - refused, 2, port))
-        tells = threading.Thread(target=tell_refused, args=[node(refused, 2, port)], daemon=True)
+        waits = pool.submit(come, node(1 - refused, 2, free_port))
+        tells = threading.Thread(
+            target=tell_refused, args=[node(refused, 2, free_port)], daemon=True
+        )
         tells.start()
         fault = waits.result()
     assert str(fault) == f"node {refused} was refused; this node ends too"
     assert fault.is_user_error
 
 
-def test_a_wait_ends_when_another_node_was_stopped(monkeypatch):
-    port = free_port()
+def test_a_wait_ends_when_another_node_was_stopped(monkeypatch, free_port):
     wait_for_words = meeting._wait_for_words
 
     def stop_node_1(store, nodes, waiting):
@@ -96,19 +90,18 @@ def test_a_wait_ends_when_another_node_was_stopped(monkeypatch):
 
     monkeypatch.setattr(meeting, "_wait_for_words", stop_node_1)
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(come, node(0, 2, port))
+        waits = pool.submit(come, node(0, 2, free_port))
         with pytest.raises(KeyboardInterrupt):
-            come(node(1, 2, port))
+            come(node(1, 2, free_port))
         fault = waits.result()
     assert str(fault) == "node 1 was stopped; this node ends too"
     assert not fault.is_user_error
 
 
-def test_a_node_that_does_not_come_ends_the_wait():
-    port = free_port()
+def test_a_node_that_does_not_come_ends_the_wait(free_port):
     absent = "within comm.init_timeout_seconds"
-    assert absent in str(come(node(0, 2, port), timeout_s=0))
-    assert absent in str(come(node(1, 2, port), timeout_s=0))
+    assert absent in str(come(node(0, 2, free_port), timeout_s=0))
+    assert absent in str(come(node(1, 2, free_port), timeout_s=0))
 
 
 def test_another_programs_port_is_one_message(monkeypatch):
