@@ -1,12 +1,19 @@
-"""What ends a run early, signals and faults, and the exit status and the message of each."""
+"""The edges of the loop: what ends a run early, with which status and message; and memory."""
 
 import signal
+from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+from helpers.launching import options
+from torch.distributed.tensor import DTensor
 
 import train
+from torchtrain import ranks
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.set_up import set_up
 
 
 @pytest.fixture
@@ -89,3 +96,30 @@ def test_exit_status_and_who_says_why(end, rank, monkeypatch, capfd):
     printed = "".join(capfd.readouterr())
     assert ("the cause" in printed) == says[rank]
     assert ("Traceback" in printed) == (end == "a crash")
+
+
+@pytest.fixture(scope="module")
+def trainer(data):
+    """A run that validates, set up on one rank of this process."""
+    device = ranks.join_process_group(60)
+    given = {**data, "validation.enable": True, "validation.steps": 1}
+    yield set_up(JobConfig().parse_args(options(given), world_size=1), device)
+    dist.destroy_process_group()
+
+
+def test_a_batch_without_a_valid_label_is_refused(trainer):
+    batches = [
+        replace(batch, labels=torch.full_like(batch.labels, -100))
+        for batch in trainer.loader.step_batches(1)
+    ]
+    said = r"step 1: no valid label in the global batch, global samples 0 to 7"
+    with pytest.raises(SharedUserError, match=said):
+        train.forward_backward(trainer, batches)
+    assert all(weight.grad is None for weight in trainer.weights.values())
+
+
+def test_a_validation_leaves_the_weights_sharded(trainer):
+    """Else every rank would hold the whole model until its next backward."""
+    train.validate(trainer)
+    for name, parameter in trainer.parts[0].named_parameters():
+        assert isinstance(parameter, DTensor), name

@@ -275,6 +275,10 @@ def evaluate_and_train(arguments, results):
     for _ in range(3):
         before = {name: weight.to_local().clone() for name, weight in trainer.weights.items()}
         found["evaluated"].append(summed(trainer.pipeline.evaluate(batch.tokens, batch.labels)))
+        for part in trainer.parts.values():
+            assert all(isinstance(weight, DTensor) for weight in part.parameters()), (
+                "an evaluation left whole weights"
+            )
         assert all(weight.grad is None for weight in trainer.weights.values()), (
             "an evaluation left a gradient"
         )
