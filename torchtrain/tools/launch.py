@@ -163,8 +163,7 @@ def launch(
         PeerFault: another node does not come.
     """
     set_up_environment(processes, on_cpu=on_cpu)
-    # The ranks say what failed.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
