@@ -477,11 +477,11 @@ REFUSED = {
     ),
     "set without a path": (
         ["--validation.dataset=text"],
-        ["validation.dataset = 'text' needs validation.dataset_path"],
+        ["validation.dataset = 'text' needs a path (validation.dataset_path)"],
     ),
     "path that is not there": (
         ["--validation.dataset=text", "--validation.dataset_path=nowhere"],
-        ["validation.dataset_path = 'nowhere' does not exist"],
+        ["'nowhere' (validation.dataset_path) does not exist"],
     ),
     "token file": (
         ["--training.dataset=tokens", f"--training.dataset_path={DEBUG_TOKENIZER}"],

@@ -30,7 +30,7 @@ BAD_COMBINATIONS = {
     ),
     "dataset without path": (
         '[training]\ndataset = "text"',
-        ["needs training.dataset_path", "a text file"],
+        ["needs a path (training.dataset_path)", "a text file"],
     ),
     "dataset with a path it ignores": (
         '[training]\ndataset_path = "run.toml"',
@@ -38,7 +38,7 @@ BAD_COMBINATIONS = {
     ),
     "dataset path missing": (
         '[training]\ndataset = "text"\ndataset_path = "no"',
-        ["= 'no' does not exist"],
+        ["'no' (training.dataset_path) does not exist"],
     ),
     "source without weight": (
         '[data]\nmixture = ["text ."]',
@@ -46,7 +46,7 @@ BAD_COMBINATIONS = {
     ),
     "source that is not there": (
         '[data]\nmixture = ["text no = 1"]',
-        ["data.mixture: 'text': the path 'no' does not exist"],
+        ["data.mixture: 'text': 'no' (after its name) does not exist"],
     ),
     "stream packed": (
         '[data]\nstreaming = true\npacking = "best_fit"',
@@ -95,7 +95,12 @@ BAD_COMBINATIONS = {
     ),
     "validation set without a path": (
         '[validation]\nenable = true\ndataset = "jsonl"',
-        ["validation.dataset = 'jsonl' needs validation.dataset_path"],
+        ["validation.dataset = 'jsonl' needs a path (validation.dataset_path)"],
+    ),
+    "validation's length under context parallelism": (
+        "[validation]\nenable = true\nseq_len = 6\n[parallelism]\ncontext_parallel_degree = 2\n"
+        "data_parallel_shard_degree = 1",
+        ["validation.seq_len = 6 must be divisible by 4"],
     ),
     "misspelt optimizer": (
         '[optimizer]\nname = "AdmaW"',
@@ -107,7 +112,7 @@ BAD_COMBINATIONS = {
 @pytest.mark.parametrize("name", BAD_COMBINATIONS)
 def test_what_cannot_work_gets_one_clear_fault(name):
     text, fragments = BAD_COMBINATIONS[name]
-    assert_one_fault(report(text), "run.toml", fragments)
+    assert_one_fault(report(text, world_size=0), "run.toml", fragments)
 
 
 PP2 = "--parallelism.pipeline_parallel_degree=2"

@@ -207,7 +207,7 @@ def test_config_names_every_fault_of_a_mixture(tmp_path, monkeypatch):
         "--data.mixture", "text nowhere=1,jsnl x=1,text=1", "--training.dataset_path", "x"
     )
     assert "3 faults" in report
-    for part in ("'nowhere'", "jsnl", "a path after its name"):
+    for part in ("'nowhere'", "jsnl", "needs a path (after its name)"):
         assert part in report
     config = JobConfig().parse_args(["--data.mixture", "text .=1,python_stdlib=3"], world_size=1)
     assert config.data.mixture == ["text .=1", "python_stdlib=3"]

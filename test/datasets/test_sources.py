@@ -422,7 +422,8 @@ def test_hub_is_asked_once_and_not_for_long(monkeypatch):
         raise TimeoutError("timed out\nand more")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", silent)
-    with pytest.raises(UserError, match=r"cannot be reached \(TimeoutError: timed out\)\. Set val"):
+    pattern = r"cannot be reached \(TimeoutError: timed out\)\. Give the path of a local copy \(val"
+    with pytest.raises(UserError, match=pattern):
         open_corpus("someone/something@v1", None, "text", option="validation.dataset")
     assert asked == [("someone/something", "v1", 10.0)]
 

@@ -1,7 +1,7 @@
 """The datasets that a config can name, as data. No torch here: the config check reads it.
 
 To add one, add a line to DATASETS and, where its documents come from a new kind of place, a line to
-`datasets.corpora.open_corpus`. A user's own comes from the file that `experimental.custom_import`
+`datasets.open.open_corpus`. A user's own comes from the file that `experimental.custom_import`
 names, see `register_corpus`.
 """
 
@@ -94,23 +94,35 @@ def find_dataset(name: str, path: str | None, option: str = "training.dataset") 
         UserError: unknown, without the path it needs, with one it ignores, or with a missing one.
     """
     given = f"{option} = {name!r}"
-    path_given = f"{option}_path = {path!r}"
-    how = f"{option}_path"
+    path_option = f"{option}_path"
     if option == "data.mixture":
         given = f"data.mixture: {name!r}"
-        path_given = f"the path {path!r}"
-        how = "a path after its name"
+        path_option = "after its name"
     spec = DATASETS.get(name) or _find_by_address(name, given)
     if spec is None:
         raise UserError(f"{given} {_why_unknown(name)}")
     if spec.needs_path and not path:
-        raise UserError(f"{given} needs {how}: {spec.description}")
+        raise UserError(f"{given} needs a path ({path_option}): {spec.description}")
     takes_path = spec.needs_path or spec.texts or (spec.hub and name in DATASETS)
     if path and not takes_path:
-        raise UserError(f"{given} takes no path, but {path_given} is given")
+        raise UserError(f"{given} takes no path, but {path!r} is given ({path_option})")
     if path and not spec.texts and not expand_user(path).exists():
-        raise UserError(f"{given}: {path_given} does not exist (looked from {Path.cwd()})")
+        raise UserError(
+            f"{given}: {path!r} ({path_option}) does not exist (looked from {Path.cwd()})"
+        )
     return spec
+
+
+def describe_path(option: str, path: str | Path) -> str:
+    """Return a dataset's path with where it was given, for messages.
+
+    Args:
+        option: the option that names the dataset, see `find_dataset`.
+        path: the path.
+    """
+    if option == "data.mixture":
+        return f"the path {str(path)!r} in data.mixture"
+    return f"{option}_path = {str(path)!r}"
 
 
 def _why_unknown(name: str) -> str:

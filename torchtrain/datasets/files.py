@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from torchtrain.catalog.datasets import describe_path
 from torchtrain.datasets.corpora import (
     KINDS_OF_VALUES,
     BadRow,
@@ -71,7 +72,7 @@ def read_files(dataset: str, path: Path, text_key: str, option: str = "training.
     if not files:
         names = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise UserError(
-            f"{option}_path = {str(path)!r} holds no file that counts as {dataset} ({names})"
+            f"{describe_path(option, path)} holds no file that counts as {dataset} ({names})"
         )
     key = "" if dataset == "text" else f" [{text_key}]"
     return Corpus(
@@ -111,7 +112,7 @@ def files_under(
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{option}_path = {str(path)!r} is neither a file nor a folder")
+        raise UserError(f"{describe_path(option, path)} is neither a file nor a folder")
     found: list[Path] = []
     entered: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtrain.catalog.datasets import DATASETS, HubSource
+from torchtrain.catalog.datasets import DATASETS, HubSource, describe_path
 from torchtrain.datasets.corpora import Corpus, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
@@ -59,7 +59,7 @@ def read_hub(
     """
     if path and not path.is_dir():
         raise UserError(
-            f"{option}_path = {str(path)!r} must be a folder, a copy of {source.repository}"
+            f"{describe_path(option, path)} must be a folder, a copy of {source.repository}"
         )
     given = expand_user(source.repository)
     local = path or (given if given.is_dir() else None)
@@ -175,7 +175,9 @@ def _find_revision(source: HubSource, option: str) -> str | None:
         ) from error
     except Exception as error:  # its HTTP library has changed before, and the errors with it
         first_line = str(error).partition("\n")[0]
+        path_option = "after its name" if option == "data.mixture" else f"{option}_path"
         raise UserError(
-            f"{given} cannot be reached ({type(error).__name__}: {first_line}). Set "
-            f"{option}_path to a local copy, or HF_HUB_OFFLINE=1 to use what was downloaded before"
+            f"{given} cannot be reached ({type(error).__name__}: {first_line}). Give "
+            f"the path of a local copy ({path_option}), or set HF_HUB_OFFLINE=1 to use what was "
+            "downloaded before"
         ) from error

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from torchtrain.catalog.custom_import import user_location
-from torchtrain.catalog.datasets import Texts, find_dataset, source_file
+from torchtrain.catalog.datasets import Texts, describe_path, find_dataset, source_file
 from torchtrain.config.schema import Data
 from torchtrain.config.sources import DataSource
 from torchtrain.datasets.cache_folder import cache_root
@@ -91,7 +91,7 @@ def open_corpus(
     elif path is None:
         corpus = read_stdlib()
     elif dataset == "tokens":
-        raise UserError(f"{option}_path = {dataset_path!r} is a token file, which has no text")
+        raise UserError(f"{describe_path(option, path)} is a token file, which has no text")
     else:
         corpus = read_files(dataset, path, text_key, option)
     return replace(corpus, on_bad_row=on_bad_row)

@@ -215,7 +215,10 @@ def _find_file(path: str | Path) -> Path:
                 return file / name
         raise UserError(f"{given} is a folder without tokenizer.json or tokenizer.model")
     if not file.exists():
-        raise UserError(f"{given} does not exist (from {str(Path.cwd())!r})")
+        raise UserError(
+            f"{given} does not exist (looked from {Path.cwd()}): give the path of a tokenizer.json "
+            "or tokenizer.model, or of its folder; a name on the Hub is not downloaded"
+        )
     if not file.is_file():
         raise UserError(f"{given} is neither a file nor a folder")
     return file
