@@ -147,6 +147,10 @@ BAD_SHARING = {
         [TP2, CP2, "--training.seq_len=12"],
         ["must be divisible by 8", "tensor_parallel_degree = 2"],
     ),
+    "documents in the ring": (
+        [CP2, "--training.document_masking"],
+        ["training.document_masking = true", 'context_parallel_method = "ulysses"'],
+    ),
     "feed-forward": ([TP2, "--model.ffn_hidden_dim=7"], ["must divide model.ffn_hidden_dim = 7"]),
     "budget": (["--activation_checkpoint.mode=memory_budget"], ["it needs compile.enable = true"]),
     "async": (
@@ -234,6 +238,9 @@ def test_layouts_that_cannot_be_are_refused(name):
 
 
 def test_layouts_that_can_be_are_accepted():
+    masked = ["--training.document_masking", "--parallelism.context_parallel_method=ulysses"]
+    parse("", CP2, *masked, world_size=2)
+    parse("", "--training.document_masking", world_size=2)
     parse("", TP2, CP2, "--training.seq_len=8", world_size=8)
     parse("", TP2, "--training.seq_len=3", "--parallelism.disable_sequence_parallel", world_size=2)
     parse("", PP2, TP2, CP2, "--training.seq_len=8", world_size=16)
