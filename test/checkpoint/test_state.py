@@ -155,7 +155,7 @@ def test_making_the_states_puts_everything_else_back(alone):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-class Greedy(torch.optim.SGD):
+class History(torch.optim.SGD):
     """An optimizer that keeps what no tensor can hold."""
 
     def step(self, closure=None):
@@ -164,10 +164,25 @@ class Greedy(torch.optim.SGD):
                 self.state[parameter]["history"] = [1, 2]
 
 
-def test_a_state_that_cannot_be_saved_is_found_before_training(tmp_path, alone):
+class Common(torch.optim.SGD):
+    """An optimizer that keeps something for all parameters together."""
+
+    def step(self, closure=None):
+        self.state["all"]["steps"] = 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "said"),
+    [
+        (History, "cannot hold optimizer/norm/history: History keeps a list"),
+        (Common, "cannot hold what Common keeps for all parameters together"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_found_before_training(
+    tmp_path, alone, optimizer_class, said
+):
     model = build_model()
-    optimizer = Greedy(model.parameters(), lr=0.1)
-    said = "cannot hold optimizer/norm/history: Greedy keeps a list"
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match=said):
         Checkpointer(section(), tmp_path).prepare(weights(model), optimizer)
 

@@ -21,6 +21,8 @@ Weights = Mapping[str, nn.Parameter]
 """A rank's parameters by their names in the whole model, as sharded: what the optimizer updates.
 Tied ones come once."""
 
+WHAT_TO_DO = "Choose another optimizer.name, or train without checkpoint.enable"
+
 
 def list_weights(weights: Weights) -> dict[str, Tensor]:
     """Return the weights by their names in a checkpoint, sharing their memory."""
@@ -33,16 +35,20 @@ def list_states(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:
     Tensors share their memory; of a number it is a new tensor, see `take_numbers`.
 
     Raises:
-        UserError: a state is neither a tensor nor a number.
+        UserError: a state is neither a tensor nor a number, or of no parameter.
     """
+    if not optimizer.state.keys() <= set(weights.values()):
+        raise UserError(
+            f"a checkpoint cannot hold what {type(optimizer).__name__} keeps for all parameters "
+            f"together; its state must be that of each. {WHAT_TO_DO}"
+        )
     tensors = {}
     for name, states, key in _each_state(weights, optimizer):
         value = states[key]
         if not isinstance(value, (Tensor, int, float)):
             raise UserError(
                 f"a checkpoint cannot hold {name}: {type(optimizer).__name__} keeps a "
-                f"{type(value).__name__}, and only tensors and numbers can be saved. Choose "
-                "another optimizer.name, or train without checkpoint.enable"
+                f"{type(value).__name__}, and only tensors and numbers can be saved. {WHAT_TO_DO}"
             )
         if isinstance(value, float):
             value = torch.tensor(value, dtype=torch.float64)  # which holds all of it
