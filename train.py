@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.catalog.identity import ModelIdentity
+from torchtrain.catalog.identity import ModelIdentity, find_saved_model, require_same_model
 from torchtrain.checkpoint import Checkpointer, Source
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.toml import to_toml
@@ -269,8 +269,7 @@ def run(config: JobConfig, device: torch.device) -> None:
         return
 
     if source is not None:
-        shape = asdict(plan_shape(config.model))
-        checkpointer.check_model(source, ModelIdentity(family=config.model.name, shape=shape))
+        check_model(source, config)
     saved = None if source is None or source.model_only else source.progress
     trainer = set_up(config, device, saved)
     if source is not None:
@@ -294,6 +293,20 @@ def run(config: JobConfig, device: torch.device) -> None:
             metrics.close()
     logger.info(
         f"done: {trainer.step} steps, {trainer.tokens_seen:,} tokens; outputs in {folder.path}"
+    )
+
+
+def check_model(source: Source, config: JobConfig) -> None:
+    """Check that the checkpoint's model is this run's: the same function of the tokens.
+
+    Raises:
+        SharedUserError: it is another, and `checkpoint.accept_changed_model` is not set.
+    """
+    require_same_model(
+        source.path,
+        find_saved_model(source.progress.config, source.progress.shape),
+        ModelIdentity(family=config.model.name, shape=asdict(plan_shape(config.model))),
+        accept_changes=config.checkpoint.accept_changed_model,
     )
 
 

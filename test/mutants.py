@@ -536,6 +536,11 @@ MUTANTS = {
     ],
     "torchtrain/catalog/identity.py": [
         (
+            "another model's checkpoint is loaded",
+            "    if accept_changes:\n",
+            "    if True:\n",
+        ),
+        (
             "models of two families are one",
             "if _find_class(saved.family) != _find_class(current.family):",
             "if False:",
@@ -1275,11 +1280,6 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/checkpointer.py": [
-        (
-            "another model's checkpoint is loaded",
-            "        if not self.config.accept_changed_model:\n",
-            "        if False:\n",
-        ),
         (
             "the last step is not saved",
             "first or stopping or step == last_step or step %",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +11,10 @@ from torchtrain.catalog.identity import (
     ROUNDING,
     Difference,
     ModelIdentity,
-    advise,
     compare_models,
     describe_changes,
     find_saved_model,
+    require_same_model,
 )
 from torchtrain.catalog.models import FAMILIES, ModelShape, register_model
 from torchtrain.config.options import options
@@ -153,11 +154,19 @@ def test_each_field_of_the_shape_is_compared(key):
     assert compare_models(identity(scaled), identity(scaled)) == []
 
 
-def test_both_values_are_named():
-    (found,) = compare_models(identity(), identity(replace(SHAPE, n_heads=8)))
-    assert str(found) == "model.n_heads: 16 in the checkpoint, 8 now"
-    assert "set model.n_heads = 16." in advise([found])
-    assert "checkpoint.accept_changed_model = true" in advise([found])
+def test_a_refusal_names_both_values_and_what_to_set():
+    current = identity(replace(SHAPE, n_heads=8, norm_eps=1e-6))
+    require_same_model(Path("there"), identity(), identity(), accept_changes=False)
+    with pytest.raises(UserError) as fault:
+        require_same_model(Path("there"), identity(), current, accept_changes=False)
+    assert str(fault.value) == (
+        "there holds another model than this run's:\n"
+        "  model.n_heads: 16 in the checkpoint, 8 now\n"
+        "  model.norm_eps: 1e-05 in the checkpoint, 1e-06 now\n"
+        "For the checkpoint's model set model.n_heads = 16, model.norm_eps = 1e-05. To load its "
+        "weights into this one all the same, set checkpoint.accept_changed_model = true"
+    )
+    require_same_model(Path("there"), identity(), current, accept_changes=True)
 
 
 def test_details_of_scaling_change_nothing_where_nothing_is_scaled():

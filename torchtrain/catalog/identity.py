@@ -7,10 +7,12 @@ line by line. A test holds that every key is compared, stated, or changes no res
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torchtrain.catalog.models import FAMILIES, ModelShape, legacy_shape
-from torchtrain.errors import UserError
+from torchtrain.errors import SharedUserError
+from torchtrain.logging_utils import logger
 
 RESULTS = (
     "optimizer.name",
@@ -96,11 +98,11 @@ def find_saved_model(
     Old checkpoints have no shape. It is what their config and the flavors of their time give.
 
     Raises:
-        UserError: the config does not say it.
+        SharedUserError: the config does not say it.
     """
     section = config.get("model", {})
     if "name" not in section or "flavor" not in section:
-        raise UserError("the checkpoint's config does not say which model it holds")
+        raise SharedUserError("the checkpoint's config does not say which model it holds")
     if shape is None:
         overrides = {field.name: section.get(field.name) for field in fields(ModelShape)}
         shape = asdict(legacy_shape(section["name"], section["flavor"], overrides))
@@ -126,7 +128,7 @@ def compare_models(saved: ModelIdentity, current: ModelIdentity) -> list[Differe
         ignored.update(SCALING_DETAILS)
     if before["vocab_size"] == 0 or now["vocab_size"] == 0:
         ignored.add("vocab_size")
-    for key in dict.fromkeys([*now, *before]):
+    for key in dict.fromkeys([*current.shape, *now, *before]):
         if key not in ignored and before.get(key) != now.get(key):
             found.append(Difference(f"model.{key}", before.get(key), now.get(key)))
     return found
@@ -137,12 +139,35 @@ def _find_class(family: str) -> str:
     return FAMILIES[family].model if family in FAMILIES else family
 
 
-def advise(differences: list[Difference]) -> str:
-    """Return what to do where a checkpoint holds another model."""
+def require_same_model(
+    path: Path, saved: ModelIdentity, current: ModelIdentity, *, accept_changes: bool
+) -> None:
+    """Check that the checkpoint's model is this run's, or say what differs where that is accepted.
+
+    Args:
+        path: of the checkpoint.
+        saved: the model that it holds.
+        current: this run's.
+        accept_changes: `checkpoint.accept_changed_model`.
+
+    Raises:
+        SharedUserError: names every key that differs, with both values.
+    """
+    differences = compare_models(saved, current)
+    if not differences:
+        return
+    lines = "\n".join(f"  {difference}" for difference in differences)
+    text = f"{path} holds another model than this run's:\n{lines}"
+    if accept_changes:
+        logger.warning(
+            f"{text}\ncheckpoint.accept_changed_model allows it: the weights are loaded into a "
+            "model that computes something else from them"
+        )
+        return
     settings = ", ".join(f"{each.key} = {show(each.saved)}" for each in differences)
-    return (
-        f"For the checkpoint's model set {settings}. To load its weights into this one all the "
-        "same, set checkpoint.accept_changed_model = true"
+    raise SharedUserError(
+        f"{text}\nFor the checkpoint's model set {settings}. To load its weights into this one "
+        "all the same, set checkpoint.accept_changed_model = true"
     )
 
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchtrain.catalog.identity import ModelIdentity, advise, compare_models, find_saved_model
 from torchtrain.checkpoint.commit import (
     MARKER,
     STATE,
@@ -173,28 +172,6 @@ class Checkpointer:
         if not self.config.initial_load_path:
             return None
         return self._find_initial(expand_user(self.config.initial_load_path))
-
-    def check_model(self, source: Source, current: ModelIdentity) -> None:
-        """Check that the checkpoint's model is this run's: the same function of the tokens.
-
-        Raises:
-            UserError: it is another, and `checkpoint.accept_changed_model` is not set; names every
-                difference.
-        """
-        saved = self._together(
-            lambda: find_saved_model(source.progress.config, source.progress.shape)
-        )
-        differences = compare_models(saved, current)
-        if not differences:
-            return
-        lines = "\n".join(f"  {difference}" for difference in differences)
-        text = f"{source.path} holds another model than this run's:\n{lines}"
-        if not self.config.accept_changed_model:
-            raise SharedUserError(f"{text}\n{advise(differences)}")
-        logger.warning(
-            f"{text}\ncheckpoint.accept_changed_model allows it: the weights are loaded into a "
-            "model that computes something else from them"
-        )
 
     def load(self, source: Source, weights: Weights, optimizer: Optimizer | None) -> None:
         """Fill the weights in place and, unless only they are wanted, the rest of the state.
