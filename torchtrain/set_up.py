@@ -16,6 +16,7 @@ from torchtrain.checkpoint import Checkpointer, Progress, Source
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
 from torchtrain.config.schema import Compile, Debug, LRScheduler
 from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -263,6 +264,12 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     config = trainer.config
     if source.model_only:
         checkpointer.load(source, trainer.weights, None)
+        tokenizers = find_tokenizers(saved.data)
+        if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
+            logger.warning(
+                f"the weights of {source.path} were trained with another tokenizer than "
+                "model.tokenizer_path: to them the same id is another token"
+            )
         return
     accept = config.checkpoint.accept_changed_data
     together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))

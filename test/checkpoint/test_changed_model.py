@@ -13,6 +13,7 @@ from helpers.launching import metrics, options
 
 import train
 from torchtrain.checkpoint.commit import MARKER, STATE
+from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 
@@ -182,6 +183,16 @@ def test_what_was_changed_freely_is_stated_in_one_line(tmp_path, saved, run):
     folder = halfway(saved["llama2"], tmp_path / "unchanged")
     assert "differs from the checkpoint's" not in run(folder)
     assert losses(folder) == losses(saved["llama2"])
+
+
+def test_weights_of_another_tokenizer_are_told(tmp_path, saved, run):
+    source = {"checkpoint.initial_load_path": saved["llama2"] / "checkpoint" / "step-2"}
+    assert "another tokenizer" not in run(tmp_path / "same", **source)
+    unknown_field = b"\xc0\x3e\x01"  # of the file's format: another file, the same vocabulary
+    other = tmp_path / "other.model"
+    other.write_bytes(DEBUG_TOKENIZER.read_bytes() + unknown_field)
+    said = run(tmp_path / "other", **source, **{"model.tokenizer_path": other})
+    assert said.count("were trained with another tokenizer than model.tokenizer_path") == 1
 
 
 def test_an_empty_data_state_is_one_message_and_weights_alone_can_be_taken(tmp_path, saved, run):

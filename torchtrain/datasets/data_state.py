@@ -90,5 +90,11 @@ def differences(saved: DataState, current: DataState) -> list[str]:
     return lines
 
 
+def find_tokenizers(state: DataState) -> set[str]:
+    """Return the fingerprints of the tokenizers that made the samples; none of an empty state."""
+    entries = flatten(upgrade(state).get("dataset", {}))
+    return {value for key, value in entries.items() if key.startswith("tokenizer")}
+
+
 def _entries(state: DataState) -> dict[str, Any]:
     return {**flatten(state["dataset"]), "global_batch_size": state["global_batch_size"]}
