@@ -284,6 +284,12 @@ def test_description_and_config_are_printed(run):
     assert "[training]" in printed
 
 
+def test_an_option_without_effect_is_a_line_at_the_start(run):
+    _, printed = run("noted", **{"checkpoint.load_step": 3})
+    assert "checkpoint.load_step = 3 has no effect while checkpoint.enable = false" in printed
+    assert "has no effect" not in run("plain")[1]
+
+
 def test_profiler_traces(run, tmp_path):
     run(
         **{
