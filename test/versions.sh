@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The quick tests at the bounds that pyproject.toml states: lowest and highest torch, on every Python from 3.10 to 3.13
-# that is on the PATH (or those given: ./test/versions.sh 3.10 3.13). Each pair gets a virtual environment of its own,
-# which is removed again: several GB of downloads where the package index offers PyTorch with CUDA. Not part of CI.
+# The quick tests, and those of the pipelines (which build on PyTorch's inner parts), at the bounds that pyproject.toml
+# states: lowest and highest torch, on every Python from 3.10 to 3.13 that is on the PATH (or those given:
+# ./test/versions.sh 3.10 3.13). Each pair gets a virtual environment of its own, which is removed again: several GB of
+# downloads where the package index offers PyTorch with CUDA. Not part of CI.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +16,12 @@ export OMP_NUM_THREADS=1
 failed=0
 report=""
 
+# run_tests PYTHON
+run_tests() {
+    local pytest=("$1" -m pytest -q -p no:cacheprovider)
+    "${pytest[@]}" -m "not slow" && "${pytest[@]}" -m slow test/parallelisms/test_pipeline_parallel.py
+}
+
 # run_pair PYTHON TORCH: TORCH is a requirement.
 run_pair() {
     local venv=$scratch/venv outcome
@@ -23,10 +30,10 @@ run_pair() {
     if ! "$venv/bin/python" -m pip install --quiet "$2" --editable "$root[dev]"; then
         outcome="cannot be installed"
         failed=1
-    elif "$venv/bin/python" -m pytest -q -m "not slow" -p no:cacheprovider | tee "$scratch/output"; then
-        outcome=$(tail -1 "$scratch/output")
+    elif run_tests "$venv/bin/python"; then
+        outcome=passed
     else
-        outcome=$(tail -1 "$scratch/output")
+        outcome=FAILED
         failed=1
     fi
     report+="$("$1" --version), $2: $outcome"$'\n'
