@@ -217,8 +217,8 @@ MUTANTS = {
         ),
         (
             "weights alone bring the step along",
-            "    if source.model_only:\n        checkpointer.load(source, trainer.weights, None)\n        return\n",
-            "    if source.model_only:\n        checkpointer.load(source, trainer.weights, None)\n        trainer.step = saved.step\n        return\n",
+            "        checkpointer.load(source, trainer.weights, None)\n        tokenizers",
+            "        checkpointer.load(source, trainer.weights, None)\n        trainer.step = saved.step\n        tokenizers",
         ),
         (
             "a changed learning rate is not told",

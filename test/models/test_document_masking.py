@@ -263,6 +263,8 @@ def test_best_fit_takes_the_row_with_the_least_space_that_is_enough():
     # The longest first: 7 and 6 open rows with 3 and 4 left; 4 goes into the 4, 3 into the 3, 2
     # opens another.
     assert best_fit(np.array([2, 3, 7, 4, 6]), 10).tolist() == [2, 0, 0, 1, 1]
+    # 3 is enough for the 3, though the second row has 4.
+    assert best_fit(np.array([7, 6, 3]), 10).tolist() == [0, 1, 0]
     assert best_fit(np.array([10, 10]), 10).tolist() == [0, 1]
     assert best_fit(np.array([], dtype=np.int64), 10).tolist() == []
 
