@@ -222,6 +222,17 @@ def test_a_line_drops_its_last_columns_instead_of_wrapping(tmp_path, lines, monk
     assert records(tmp_path)[-1]["router/max_load"] == 1.375, "the file lacks nothing"
 
 
+def test_an_added_metric_stays_where_the_last_columns_go(tmp_path, lines):
+    added = {"router/max_load": 1.375}
+    log(metrics_logger(tmp_path, total=1000), [1, 999], loss=2.5, added=added)
+    *_, line = lines()
+    assert line == (
+        "step  999/1000  loss 2.5000  norm 1.250  lr 8.00e-04  tok/s 50  "
+        "router/max_load 1.375  eta 0:00:02"
+    )
+    assert len(line) <= 100, "memory and data do not fit any more"
+
+
 def test_every_column_of_the_trainers_own_fits_100_columns(tmp_path, lines):
     log(metrics_logger(tmp_path, total=1000), [1, 999], grad_norm=12.345, memory_gib=7.25)
     for line in lines():
