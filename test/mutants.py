@@ -26,6 +26,26 @@ NAMED = (
 MUTANTS = {
     "train.py": [
         (
+            "memory is that of the best rank",
+            'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")',
+            'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="min")',
+        ),
+        (
+            "data time is the ranks' mean",
+            'metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")',
+            'metrics.add("data_time_s", stopwatch.data_time_s, reduce="mean")',
+        ),
+        (
+            "the gradient norm is this rank's own",
+            '        grad_norm=values.pop("grad_norm"),\n',
+            '        grad_norm=(values.pop("grad_norm"), grad_norm.item())[1],\n',
+        ),
+        (
+            "the loss is divided by all ranks",
+            'values.pop("loss") / trainer.plan.degrees.ranks_per_stage',
+            'values.pop("loss") / dist.get_world_size()',
+        ),
+        (
             "each rank stops by its own signal",
             'stopped_by = int(values.pop("stop_signal"))',
             'values.pop("stop_signal")\n    stopped_by = stop.signal_number',
@@ -1465,6 +1485,27 @@ MUTANTS = {
     ],
     "torchtrain/step_metrics.py": [
         (
+            "a fault of a source stays on its rank",
+            "            self._fault = fault\n",
+            "            raise\n",
+        ),
+        (
+            "the reduction is not part of the agreement",
+            'specs = [f"{name} ({self._values[name].reduce})" for name in names]',
+            "specs = list(names)",
+        ),
+        (
+            "an unknown reduction is taken",
+            '        if reduce not in ("sum", "mean", "max", "min"):\n',
+            "        if False:\n",
+        ),
+        (
+            "maximum within a rank is the last",
+            "self.total = torch.maximum(self.total, term)",
+            "self.total = term",
+        ),
+        ("the optimizer is not asked", "    candidates.append(optimizer)\n", ""),
+        (
             "a mean is that of the ranks",
             "values.sum() / by_rank[:, column].sum()",
             "(values / by_rank[:, column]).mean()",
@@ -1492,6 +1533,27 @@ MUTANTS = {
         ),
     ],
     "torchtrain/metrics.py": [
+        ("columns wrap", "            if room < 0 and shown:\n", "            if False:\n"),
+        (
+            "the blanks between columns are not counted",
+            "            room -= 2  # between this cell and the next\n",
+            "",
+        ),
+        (
+            "added metrics stand last",
+            "for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):",
+            "for column in (*FIRST_COLUMNS, *LAST_COLUMNS, *added):",
+        ),
+        (
+            "the rate is printed between lines unasked",
+            "        elif self.log_lr:\n",
+            "        else:\n",
+        ),
+        (
+            "another part of the name goes first",
+            '    ("H100", 989e12),\n    ("H200"',
+            '    ("H200"',
+        ),
         (
             "the first step counts for the throughput",
             "        if step != self.first_step:\n",
@@ -1550,6 +1612,16 @@ MUTANTS = {
     ],
     "torchtrain/run_folder.py": [
         (
+            "an absolute output is moved",
+            "            if not output.is_absolute():\n",
+            "            if True:\n",
+        ),
+        (
+            "the holder is not named",
+            '        lock.write(f"process {os.getpid()} on {socket.gethostname()}")\n',
+            "",
+        ),
+        (
             "two runs may share a folder",
             "fcntl.LOCK_EX | fcntl.LOCK_NB",
             "fcntl.LOCK_SH | fcntl.LOCK_NB",
@@ -1577,9 +1649,58 @@ MUTANTS = {
         ),
     ],
     "torchtrain/profiling.py": [
+        (
+            "each collection is of everything",
+            "            gc.collect(1)\n",
+            "            gc.collect(2)\n",
+        ),
+        ("Python collects garbage when it likes", "        gc.disable()\n", ""),
+        (
+            "a memory snapshot is written at each step",
+            "and step % self.config.profile_freq == 0:",
+            "and True:",
+        ),
         ("garbage is collected at every step", "elif step % self.every == 0:", "else:"),
     ],
+    "torchtrain/logging_utils.py": [
+        (
+            "errors go to stdout",
+            "    errors = _Handler(sys.stderr,",
+            "    errors = _Handler(sys.stdout,",
+        ),
+        (
+            "errors are said twice",
+            "    ordinary.addFilter(lambda record: record.levelno < logging.ERROR)\n",
+            "",
+        ),
+        ("progress stays before a line", "        clear_progress()\n        try", "        try"),
+        (
+            "the prefix is not counted",
+            "    return columns - max(map(len, prefixes), default=0)",
+            "    return columns",
+        ),
+    ],
     "torchtrain/ranks.py": [
+        (
+            "only the first key that differs is named",
+            "        if len(ranks_by_value) > 1:\n",
+            "        if len(ranks_by_value) > 1 and len(lines) < 2:\n",
+        ),
+        (
+            "a key that may differ is compared",
+            '            if f"{section}.{key}" not in may_differ:\n',
+            "            if True:\n",
+        ),
+        (
+            "the highest failing rank speaks",
+            "lowest = next(rank for rank, theirs in enumerate(by_rank) if theirs is not None)",
+            "lowest = max(rank for rank, theirs in enumerate(by_rank) if theirs is not None)",
+        ),
+        (
+            "all ranks of a node prepare the data at once",
+            "    early = together(lambda: action() if is_first else None, group)\n",
+            "    early = action()\n",
+        ),
         (
             "ranks that see different corpora train on",
             "        if theirs != first:\n",
