@@ -1,4 +1,5 @@
-"""Readers give every document in a fixed order and name the place of every fault; the cache is whole or not there."""
+"""Readers give every document in a fixed order and the location of every fault; the cache is
+complete or not there."""
 
 import json
 import os
@@ -32,7 +33,7 @@ def tokenizer() -> SentencePieceTokenizer:
 
 @pytest.fixture
 def settled(monkeypatch):
-    """Files count as settled at once, so that the corpus' state is remembered without waiting for two seconds."""
+    """Files count as settled at once: the corpus' state is kept without waiting for two seconds."""
     monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
 
 
@@ -102,7 +103,8 @@ def test_dangling_link_is_named(tmp_path):
 
 
 def test_jsonl_gives_each_line_with_its_place(tmp_path):
-    lines = b'\xef\xbb\xbf{"text": "one\\r\\n", "n": 1}\r\n\n  \n{"text": ""}\n{"text": "\\ud83d\\ude00"}'
+    first = b'\xef\xbb\xbf{"text": "one\\r\\n", "n": 1}\r\n'
+    lines = first + b'\n  \n{"text": ""}\n{"text": "\\ud83d\\ude00"}'
     write(
         tmp_path,
         **{"b.jsonl": lines, "a.jsonl": '{"text": "first"}\n', "c.txt": "no", ".d.jsonl": "no"},

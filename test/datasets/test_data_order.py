@@ -1,4 +1,5 @@
-"""Which samples a step reads, and in which order, depends on (corpus, tokenizer, seq_len, seed, step) alone."""
+"""Which samples a step reads, in which order, depends on (corpus, tokenizer, seq_len, seed, step)
+alone."""
 
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ DEBUG_MODEL = Path(loader.__file__).with_name("debug_tokenizer.model")
 def counting_dataset(
     n_tokens: int, seq_len: int, seed: int = 0, corpus: str = "c", tokenizer: str = "t"
 ):
-    """A dataset whose token at place p is p itself, so that what was read says where it came from."""
+    """A dataset whose token at position p is p: what was read says where it came from."""
     manifest = Manifest(
         source="counting",
         files=1,
@@ -90,7 +91,7 @@ def test_every_order_of_four_is_reached():
 
 
 def test_order_is_the_one_of_earlier_versions():
-    """A resume under a later version must read on in the same order: these numbers may never change."""
+    """A later version must resume in the same order: these numbers may never change."""
     assert permuted(np.arange(10), 10, seed=0, epoch=0).tolist() == [4, 5, 9, 0, 1, 8, 7, 6, 2, 3]
     assert permuted(np.arange(3), 10**9, seed=42, epoch=5).tolist() == [
         716249611,

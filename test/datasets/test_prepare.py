@@ -1,4 +1,5 @@
-"""Preparing: the same bytes from any number of workers, and from a run itself; what is finished survives any kill."""
+"""Preparing: the same bytes from any number of workers, and from a run itself; what is finished
+survives any kill."""
 
 import json
 import multiprocessing
@@ -101,7 +102,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_an_interrupted_build_goes_on_after_its_last_shard(tmp_path, corpus, tokenizer, after):
+def test_an_interrupted_build_resumes_after_its_last_shard(tmp_path, corpus, tokenizer, after):
     def interrupted(shards):
         for number, result in enumerate(encode_here(tokenizer, shards)):
             if number == after:

@@ -1,4 +1,5 @@
-"""Sources of every kind give their documents; what cannot be read is named, or skipped and counted."""
+"""Sources of every kind give their documents; what cannot be read is named, or skipped and
+counted."""
 
 import gzip
 import json
@@ -29,7 +30,8 @@ DEBUG_MODEL = Path(corpora.__file__).with_name("debug_tokenizer.model")
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path):
-    """What a custom import leaves behind in this process, put back; the package datasets' cache is the test's own."""
+    """What a custom import leaves behind in this process, put back; the cache of the package
+    datasets is the test's own."""
     monkeypatch.setattr(registry, "DATASETS", DATASETS)
     before, modules, path = dict(DATASETS), set(sys.modules), list(sys.path)
     import datasets
@@ -111,7 +113,8 @@ def test_mixed_folder_reads_each_file_by_its_name(tmp_path):
     ]  # fmt: skip
 
 
-# Rows that are no documents: file name, content, kind, place, what the message says; "fine" is the document before.
+# Bad rows: file name, content, kind, location, what the message says; "fine" is the document
+# before.
 
 INVALID = pyarrow.Array.from_buffers(
     pyarrow.string(),
@@ -548,7 +551,7 @@ def test_a_dataset_of_the_users_own(logs):
 
 @pytest.mark.slow
 def test_a_run_trains_on_a_dataset_of_the_users_own(logs):
-    """Its module is found from where the user starts the run; test_streams names one by its file."""
+    """The module is found from where the user starts; test_streams names one by its file."""
     given = {
         **TINY,
         "experimental.custom_import": "my_custom",
@@ -576,7 +579,10 @@ def test_a_run_trains_on_a_dataset_of_the_users_own(logs):
 
 
 def test_the_config_check_needs_no_torch_for_it(logs):
-    code = "import sys, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, torchtrain.config_manager as c; c.parse_or_exit(sys.argv[1:], 2); "
+        "sys.exit('torch' in sys.modules)"
+    )
     options = [
         "--experimental.custom_import=my_custom",
         "--training.dataset=my-logs",
@@ -626,7 +632,8 @@ def test_a_class_and_a_source_without_a_path(tmp_path):
         ("import sys\nsys.exit(3)\n", r"custom\.py:2: SystemExit: 3"),
         ("from torchtrain.catalog.datasets import nothing\n", r"custom\.py:1: ImportError"),
         (
-            "from torchtrain.catalog.datasets import register_corpus\nregister_corpus('text')(print)\n",
+            "from torchtrain.catalog.datasets import register_corpus\n"
+            "register_corpus('text')(print)\n",
             "there is a dataset of this name; choose another",
         ),
         ("x = '\xe9'\n".encode("latin-1"), r"custom\.py.*SyntaxError"),

@@ -1,4 +1,5 @@
-"""The tokenizer gives back every text exactly, knows what it cannot read, and trains to the same bytes."""
+"""The tokenizer gives back every text exactly, knows what it cannot read, and trains to the same
+bytes."""
 
 import io
 import json
@@ -327,7 +328,7 @@ def test_tokenizer_json_gives_every_text_back_and_spells_no_special_token(byte_l
     ids = tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
-    assert all(0 <= id < tokenizer.vocab_size for id in ids)
+    assert all(0 <= id_ < tokenizer.vocab_size for id_ in ids)
 
 
 def test_tokenizer_json_gives_the_same_ids_on_threads(byte_level):

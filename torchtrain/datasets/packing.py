@@ -5,7 +5,8 @@ Only a document longer than a sequence is cut, into full sequences and a rest. A
 cut of a long one, is a segment. Segments, the longest first, go each into the sequence with the
 least space that still takes it; what stays free is padding. The corpus is packed in windows of
 tokens one after the other, so that memory is bounded. Which segments make which sequence is a pure
-function of tokens and sequence length, worked out once per host and kept in the cache folder:
+function of tokens and sequence length, worked out once per host and kept in the cache folder
+(in files whose names are older than these words):
 
     packings/<key>/pieces.bin   int64 [P, 2], first token and length of every segment, sequence by
                                 sequence
