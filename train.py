@@ -55,7 +55,7 @@ from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer, progress_of, resume, set_up
 from torchtrain.step_metrics import StepMetrics
-from torchtrain.utils import expand_user
+from torchtrain.utils import expand_user, plural
 
 
 def train(
@@ -292,7 +292,8 @@ def run(config: JobConfig, device: torch.device) -> None:
         if metrics is not None:
             metrics.close()
     logger.info(
-        f"done: {trainer.step} steps, {trainer.tokens_seen:,} tokens; outputs in {folder.path}"
+        f"done: {plural(trainer.step, 'step')}, {plural(trainer.tokens_seen, 'token')}; "
+        f"outputs in {folder.path}"
     )
 
 

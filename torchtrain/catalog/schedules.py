@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchtrain.errors import UserError
+from torchtrain.utils import plural
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,13 @@ def check_microbatches(schedule: str, microbatches: int, stages: int, ranks: int
         UserError: says how many it accepts.
     """
     needs = SCHEDULES[schedule].microbatches
-    noun = "microbatch" if microbatches == 1 else "microbatches"
+    given = plural(microbatches, "microbatch")
     if needs == "stages" and microbatches < stages:
-        raise UserError(
-            f"{microbatches} {noun} for {stages} stages; {schedule} needs at least one per stage"
-        )
+        raise UserError(f"{given} for {stages} stages; {schedule} needs at least one per stage")
     rounds = max(1, microbatches // ranks)
     if needs == "rounds" and microbatches % rounds:
         raise UserError(
-            f"{microbatches} {noun} on {ranks} pipeline ranks; {schedule} accepts up to "
+            f"{given} on {ranks} pipeline ranks; {schedule} accepts up to "
             f"{2 * ranks - 1}, or multiples of {ranks}, or another number that its {rounds} rounds "
             "can share equally"
         )

@@ -21,6 +21,7 @@ from torchtrain.config.layout import (
 from torchtrain.config.schema import Config, LRScheduler, Model
 from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
 from torchtrain.errors import UserError
+from torchtrain.utils import plural
 
 DEBUG_TOKENIZER = Path(__file__).parents[1] / "datasets" / "debug_tokenizer.model"
 
@@ -50,8 +51,8 @@ class PipelinePlan:
         """Return the plan in words, for the start-up line."""
         whole = ", backwards whole (recomputation or compile)" if self.whole_backward else ""
         return (
-            f"pipeline schedule {self.schedule}: {self.stages} stages, {self.microbatches} "
-            f"microbatches of {self.microbatch_size}{whole}"
+            f"pipeline schedule {self.schedule}: {self.stages} stages, "
+            f"{plural(self.microbatches, 'microbatch')} of {self.microbatch_size}{whole}"
         )
 
 
