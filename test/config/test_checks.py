@@ -102,6 +102,14 @@ BAD_COMBINATIONS = {
         "data_parallel_shard_degree = 1",
         ["validation.seq_len = 6 must be divisible by 4"],
     ),
+    "source named twice": (
+        '[data]\nmixture = ["python_stdlib = 1", "python_stdlib=2"]',
+        ['data.mixture: "python_stdlib" is named twice; add its weights up'],
+    ),
+    "source of no weight": (
+        '[data]\nmixture = ["python_stdlib = 0"]',
+        ['data.mixture: "python_stdlib = 0"', "with a weight > 0"],
+    ),
     "misspelt optimizer": (
         '[optimizer]\nname = "AdmaW"',
         ["optimizer.name = 'AdmaW' is unknown", "did you mean AdamW?"],

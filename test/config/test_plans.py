@@ -226,6 +226,24 @@ def test_the_whole_plan_of_a_mixed_layout():
     }
 
 
+def test_nothing_is_held_out_where_other_documents_are_validated_on():
+    plan = plan_run(parse('[validation]\nenable = true\ndataset = "c4_validation"'), 1)
+    assert [source.held_out_share for source in plan.sources] == [0.0]
+    (validated,) = plan.validation.sources
+    assert (validated.dataset, validated.held_out_share) == ("c4_validation", 0.0)
+    assert validated.option == "validation.dataset"
+
+
+def test_shares_of_a_mixture_are_exact():
+    text = '[data]\nmixture = ["python_stdlib = 0.1", "c4 = 0.2", "text . = 1/10"]'
+    sources = plan_run(parse(text), 1).sources
+    assert [(source.name, source.share) for source in sources] == [
+        ("python_stdlib", Fraction(1, 4)),
+        ("c4", Fraction(1, 2)),
+        ("text .", Fraction(1, 4)),
+    ]
+
+
 def test_the_plan_of_one_process_has_no_pipeline():
     plan = plan_run(JobConfig(), 1)
     assert plan.pipeline is None
