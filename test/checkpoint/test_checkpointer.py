@@ -1,6 +1,8 @@
 """What a run saves, keeps, and resumes from."""
 
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +76,22 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, alone, log, 
     assert "could not be removed" in log.text
     monkeypatch.undo()
     assert loaded(tmp_path)[0] == 2
+
+
+def test_a_checkpoint_is_unmarked_before_it_is_removed(tmp_path, alone, monkeypatch):
+    """Where a removal stops half-way, what is left is not taken for a checkpoint."""
+    run = saved_run(tmp_path, (1,))
+    rename = os.rename
+
+    def busy_when_removing(source, target):
+        if "removed" in Path(target).name:
+            raise OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy_when_removing)
+    run.save(2, Checkpointer(section(keep_latest_k=1), tmp_path))
+    assert names(tmp_path) == ["step-1", "step-2"]
+    assert not (tmp_path / "checkpoint/step-1" / MARKER).exists()
 
 
 # Choosing what to resume from
