@@ -292,6 +292,17 @@ def test_old_positions_are_in_the_order_of_their_numbers():
     ]  # fmt: skip
 
 
+def test_the_origin_of_an_old_state_is_kept(sources):
+    """Of a run that resumed after step 2, at sample 40, with another global batch size."""
+    loader = loader_of(sources, "cache")
+    saved = {**COMMON, **BEFORE["cache"][0], "origin": [2, 40], "samples_consumed": 76}
+    loader.resume(saved, 5)
+    assert loader.step_batches(6)[0].sample_ids == list(range(76, 88))
+    without = {key: value for key, value in saved.items() if key != "origin"}
+    with pytest.raises(UserError, match="consumed so far are 76 in the checkpoint, 60 by its step"):
+        loader_of(sources, "cache").resume(without, 5)
+
+
 def test_an_old_state_of_another_mixture_is_refused_by_the_same_names(sources):
     saved = {**COMMON, **BEFORE["mixture"][0], "weight of source 2": "1/2"}
     with pytest.raises(
