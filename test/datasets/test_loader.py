@@ -15,7 +15,7 @@ from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
 from torchtrain.datasets.data_state import upgrade
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.packing import best_fit
+from torchtrain.datasets.packing import best_fit, find_segments
 from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.token_cache import Manifest, TokenCache
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -140,6 +140,13 @@ def test_best_fit_keeps_its_rules(seed):
             assert spaces[sequence] == min(fitting)
         spaces[sequence] -= length
     assert min(spaces) >= 0
+
+
+def test_a_document_of_a_single_token_is_not_packed():
+    """There is nothing to predict in it."""
+    tokens = np.array([1, 1, 7, 2], dtype=np.uint16)
+    (segments,) = find_segments(tokens, 8, bos=1, eos=2)
+    assert segments.tolist() == [[1, 3]]
 
 
 # The data state of earlier versions
