@@ -104,6 +104,7 @@ def test_garbage_is_collected_at_the_same_steps_everywhere(collections):
 
 
 def test_debugging_collects_everything_each_step_and_counts(collections, caplog, monkeypatch):
+    monkeypatch.setattr(profiling.logger, "handlers", [])
     monkeypatch.setattr(profiling.logger, "propagate", True)
     collector = GarbageCollection(50, debug=True)
     collections.clear()

@@ -62,8 +62,8 @@ GROUPS = {
     "data_time_pct": "throughput",
     "memory_gib": "memory",
 }
-"""The group, in TensorBoard and Weights & Biases, of each of the trainer's own metrics; an added one
-is named group/name."""
+"""The group of each of the trainer's own metrics in TensorBoard and Weights & Biases; an added one is
+named group/name."""
 
 
 @dataclass(frozen=True)

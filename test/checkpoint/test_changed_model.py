@@ -145,7 +145,7 @@ def test_every_key_that_differs_is_named_and_the_status_is_2(tmp_path, data, sav
     assert losses(folder) == losses(saved["llama2"])[:2]
 
 
-def test_another_model_can_be_accepted_and_is_then_the_runs_own(tmp_path, saved, run):
+def test_another_model_is_accepted_and_becomes_the_runs_own(tmp_path, saved, run):
     folder = halfway(saved["llama2"], tmp_path / "run")
     changed = {"model.rope_theta": 500_000.0}
     said = run(folder, **changed, **{"checkpoint.accept_changed_model": True})

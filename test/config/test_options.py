@@ -146,7 +146,7 @@ SHOWN_BY = {
     "checkpoint.enable_first_step_checkpoint": "test_checkpoint_options",
     "checkpoint.load_only": "test_load_only_saves_nothing",
     "checkpoint.accept_changed_data": "test_changed_data_can_be_accepted",
-    "checkpoint.accept_changed_model": "test_another_model_can_be_accepted_and_is_then_the_runs_own",
+    "checkpoint.accept_changed_model": "test_another_model_is_accepted_and_becomes_the_runs_own",
     "checkpoint.initial_load_path": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.initial_load_model_only": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.load_step": "test_missing_step_is_an_error_that_names_those_there",
