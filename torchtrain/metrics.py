@@ -62,8 +62,10 @@ GROUPS = {
     "data_time_pct": "throughput",
     "memory_gib": "memory",
 }
-"""The group of each of the trainer's own metrics in TensorBoard and Weights & Biases; an added one is
-named group/name."""
+"""The group of each of the trainer's own metrics in TensorBoard and Weights & Biases.
+
+An added metric is named group/name.
+"""
 
 
 @dataclass(frozen=True)
