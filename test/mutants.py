@@ -1105,14 +1105,19 @@ MUTANTS = {
     ],
     "torchtrain/datasets/tokenizer.py": [
         (
+            "documents have no EOS",
+            "np.concatenate((bos, ids, eos), dtype",
+            "np.concatenate((bos, ids), dtype",
+        ),
+        (
             "ids of a byte have no size",
             "elif model.is_byte(id_):\n                sizes[id_] = 1",
             "elif model.is_byte(id_):\n                sizes[id_] = 0",
         ),
         (
             "a space mark in the text becomes a space",
-            "if not self._space_mark_ids or SPACE_MARK not in text:",
-            "if True:",
+            "        if self._space_mark_ids:\n            stretches",
+            "        if False:\n            stretches",
         ),
         (
             "a folder's tokenizer.model is taken first",
@@ -1153,7 +1158,6 @@ MUTANTS = {
         ),
     ],
     "torchtrain/datasets/token_cache.py": [
-        ("documents have no EOS", "np.concatenate((bos, ids, eos))", "np.concatenate((bos, ids))"),
         (
             "a vocabulary of 65,536 needs four bytes",
             "tokenizer.vocab_size <= 1 << 16",
@@ -1278,9 +1282,8 @@ MUTANTS = {
     "torchtrain/datasets/token_stream.py": [
         (
             "a stream's samples overlap by two tokens",
-            "        self._next_token += self._seq_len\n        self._tokens_left -= self._seq_len\n",
-            "        self._next_token += self._seq_len - 1\n"
-            "        self._tokens_left -= self._seq_len - 1\n",
+            "self._drop(self._seq_len)",
+            "self._drop(self._seq_len - 1)",
         ),
         (
             "streams all read the first document",
@@ -1289,8 +1292,8 @@ MUTANTS = {
         ),
         (
             "a resumed stream forgets where in its document it was",
-            "        self._next_token = self.start.token\n",
-            "",
+            "tokens[self.start.token :])",
+            "tokens)",
         ),
         ("a stream's epochs do not begin at its first row", "                first_row = 0\n", ""),
         (

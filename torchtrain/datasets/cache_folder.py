@@ -40,9 +40,7 @@ def cache_root(configured: str | None) -> Path:
     try:
         return Path.home() / ".cache" / "torchtrain"
     except RuntimeError as error:
-        raise UserError(
-            "this user has no home folder: set data.cache_folder, where the token cache goes"
-        ) from error
+        raise UserError("this user has no home folder: set data.cache_folder") from error
 
 
 def short_hash(texts: Iterable[str]) -> str:
@@ -93,8 +91,8 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
             yield Progress(lock)
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache in {str(folder)!r}: {error.strerror or error}. "
-            "Make room there, or set data.cache_folder to a folder that can be written"
+            f"cannot write in {str(folder)!r}: {error.strerror or error}. Make room there, or set "
+            "data.cache_folder"
         ) from error
     finally:
         clear_progress()
@@ -129,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_facts(path: Path, state: str) -> dict[str, Any]:
     """Return the facts in `path` if they were found in this `state`; else an empty table."""
     facts = read_json(path)
-    return facts if facts.get("state") == state else {}
+    return facts if facts.pop("state", None) == state else {}
 
 
 def find_facts(
@@ -154,11 +152,11 @@ def find_facts(
     known = load_facts(path, state)
     if known:
         return known
-    facts = {"state": state, **find()}
+    facts = find()
     if find_state()[0] != state:
         raise UserError(f"{name} changed while it was read; start again when nothing writes to it")
     if newest < started - SETTLED_NS:
-        write_durably(path, json.dumps(facts))
+        write_durably(path, json.dumps({"state": state, **facts}))
     return facts
 
 

@@ -24,6 +24,7 @@ from torchtrain.utils import plural
 LOCATIONS_KEPT = 5
 
 KINDS_OF_VALUES: dict[type, str] = {
+    str: "a string",
     type(None): "null",
     bool: "a boolean",
     int: "a number",
@@ -32,7 +33,7 @@ KINDS_OF_VALUES: dict[type, str] = {
     dict: "an object",
     bytes: "bytes",
 }
-"""What messages call a value that is not text, in the words of JSON and of tables."""
+"""What messages call a value, in the words of JSON and of tables."""
 
 Side = Literal["training", "validation"]
 
@@ -57,7 +58,10 @@ class BadRow:
     """What is wrong, and what was expected."""
 
 
-Rows = Iterator[Document | BadRow]
+Row = Document | BadRow
+Rows = Iterator[Row]
+Part = Callable[[], Rows]
+"""Reads the rows of one part from its start."""
 
 
 @dataclass
@@ -96,8 +100,8 @@ class Corpus:
     """Name in messages."""
     files: list[Path]
     """Every file that is read, in order: while none changes, the documents stay the same."""
-    parts: Sequence[Callable[[], Rows]]
-    """Each reads one part from its start; UserError at a file that cannot be opened."""
+    parts: Sequence[Part]
+    """UserError at a file that cannot be opened."""
     even_parts: bool = False
     """Whether the parts are of about the same size, and each is better read by one stream."""
     kind: str = ""
@@ -125,7 +129,7 @@ class Corpus:
             if document is not None:
                 yield document
 
-    def accept(self, row: Document | BadRow) -> Document | None:
+    def accept(self, row: Row) -> Document | None:
         """Return the row if it is a document to learn from; else skip and count it.
 
         Raises:
@@ -144,7 +148,7 @@ class Corpus:
         return row
 
 
-def as_row(value: object, location: str, what: str) -> Document | BadRow:
+def as_row(value: object, location: str, what: str) -> Row:
     """Return the document whose text is `value`; bytes, as some tables hold them, are UTF-8."""
     if isinstance(value, bytes):
         try:
@@ -166,9 +170,7 @@ def as_row(value: object, location: str, what: str) -> Document | BadRow:
 def not_utf8(error: UnicodeDecodeError, location: str) -> BadRow:
     """Return the bad row for bytes that are not UTF-8."""
     byte = error.object[error.start]
-    problem = (
-        f"not UTF-8: 0x{byte:02x} in byte {error.start + 1:,}; convert it to UTF-8, or remove it"
-    )
+    problem = f"not UTF-8: 0x{byte:02x} in byte {error.start + 1:,}; convert it, or remove it"
     return BadRow("invalid UTF-8", location, problem)
 
 
@@ -191,7 +193,7 @@ def split_corpus(corpus: Corpus, share: float, side: Side) -> Corpus:
     """
     find_border = cache(partial(_find_border, corpus, share))  # an unchanged corpus isn't read
 
-    def rows(part: Callable[[], Rows]) -> Rows:
+    def rows(part: Part) -> Rows:
         border = find_border()
         for row in part():
             is_held_out = isinstance(row, Document) and row.text != "" and _hash(row) < border
@@ -199,12 +201,13 @@ def split_corpus(corpus: Corpus, share: float, side: Side) -> Corpus:
                 yield row
 
     what = "the" if side == "validation" else "without"
-    return replace(
-        corpus,
-        name=f"{corpus.name}, {what} {share} held out",
-        parts=[partial(rows, part) for part in corpus.parts],
-        skipped=Skipped(),
-    )
+    parts = [partial(rows, part) for part in corpus.parts]
+    return _one_side(corpus, f"{what} {share} held out", parts)
+
+
+def _one_side(corpus: Corpus, what: str, parts: Sequence[Part]) -> Corpus:
+    """Return a corpus that reads `parts` instead, and counts by itself what it skips."""
+    return replace(corpus, name=f"{corpus.name}, {what}", parts=parts, skipped=Skipped())
 
 
 def _find_border(corpus: Corpus, share: float) -> int:
@@ -220,8 +223,8 @@ def _find_border(corpus: Corpus, share: float) -> int:
                 return wanted
     if lowest >= highest:
         raise UserError(
-            f"{corpus.name} has fewer than two distinct documents, so none can be held out for "
-            "validation: add some, or name others in validation.dataset"
+            f"{corpus.name} has fewer than two distinct documents, so none can be held out: add "
+            "some, or name others in validation.dataset"
         )
     return lowest + 1 if wanted <= lowest else highest
 
@@ -242,18 +245,12 @@ def split_text(corpus: Corpus, share: float, side: Side) -> Corpus:
         for row in corpus.rows():
             if isinstance(row, Document) and row.text:
                 kept, held_out = _cut_text(row, share)
-                text = held_out if side == "validation" else kept
-                yield replace(row, text=text)
+                yield replace(row, text=held_out if side == "validation" else kept)
             elif side == "training":
                 yield row
 
     what = "the last" if side == "validation" else "without the last"
-    return replace(
-        corpus,
-        name=f"{corpus.name}, {what} {share} of its bytes held out",
-        parts=[rows],
-        skipped=Skipped(),
-    )
+    return _one_side(corpus, f"{what} {share} of its bytes held out", [rows])
 
 
 def _cut_text(document: Document, share: float) -> tuple[str, str]:

@@ -10,17 +10,19 @@ import io
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from torchtrain.catalog.datasets import describe_path
 from torchtrain.datasets.corpora import (
     KINDS_OF_VALUES,
     BadRow,
     Corpus,
-    Document,
+    Part,
+    Row,
     Rows,
     as_row,
     no_field,
@@ -51,8 +53,7 @@ def read_stdlib(root: Path | None = None) -> Corpus:
     files = files_under(root, (".py",), leave_out=NOT_LIBRARY) if root.is_dir() else []
     if not files:
         raise UserError(
-            f"this Python has no library source in {root}; set training.dataset = "
-            '"text" and training.dataset_path to a folder of your own text'
+            f"this Python has no library source in {root}; give training.dataset text of your own"
         )
     return Corpus("python_stdlib", files, [partial(_distinct_sources, files)])
 
@@ -83,7 +84,7 @@ def read_files(dataset: str, path: Path, text_key: str, option: str = "training.
     )
 
 
-def _reader(dataset: str, file: Path, text_key: str) -> Callable[[], Rows]:
+def _reader(dataset: str, file: Path, text_key: str) -> Part:
     is_mixed = dataset == "mixed"
     if dataset == "jsonl" or (is_mixed and file.name.endswith(JSON_LINES)):
         return partial(_json_lines, file, text_key)
@@ -180,7 +181,7 @@ def _decompressed(raw: IO[bytes], compression: str | None) -> Iterable[bytes]:
     return io.BufferedReader(stream, 1 << 13)
 
 
-def _row_of_line(line: bytes, text_key: str, location: str) -> Document | BadRow:
+def _row_of_line(line: bytes, text_key: str, location: str) -> Row:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -188,7 +189,7 @@ def _row_of_line(line: bytes, text_key: str, location: str) -> Document | BadRow
     except (ValueError, RecursionError) as error:
         return BadRow("broken JSON", location, f"not JSON: {error}")
     if not isinstance(row, dict):
-        kind = "a string" if isinstance(row, str) else KINDS_OF_VALUES[type(row)]
+        kind = KINDS_OF_VALUES[type(row)]
         problem = f"the line is {kind}, but must be an object with {text_key!r}"
         return BadRow("not an object", location, problem)
     if text_key not in row:
@@ -208,7 +209,9 @@ def _parquet_rows(file: Path, text_key: str) -> Rows:
             if text_key not in names:
                 yield no_field(text_key, str(file), names)
                 return
-            for number, value in enumerate(_column(table, text_key), start=1):
+            batches = table.iter_batches(1024, columns=[text_key])
+            values = chain.from_iterable(batch.column(0) for batch in batches)
+            for number, value in enumerate(values, start=1):
                 location = f"{file}:{number}"
                 try:
                     yield as_row(value.as_py(), location, repr(text_key))
@@ -216,12 +219,6 @@ def _parquet_rows(file: Path, text_key: str) -> Rows:
                     yield not_utf8(error, location)
     except (pyarrow.ArrowException, OSError) as error:
         yield _broken("parquet", file, number + 1, error)
-
-
-def _column(table: Any, name: str) -> Iterator[Any]:
-    """Read the values of one column, some at a time."""
-    for batch in table.iter_batches(1024, columns=[name]):
-        yield from batch.column(0)
 
 
 def _broken(compression: str | None, file: Path, row: int, error: Exception) -> BadRow:
@@ -232,7 +229,5 @@ def _broken(compression: str | None, file: Path, row: int, error: Exception) -> 
     """
     if isinstance(error, OSError) and error.errno is not None:
         raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    problem = (
-        f"the {compression} data is broken from here on ({error}); nothing after it can be read"
-    )
+    problem = f"the {compression} data is broken from here on ({error})"
     return BadRow(f"broken {compression}", f"{file}:{row}", problem)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtrain.catalog.datasets import DATASETS, HubSource, describe_path
-from torchtrain.datasets.corpora import Corpus, Rows, as_row, no_field
+from torchtrain.datasets.corpora import Corpus, Part, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
 from torchtrain.utils import expand_user, nearest
@@ -81,13 +81,13 @@ def read_hub(
     )
 
 
-def _parts(table: _Table) -> list[Callable[[], Rows]]:
+def _parts(table: _Table) -> list[Part]:
     where = f"{table.where} {table.source.split}"
     if not table.streaming:
         return [partial(_rows, table, partial(_open, table), where)]
     with _faults_named(table):
         dataset = _open(table)
-    parts: list[Callable[[], Rows]] = []
+    parts: list[Part] = []
     for number in range(dataset.num_shards):
         shard = partial(dataset.shard, dataset.num_shards, number)
         parts.append(partial(_rows, table, shard, f"{where}, file {number + 1}"))
@@ -153,21 +153,16 @@ def _find_revision(source: HubSource, option: str) -> str | None:
     It is asked for first, with one request, since `datasets` itself tries for half a minute when
     there is no network.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
     repository = source.repository
     revision = f" at {source.revision!r}" if source.revision else ""
     given = f"{option}: {repository!r}{revision} of the Hugging Face Hub"
     try:
         return HfApi().dataset_info(repository, revision=source.revision, timeout=TIMEOUT_S).sha
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         return None
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         close = nearest(repository, [name for name in DATASETS if "/" in name])
         hint = f"; did you mean {close}?" if close else ""
         raise UserError(

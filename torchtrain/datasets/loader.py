@@ -286,14 +286,8 @@ class DataLoader:
         self.dataset.resume(saved["dataset"], positions, consumed)
         self._first_positions = self._positions = self._find_positions()
         changes = differences(saved, self.state(step))
-        if changes:
-            self._accept_or_refuse(changes, saved, step, accept_changes=accept_changes)
-            self._origin_step = step
-            self._origin_sample = consumed
-
-    def _accept_or_refuse(
-        self, changes: list[str], saved: DataState, step: int, *, accept_changes: bool
-    ) -> None:
+        if not changes:
+            return
         what = f"the data of step {step} in the checkpoint (from {saved['name']})"
         text = "\n".join([f"{what} is not what this run reads:", *changes])
         if not accept_changes:
@@ -301,8 +295,10 @@ class DataLoader:
                 f"{text}\nGive the run what it had, start a new one in another job.dump_folder, "
                 "or resume all the same with checkpoint.accept_changed_data = true"
             )
+        self._origin_step = step
+        self._origin_sample = consumed
         logger.warning(
             f"{text}\ncheckpoint.accept_changed_data allows it. Step {step + 1} reads on from "
-            f"global sample {saved['samples_consumed']:,} of the new order ({self.dataset.name}): "
+            f"global sample {consumed:,} of the new order ({self.dataset.name}): "
             "what earlier steps have read may come again, and some of this epoch be left out"
         )

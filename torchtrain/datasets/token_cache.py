@@ -43,7 +43,7 @@ from torchtrain.datasets.cache_folder import (
     short_hash,
 )
 from torchtrain.datasets.corpora import Corpus, Document
-from torchtrain.datasets.tokenizer import Tokenizer, in_batches
+from torchtrain.datasets.tokenizer import Tokenizer, encode_documents, in_batches
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import count_cores, fsync_folder, plural, write_durably
@@ -78,13 +78,11 @@ class Manifest:
 
     def describe(self) -> str:
         """Return what is known, in words."""
-        known = []
-        if self.documents is not None:
-            known.append(f"{plural(self.documents, 'document')} in {plural(self.files, 'file')}")
-        if self.bytes is not None:
-            known.append(f"{self.bytes / 1e6:,.2f} MB")
-        known.append(plural(self.tokens, "token"))
-        return f"{self.source}: {', '.join(known)}"
+        content = plural(self.tokens, "token")
+        if self.documents is not None and self.bytes is not None:
+            documents = f"{plural(self.documents, 'document')} in {plural(self.files, 'file')}"
+            content = f"{documents}, {self.bytes / 1e6:,.2f} MB, {content}"
+        return f"{self.source}: {content}"
 
 
 @dataclass(frozen=True)
@@ -191,17 +189,11 @@ def corpus_state(corpus: Corpus) -> tuple[str, int]:
 
 def _find_contents(corpus: Corpus, seen: Path, progress: Progress) -> _Contents:
     """Return the contents of a corpus as kept in `seen`, or read it through."""
-
-    def read() -> dict[str, Any]:
-        return asdict(_read_through(corpus, progress))
-
-    facts = find_facts(corpus.name, seen, partial(corpus_state, corpus), read)
-    return _Contents(
-        fingerprint=facts["fingerprint"], documents=facts["documents"], bytes=facts["bytes"]
-    )
+    read = partial(_read_through, corpus, progress)
+    return _Contents(**find_facts(corpus.name, seen, partial(corpus_state, corpus), read))
 
 
-def _read_through(corpus: Corpus, progress: Progress) -> _Contents:
+def _read_through(corpus: Corpus, progress: Progress) -> dict[str, Any]:
     meter = _Meter()
     for _ in meter.texts(corpus.documents()):
         progress.show(f"reading {corpus.name}: {meter.bytes / 1e6:,.0f} MB")
@@ -210,7 +202,7 @@ def _read_through(corpus: Corpus, progress: Progress) -> _Contents:
         raise UserError(f"{corpus.name} holds no text" + (f" ({skipped})" if skipped else ""))
     if skipped:
         logger.warning(f"{corpus.name}: {skipped}")
-    return meter.contents()
+    return asdict(meter.contents())
 
 
 def _load(folder: Path, *, warn: bool = False) -> TokenCache | None:
@@ -245,12 +237,8 @@ def dtype_for(tokenizer: Tokenizer) -> np.dtype:
 
 def encode_shard(tokenizer: Tokenizer, texts: list[str], threads: int) -> tuple[int, bytes]:
     """Return the number of documents of one shard, and its tokens as the file holds them."""
-    dtype = dtype_for(tokenizer)
-    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-    data = bytearray()
-    for ids in tokenizer.encode_batch(texts, threads=threads):
-        data += np.concatenate((bos, ids, eos)).astype(dtype).tobytes()
-    return len(texts), bytes(data)
+    tokens = np.concatenate(encode_documents(tokenizer, texts, threads))
+    return len(texts), tokens.astype(dtype_for(tokenizer)).tobytes()
 
 
 def encode_here(tokenizer: Tokenizer, shards: Shards) -> Iterator[tuple[int, bytes]]:
@@ -287,21 +275,24 @@ class _Build:
 
     def _tokenize(self, encode: Encode, progress: Progress) -> None:
         itemsize = dtype_for(self.tokenizer).itemsize
-        documents, tokens = self._find_finished(itemsize)
-        first, started = documents, time.monotonic()
         meter = _Meter()
-        missing = islice(meter.texts(self.corpus.documents()), documents, None)
         (self.building / "cache").mkdir(parents=True, exist_ok=True)
         with open(self.building / "cache" / "tokens.bin", "ab") as file:
+            finished = read_json(self.building / "progress.json")
+            documents, tokens = finished.get("documents", 0), finished.get("tokens", 0)
+            if file.tell() < tokens * itemsize:
+                documents = tokens = 0
             file.truncate(tokens * itemsize)
+            missing = islice(meter.texts(self.corpus.documents()), documents, None)
+            first, started = documents, time.monotonic()
             for number, data in encode(in_batches(missing, SHARD_CHARACTERS)):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
                 documents += number
                 tokens += len(data) // itemsize
-                finished = json.dumps({"documents": documents, "tokens": tokens})
-                write_durably(self.building / "progress.json", finished)
+                finished = {"documents": documents, "tokens": tokens}
+                write_durably(self.building / "progress.json", json.dumps(finished))
                 per_second = (documents - first) / (time.monotonic() - started)
                 progress.show(self._describe_progress(documents, per_second))
         if meter.contents() != self.contents:
@@ -312,27 +303,14 @@ class _Build:
             )
         self._write_manifest(tokens)
 
-    def _find_finished(self, itemsize: int) -> tuple[int, int]:
-        """Return the documents and tokens that an earlier build has finished."""
-        finished = read_json(self.building / "progress.json")
-        tokens = self.building / "cache" / "tokens.bin"
-        if not finished or not tokens.exists():
-            return 0, 0
-        if tokens.stat().st_size < finished["tokens"] * itemsize:
-            return 0, 0
-        return finished["documents"], finished["tokens"]
-
     def _describe_progress(self, documents: int, documents_per_second: float) -> str:
         share = documents / self.contents.documents
-        bytes_per_document = self.contents.bytes / self.contents.documents
-        speed = documents_per_second * bytes_per_document / 1e6
-        seconds_left = (self.contents.documents - documents) / documents_per_second
-        left = timedelta(seconds=round(seconds_left))
+        share_per_second = documents_per_second / self.contents.documents
+        speed = share_per_second * self.contents.bytes / 1e6
+        left = timedelta(seconds=round((1 - share) / share_per_second))
         bar = "#" * int(20 * share)
-        return (
-            f"tokenizing {self.corpus.name}: [{bar:.<20}] {share:4.0%}, {speed:.1f} MB/s, "
-            f"{left} left"
-        )
+        done = f"[{bar:.<20}] {share:4.0%}, {speed:.1f} MB/s"
+        return f"tokenizing {self.corpus.name}: {done}, {left} left"
 
     def _write_manifest(self, tokens: int) -> None:
         manifest = Manifest(

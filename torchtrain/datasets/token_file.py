@@ -15,13 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.cache_folder import (
-    Progress,
-    files_state,
-    find_facts,
-    locked,
-    short_hash,
-)
+from torchtrain.datasets.cache_folder import Progress, files_state, find_facts, locked, short_hash
 from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
@@ -48,15 +42,14 @@ def open_token_file(
     assert path is not None, "the config check asks for it"
     file = expand_user(path)
     with user_errors_when_reading(f"the token file {path!r}"):
-        tokens = _map(file, None if dtype is None else np.dtype(dtype), dtype_for(tokenizer))
+        tokens = _map(file, dtype, dtype_for(tokenizer))
     facts = _find_facts(file, tokens, root)
     lowest, highest = facts["lowest"], facts["highest"]
     if not 0 <= lowest <= highest < tokenizer.vocab_size:
         raise UserError(
             f"the token file {path!r} holds ids from {lowest:,} to {highest:,}, read as "
             f"{tokens.dtype}, but the tokenizer's are 0 to {tokenizer.vocab_size - 1:,}. Set "
-            "model.tokenizer_path to the tokenizer that made the file, and data.token_dtype to "
-            "the type it was written in"
+            "model.tokenizer_path to the tokenizer that made it, and data.token_dtype to its type"
         )
     manifest = Manifest(
         source=f"tokens {path}",
@@ -71,7 +64,7 @@ def open_token_file(
     return TokenCache(manifest, tokens)
 
 
-def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
+def _map(file: Path, given: str | None, default: np.dtype) -> np.ndarray:
     """Map the ids `[tokens]`; their type is the file's own, else `given`, else `default`."""
     if file.suffix not in (".bin", ".npy") or not file.is_file():
         raise UserError(
@@ -87,7 +80,7 @@ def _map(file: Path, given: np.dtype | None, default: np.dtype) -> np.ndarray:
             "knows the type of the ids and is not read. Set data.token_dtype: "
             '"uint16" if the vocabulary is below 65,500, else "uint32"'
         )
-    dtype = given or default
+    dtype = np.dtype(given or default)
     size = file.stat().st_size
     if size % dtype.itemsize or size == 0:
         raise UserError(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Rows
-from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.datasets.tokenizer import Tokenizer, encode_documents
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 
@@ -39,6 +39,10 @@ class Position(NamedTuple):
     def document(self) -> "Position":
         """The position without sample and token: which document it is in."""
         return self._replace(sample=0, token=0)
+
+
+Span = tuple[Position, np.ndarray]
+"""Tokens, and the position of the first."""
 
 
 class TokenStream:
@@ -69,19 +73,18 @@ class TokenStream:
         self._seq_len = seq_len
         self._number = number
         self._count = 1 if by_part else count
-        self._documents: Iterator[tuple[Position, np.ndarray]] | None = None
-        # The documents of the tokens that were read and not yet used, with their positions.
-        self._held: deque[tuple[Position, np.ndarray]] = deque()
+        self._documents: Iterator[Span] | None = None
+        # The tokens that were read and not yet used, document by document.
+        self._held: deque[Span] = deque()
+        self._tokens_held = 0
         self._next_sample = 0
-        self._next_token = 0  # in the first of these documents
-        self._tokens_left = 0  # from there on
 
     def position(self) -> Position:
         """Return the position of the next sample."""
         if self._documents is None:
             return self.start
-        document, _ = self._held[0]
-        return document._replace(sample=self._next_sample, token=self._next_token)
+        begin, _ = self._held[0]
+        return begin._replace(sample=self._next_sample)
 
     def read(self, number: int) -> np.ndarray:
         """Read sample `number`, int32 `[S + 1]`; samples are read in ascending order.
@@ -97,44 +100,43 @@ class TokenStream:
             self._read_next()
         return self._read_next()
 
-    def _begin(self) -> Iterator[tuple[Position, np.ndarray]]:
+    def _begin(self) -> Iterator[Span]:
         """Open the corpus at `start`."""
         document = self.start.document
         documents = self._read_documents(document)
         self._next_sample = self.start.sample
-        self._next_token = self.start.token
-        self._tokens_left = -self.start.token
         if document != Position() or self.start.token > 0:
-            self._hold(next(documents))
-            if self._held[0][0] != document or self._tokens_left <= 0:
+            found, tokens = next(documents)
+            if found != document or len(tokens) <= self.start.token:
                 raise UserError(
                     f"{self.name} does not give the documents that it gave before the checkpoint"
                 )
+            self._hold(self.start, tokens[self.start.token :])
         return documents
 
-    def _hold(self, document: tuple[Position, np.ndarray]) -> None:
-        self._held.append(document)
-        self._tokens_left += len(document[1])
+    def _hold(self, begin: Position, tokens: np.ndarray) -> None:
+        self._held.append((begin, tokens))
+        self._tokens_held += len(tokens)
 
     def _read_next(self) -> np.ndarray:
         assert self._documents is not None
-        while self._tokens_left <= self._seq_len:
-            self._hold(next(self._documents))
-        spans = []
-        begin, missing = self._next_token, self._seq_len + 1
-        for _, tokens in self._held:
-            span = tokens[begin : begin + missing]
-            spans.append(span)
-            begin, missing = 0, missing - len(span)
+        size = self._seq_len + 1
+        while self._tokens_held < size:
+            self._hold(*next(self._documents))
+        sequence = np.concatenate([tokens[:size] for _, tokens in self._held])[:size]
         self._next_sample += 1
-        self._next_token += self._seq_len
-        self._tokens_left -= self._seq_len
-        while self._next_token >= len(self._held[0][1]):
-            _, tokens = self._held.popleft()
-            self._next_token -= len(tokens)
-        return np.concatenate(spans)
+        self._drop(self._seq_len)
+        return sequence
 
-    def _read_documents(self, first: Position) -> Iterator[tuple[Position, np.ndarray]]:
+    def _drop(self, count: int) -> None:
+        """Drop the first `count` tokens, of more that are held."""
+        self._tokens_held -= count
+        while count >= len(self._held[0][1]):
+            count -= len(self._held.popleft()[1])
+        begin, tokens = self._held.popleft()
+        self._held.appendleft((begin._replace(token=begin.token + count), tokens[count:]))
+
+    def _read_documents(self, first: Position) -> Iterator[Span]:
         """Read the documents of this stream from `first` on: their positions and tokens."""
         epoch, first_part, rows_before, first_row = first[1:5]
         has_document = first != Position()  # this epoch
@@ -149,7 +151,7 @@ class TokenStream:
                     document = self._corpus.accept(content)
                     if document is not None:
                         has_document = True
-                        tokens = self._tokenize(document.text)
+                        (tokens,) = encode_documents(self._tokenizer, [document.text])
                         yield Position(0, epoch, part, rows_before, row), tokens
                 rows_before += rows
                 first_row = 0
@@ -161,11 +163,6 @@ class TokenStream:
             first_part = rows_before = 0
             has_document = False
             logger.info(f"{self.name}: epoch {epoch + 1} begins")
-
-    def _tokenize(self, text: str) -> np.ndarray:
-        (ids,) = self._tokenizer.encode_batch([text])
-        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
-        return np.concatenate([bos, ids, eos], dtype=np.int32)
 
     def _read_rows(self, part: int) -> Rows:
         """Read the rows of a part; what is awaited is known meanwhile."""

@@ -106,12 +106,10 @@ class SentencePieceTokenizer:
     def _cut_for_encoding(self, text: str) -> list[str]:
         """Cut `text` without changing its ids, every U+2581 by itself where it is kept."""
         require_unicode(text)
-        if not self._space_mark_ids or SPACE_MARK not in text:
-            return self._cut(text)
-        cuts = []
-        for stretch in re.split(f"({SPACE_MARK})", text):
-            cuts += self._cut(stretch)
-        return cuts
+        stretches = [text]
+        if self._space_mark_ids:
+            stretches = re.split(f"({SPACE_MARK})", text)
+        return [cut for stretch in stretches for cut in self._cut(stretch)]
 
     def _encode_cuts(self, cuts: Iterable[str], threads: int) -> Iterator[np.ndarray]:
         for batch in in_batches(cuts, BATCH_CHARACTERS):
@@ -159,6 +157,15 @@ class SentencePieceTokenizer:
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 """Both do the same by the same names; equal fingerprints give equal ids."""
+
+
+def encode_documents(
+    tokenizer: Tokenizer, texts: Sequence[str], threads: int = 1
+) -> list[np.ndarray]:
+    """Return the tokens of each document, int32 `[tokens]`: BOS, the ids of its text, EOS."""
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch(texts, threads)
+    return [np.concatenate((bos, ids, eos), dtype=np.int32) for ids in encoded]
 
 
 def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
