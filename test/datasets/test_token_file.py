@@ -152,6 +152,23 @@ def test_a_file_is_read_through_once_and_again_when_it_has_changed(tmp_path, ope
     assert reads == [1, 1]
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, opened, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(IDS.astype("<u2").tobytes())
+    read_through = token_file._read_through
+
+    def changing(file, *given):
+        facts = read_through(file, *given)
+        with open(file, "ab") as grown:
+            grown.write(b"\x07\x00")
+        return facts
+
+    monkeypatch.setattr(token_file, "_read_through", changing)
+    with pytest.raises(UserError, match=r"a\.bin' changed while it was read; start again when"):
+        opened("a.bin")
+    monkeypatch.undo()
+    assert opened("a.bin").tokens.tolist() == [*IDS.tolist(), 7]
+
+
 def test_the_type_of_plain_ids_is_an_option(tmp_path, tokenizer):
     (tmp_path / "a.bin").write_bytes(IDS.astype(np.uint32).tobytes())
     given = [
