@@ -392,8 +392,8 @@ MUTANTS = {
         ),
         (
             "the nearest divisor above is left out",
-            "if divisor > ranks][:1]",
-            "if divisor > ranks][:0]",
+            "divisors[above - 1 : above + 1]",
+            "divisors[above - 1 : above]",
         ),
         ("tensor ranks read different samples", "return self.cp * self.tp\n", "return self.cp\n"),
     ],
@@ -406,13 +406,13 @@ MUTANTS = {
         ("equal RoPE factors are accepted", "high <= low", "high < low"),
         (
             "tensor parallelism may cut the feed-forward anyhow",
-            'for shared in [*heads, Number("model.ffn_hidden_dim", shape.ffn_hidden_dim)]:',
-            "for shared in heads:",
+            '_must_divide("parallelism.tensor_parallel_degree", tp, shared)',
+            '_must_divide("parallelism.tensor_parallel_degree", tp, heads)',
         ),
         (
             "ulysses may cut heads anyhow",
-            "        for shared in heads:\n",
-            "        for shared in heads[:0]:\n",
+            "            heads,\n",
+            "            {},\n",
         ),
         (
             "the sequence need not be cut in two per rank",
@@ -500,7 +500,7 @@ MUTANTS = {
             "Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]",
             "Seed = Annotated[int, Field(le=2**63 - 1)]",
         ),
-        ("a batch of 0 is accepted", "    AfterValidator(_check_not_zero),\n", ""),
+        ("a batch of 0 is accepted", "Count | Literal[-1]", "CountOrZero | Literal[-1]"),
     ],
     "torchtrain/config/reading.py": [
         (

@@ -47,21 +47,17 @@ C4 = HubSource("allenai/c4", config="en")
 C4_VALIDATION = HubSource("allenai/c4", config="en", split="validation")
 FINEWEB_EDU = HubSource("HuggingFaceFW/fineweb-edu", config="sample-10BT")
 
+# What is read from training.dataset_path.
+YOUR_FILES = {
+    "text": "a text file, or a folder of them: each file is a document",
+    "jsonl": "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document",
+    "parquet": "a .parquet file, or a folder: each row's text is a document",
+    "mixed": "a folder of jsonl and parquet files; every other file is a text",
+    "tokens": "a file of token ids made elsewhere: .bin, .npy",
+}
 DATASETS = {
     "python_stdlib": DatasetSpec("the running interpreter's standard library source"),
-    "text": DatasetSpec(
-        "a text file, or a folder of them: each file is a document", needs_path=True
-    ),
-    "jsonl": DatasetSpec(
-        "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document", needs_path=True
-    ),
-    "parquet": DatasetSpec(
-        "a .parquet file, or a folder: each row's text is a document", needs_path=True
-    ),
-    "mixed": DatasetSpec(
-        "a folder of jsonl and parquet files; every other file is a text", needs_path=True
-    ),
-    "tokens": DatasetSpec("a file of token ids made elsewhere: .bin, .npy", needs_path=True),
+    **{name: DatasetSpec(text, needs_path=True) for name, text in YOUR_FILES.items()},
     "c4": DatasetSpec("English C4, from the Hugging Face Hub", hub=C4),
     "c4_validation": DatasetSpec("C4's validation split", hub=C4_VALIDATION),
     "allenai/c4": DatasetSpec("the same as c4", hub=C4),

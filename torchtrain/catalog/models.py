@@ -201,11 +201,7 @@ def resolve_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> Model
 
 
 # Flavors that had unscaled rotary frequencies before checkpoints held their shape.
-ONCE_UNSCALED = (
-    ("llama3", "debugmodel"),
-    ("llama3", "8B"),
-    ("llama3", "70B"),
-)
+ONCE_UNSCALED = {"llama3": ("debugmodel", "8B", "70B")}
 
 
 def legacy_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> ModelShape:
@@ -220,6 +216,6 @@ def legacy_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> ModelS
         UserError: unknown family or flavor.
     """
     shape = resolve_shape(name, flavor, overrides)
-    if (name, flavor) in ONCE_UNSCALED and overrides.get("rope_scaling_factor") is None:
+    if flavor in ONCE_UNSCALED.get(name, ()) and overrides.get("rope_scaling_factor") is None:
         return replace(shape, rope_scaling_factor=1.0)
     return shape

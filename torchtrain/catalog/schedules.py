@@ -7,6 +7,7 @@ microbatches that the schedules accept.
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from torchtrain.errors import UserError
@@ -66,11 +67,8 @@ def split_evenly(
         if first_less or last_less:
             lighter = f", with {first_less} fewer in the first and {last_less} in the last"
         raise UserError(f"too few layers, {len(blocks)}, for {stages} pipeline stages{lighter}")
-    split = []
-    start = 0
-    for count in counts:
-        split.append(blocks[start : start + count])
-        start += count
+    following = iter(blocks)
+    split = [list(islice(following, count)) for count in counts]
     split[0] = embedding + split[0]
     split[-1] = split[-1] + head
     return split
@@ -105,21 +103,14 @@ def check_stages(schedule: str, stages: int, ranks: int) -> None:
     Raises:
         UserError: says how many it accepts.
     """
-    accepted = {
-        "one": f"{ranks}, one per rank",
-        "two": f"{2 * ranks}, two per rank",
-        "several": f"{2 * ranks}, {3 * ranks} or a higher multiple of {ranks}",
-    }
-    fits = {
-        "one": stages == ranks,
-        "two": stages == 2 * ranks,
-        "several": stages % ranks == 0 and stages >= 2 * ranks,
-    }
     per_rank = SCHEDULES[schedule].stages_per_rank
-    if not fits[per_rank]:
-        raise UserError(
-            f"{stages} stages on {ranks} pipeline ranks; {schedule} accepts {accepted[per_rank]}"
-        )
+    fits = stages == default_stages(schedule, ranks)
+    accepted = f"{default_stages(schedule, ranks)}, {per_rank} per rank"
+    if per_rank == "several":
+        fits = stages % ranks == 0 and stages >= 2 * ranks
+        accepted = f"{2 * ranks}, {3 * ranks} or a higher multiple of {ranks}"
+    if not fits:
+        raise UserError(f"{stages} stages on {ranks} pipeline ranks; {schedule} accepts {accepted}")
 
 
 def check_microbatches(schedule: str, microbatches: int, stages: int, ranks: int) -> None:

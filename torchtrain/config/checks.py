@@ -1,7 +1,6 @@
 """What is wrong with keys together: one function per subject, each yielding its faults."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchtrain.catalog.datasets import find_dataset
@@ -20,7 +19,7 @@ from torchtrain.config.layout import (
 )
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.schema import Config
-from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
+from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
 from torchtrain.errors import UserError
 
@@ -42,7 +41,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
     return [
         *_check_tokenizer(config),
         *_check_model(config),
-        *_check_optimizer(config),
+        *_catch(find_optimizer, config.optimizer.name),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -54,24 +53,28 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
     ]
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number and the option that it comes from."""
-
-    key: str
-    value: int
-    note: str = ""
-    """Why the value is not the option's own."""
+def _catch(check: Callable[..., object], *arguments: object) -> Iterator[Fault]:
+    """Yield the user error that `check` raises as a fault."""
+    try:
+        check(*arguments)
+    except UserError as fault:
+        yield Fault(str(fault))
 
 
-def _must_divide(divisor: Number, number: Number, *depends_on: str) -> Iterator[Fault]:
-    """Yield a fault unless the one divides the other."""
-    if number.value % divisor.value:
-        yield Fault(
-            f"{divisor.key} = {divisor.value}{divisor.note} must divide {number.key} = "
-            f"{number.value}{number.note}",
-            depends_on,
-        )
+def _must_divide(
+    key: str,
+    divisor: int,
+    numbers: dict[str, int],
+    note: str = "",
+    depends_on: tuple[str, ...] = FLAVOR_KEYS,
+) -> Iterator[Fault]:
+    """Yield a fault for each number, given by its key, that the divisor does not divide.
+
+    `note` says why the divisor is not the value of its own key.
+    """
+    for divided, number in numbers.items():
+        if number % divisor:
+            yield Fault(f"{key} = {divisor}{note} must divide {divided} = {number}", depends_on)
 
 
 def _check_tokenizer(config: Config) -> Iterator[Fault]:
@@ -95,8 +98,7 @@ def _check_model(config: Config) -> Iterator[Fault]:
 
 
 def _check_heads(config: Config, shape: ModelShape) -> Iterator[Fault]:
-    n_heads = Number("model.n_heads", shape.n_heads)
-    yield from _must_divide(n_heads, Number("model.dim", shape.dim), *FLAVOR_KEYS)
+    yield from _must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
     head_width, rest = divmod(shape.dim, shape.n_heads)
     if rest == 0 and head_width % 2:
         yield Fault(
@@ -107,8 +109,8 @@ def _check_heads(config: Config, shape: ModelShape) -> Iterator[Fault]:
     note = ""
     if config.model.n_kv_heads is None:
         note = " (the flavor's: it does not follow n_heads; set it too)"
-    n_kv_heads = Number("model.n_kv_heads", shape.n_kv_heads, note)
-    yield from _must_divide(n_kv_heads, n_heads, *FLAVOR_KEYS)
+    heads = {"model.n_heads": shape.n_heads}
+    yield from _must_divide("model.n_kv_heads", shape.n_kv_heads, heads, note)
 
 
 def _check_rope(shape: ModelShape) -> Iterator[Fault]:
@@ -125,27 +127,17 @@ def _check_sharing(config: Config, shape: ModelShape) -> Iterator[Fault]:
     """Check that heads and features can be shared by the tensor- and context-parallel ranks."""
     parallelism = config.parallelism
     tp = parallelism.tensor_parallel_degree
-    heads = [
-        Number("model.n_heads", shape.n_heads),
-        Number("model.n_kv_heads", shape.n_kv_heads),
-    ]
-    tensor_parallel = Number("parallelism.tensor_parallel_degree", tp)
-    for shared in [*heads, Number("model.ffn_hidden_dim", shape.ffn_hidden_dim)]:
-        yield from _must_divide(tensor_parallel, shared, *FLAVOR_KEYS)
-    method = "parallelism.context_parallel_method"
+    heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
+    shared = {**heads, "model.ffn_hidden_dim": shape.ffn_hidden_dim}
+    yield from _must_divide("parallelism.tensor_parallel_degree", tp, shared)
     if parallelism.context_parallel_method == "ulysses":
-        key = "parallelism.context_parallel_degree"
-        product = parallelism.context_parallel_degree * tp
-        note = " (ulysses: times the tensor-parallel degree)"
-        for shared in heads:
-            yield from _must_divide(Number(key, product, note), shared, *FLAVOR_KEYS, method)
-
-
-def _check_optimizer(config: Config) -> Iterator[Fault]:
-    try:
-        find_optimizer(config.optimizer.name)
-    except UserError as fault:
-        yield Fault(str(fault))
+        yield from _must_divide(
+            "parallelism.context_parallel_degree",
+            parallelism.context_parallel_degree * tp,
+            heads,
+            note=" (ulysses: times the tensor-parallel degree)",
+            depends_on=(*FLAVOR_KEYS, "parallelism.context_parallel_method"),
+        )
 
 
 def _check_data(config: Config) -> Iterator[Fault]:
@@ -156,20 +148,13 @@ def _check_data(config: Config) -> Iterator[Fault]:
         yield Fault(str(fault))
         return
     for source in sources:
-        yield from _check_source(source)
+        yield from _catch(find_dataset, source.dataset, source.path, source.option)
     yield from _check_held_out(config, sources)
     if data.streaming and data.packing == "best_fit":
         yield Fault(
             'data.packing = "best_fit" looks at all documents before the first step; '
             "data.streaming = true does not"
         )
-
-
-def _check_source(source: DataSource) -> Iterator[Fault]:
-    try:
-        find_dataset(source.dataset, source.path, source.option)
-    except UserError as fault:
-        yield Fault(str(fault))
 
 
 def _check_held_out(config: Config, sources: list[DataSource]) -> Iterator[Fault]:
@@ -192,13 +177,14 @@ def _check_validation(config: Config) -> Iterator[Fault]:
     if not validation.enable:
         return
     if validation.dataset is not None:
-        for source in plan_validation_sources(config):
-            yield from _check_source(source)
+        path = validation.dataset_path
+        yield from _catch(find_dataset, validation.dataset, path, "validation.dataset")
     if validation.local_batch_size is not None:
-        microbatch_size = config.parallelism.pipeline_parallel_microbatch_size
         yield from _must_divide(
-            Number("parallelism.pipeline_parallel_microbatch_size", microbatch_size),
-            Number("validation.local_batch_size", validation.local_batch_size),
+            "parallelism.pipeline_parallel_microbatch_size",
+            config.parallelism.pipeline_parallel_microbatch_size,
+            {"validation.local_batch_size": validation.local_batch_size},
+            depends_on=(),
         )
 
 

@@ -51,7 +51,12 @@ def value_fault(name: str, value: Any) -> Fault | None:
     given = f"{name} = {quoted(value)}"
     option = options().get(name)
     if option is None:
-        return _foreign_fault(name, value)
+        if not torchtitan_keys.find_entry(name):
+            return unknown_key(name, given)
+        if torchtitan_keys.is_idle(name, value):
+            return None
+        advice = torchtitan_keys.ADVICE.get(name, "leave it out")
+        return Fault(f"{given}: {NOT_YET}; {advice}")
     if value in torchtitan_keys.UNSUPPORTED_VALUES.get(name, ()):
         return Fault(f"{given}: this value {NOT_YET}; it must be {option.allowed}")
     section, _, key = name.partition(".")
@@ -60,17 +65,6 @@ def value_fault(name: str, value: Any) -> Fault | None:
     except ValidationError:
         return Fault(f"{given}: must be {option.allowed}")
     return None
-
-
-def _foreign_fault(name: str, value: Any) -> Fault | None:
-    """Return what is wrong with a key that is not ours, or None where it asks for nothing."""
-    given = f"{name} = {quoted(value)}"
-    if torchtitan_keys.find_entry(name) is None:
-        return unknown_key(name, given)
-    if torchtitan_keys.is_idle(name, value):
-        return None
-    advice = torchtitan_keys.ADVICE.get(name, "leave it out")
-    return Fault(f"{given}: {NOT_YET}; {advice}")
 
 
 def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
@@ -115,11 +109,8 @@ def _suggestions(section: str, key: str) -> list[str]:
         by_key.setdefault(name.partition(".")[2], []).append(name)
     if f"{section}.{key}" in options():
         return [f"{section}.{key}"]
-    if key in by_key:
-        return by_key[key]
-    if section in SECTIONS:
+    if key not in by_key and section in SECTIONS:
         close = nearest(key, SECTIONS[section].model_fields)
         if close:
             return [f"{section}.{close}"]
-    close = nearest(key, by_key)
-    return by_key[close] if close else []
+    return by_key.get(nearest(key, by_key) or "", [])

@@ -1,6 +1,7 @@
 """How a run is laid out over ranks: degrees, batch, pipeline stages, sequence shards."""
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 
 from torchtrain.catalog.schedules import (
@@ -159,8 +160,8 @@ def plan_batch(
         total = saved_global_batch_size or training.local_batch_size * ranks
     if total % ranks:
         divisors = find_divisors(total)
-        degrees = [max(divisor for divisor in divisors if divisor < ranks)]
-        degrees += [divisor for divisor in divisors if divisor > ranks][:1]
+        above = bisect(divisors, ranks)
+        degrees = divisors[above - 1 : above + 1]
         below = total - total % ranks
         batches = [size for size in (below, below + ranks) if size > 0]
         raise UserError(

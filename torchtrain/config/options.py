@@ -33,11 +33,10 @@ class Option:
 
     kind: str
     """JSON Schema's name of its type: integer, number, boolean, string, array; "lists" of lists."""
-    optional: bool
-    """Whether it can be unset."""
     allowed: str
     """Type and bounds, in words."""
     default: Any
+    """None where the field can be unset."""
     doc: str
 
 
@@ -47,12 +46,11 @@ def options() -> dict[str, Option]:
     found = {}
     for section, model in SECTIONS.items():
         for key, schema in model.model_json_schema()["properties"].items():
-            optional = "anyOf" in schema
-            value_schema = schema["anyOf"][0] if optional else schema
+            value_schema = schema.get("anyOf", [schema])[0]
+            auto = "-1, or " if schema["default"] == -1 else ""
             found[f"{section}.{key}"] = Option(
                 kind=_kind(value_schema),
-                optional=optional,
-                allowed=_in_words(value_schema),
+                allowed=auto + _in_words(value_schema),
                 default=schema["default"],
                 doc=schema["description"],
             )
@@ -77,9 +75,6 @@ def _in_words(schema: dict[str, Any]) -> str:
     words = TYPES[schema["type"]]
     if "minLength" in schema:
         words += ", not empty"
-    if "not" in schema:  # CountOrAuto
-        words = f"{schema['minimum']}, or {words}"
-        schema = {**schema, "minimum": 1}
     limits = [f"{sign} {schema[bound]:,}" for bound, sign in BOUNDS.items() if bound in schema]
     return f"{words} {' and '.join(limits)}".rstrip()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from torchtrain.catalog.models import ModelShape, resolve_shape
-from torchtrain.catalog.schedules import SCHEDULES, stages_of
+from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config.layout import (
     BatchPlan,
     Degrees,
@@ -138,23 +138,21 @@ def plan_run(
     degrees = plan_degrees(parallelism, world_size)
     stages = plan_stages(parallelism, shape.layer_names)
     batch = plan_batch(config.training, degrees.data_parallel, global_batch_size)
-    pipeline = None
     if degrees.pp > 1:
         check_batch(parallelism, batch.microbatch_size, len(stages))
-        pipeline = plan_pipeline(
-            config,
-            degrees,
-            stages=len(stages),
-            batch_size=batch.microbatch_size,
-            seq_len=config.training.seq_len,
-        )
     return RunPlan(
         degrees=degrees,
         shape=shape,
         stages=stages,
         sequence_shards=count_sequence_shards(parallelism),
         batch=batch,
-        pipeline=pipeline,
+        pipeline=plan_pipeline(
+            config,
+            degrees,
+            stages=len(stages),
+            batch_size=batch.microbatch_size,
+            seq_len=config.training.seq_len,
+        ),
         sources=plan_sources(config.training, config.data, config.validation),
         validation=plan_validation(config, degrees, batch, len(stages)),
         schedule=plan_schedule(config.lr_scheduler, config.training.steps),
@@ -163,21 +161,22 @@ def plan_run(
 
 def plan_pipeline(
     config: Config, degrees: Degrees, *, stages: int, batch_size: int, seq_len: int
-) -> PipelinePlan:
-    """Return how `batch_size` sequences of `seq_len` tokens pass through a pipeline of `stages`."""
+) -> PipelinePlan | None:
+    """Return how `batch_size` sequences of `seq_len` tokens pass through a pipeline of `stages`.
+
+    None: there is no pipeline.
+    """
+    if degrees.pp == 1:
+        return None
     schedule = config.parallelism.pipeline_parallel_schedule
     microbatch_size = config.parallelism.pipeline_parallel_microbatch_size
-    last_rank = next(
-        rank
-        for rank in range(degrees.pp)
-        if stages - 1 in stages_of(rank, schedule, stages, degrees.pp)
-    )
+    in_a_v = SCHEDULES[schedule].stages_per_rank == "two"
     compiled = config.compile.enable and "model" in config.compile.components
     recomputes = config.activation_checkpoint.mode != "none"
     return PipelinePlan(
         schedule=schedule,
         stages=stages,
-        last_rank=last_rank,
+        last_rank=0 if in_a_v else degrees.pp - 1,
         microbatches=batch_size // microbatch_size,
         microbatch_size=microbatch_size,
         seq_len=seq_len // degrees.cp,
@@ -197,11 +196,6 @@ def plan_validation(
     section = config.validation
     seq_len = section.seq_len or config.training.seq_len
     batch_size = section.local_batch_size or batch.microbatch_size
-    pipeline = None
-    if degrees.pp > 1:
-        pipeline = plan_pipeline(
-            config, degrees, stages=stages, batch_size=batch_size, seq_len=seq_len
-        )
     return ValidationPlan(
         sources=plan_validation_sources(config),
         seq_len=seq_len,
@@ -209,7 +203,9 @@ def plan_validation(
         max_sequences=None if section.steps == -1 else section.steps * batch.global_batch_size,
         freq=section.freq,
         last_step=config.training.steps,
-        pipeline=pipeline,
+        pipeline=plan_pipeline(
+            config, degrees, stages=stages, batch_size=batch_size, seq_len=seq_len
+        ),
     )
 
 

@@ -155,21 +155,18 @@ def read_command_line(args: list[str]) -> Source:
             text = f"unexpected argument {quoted(argument)}; expected --section.key value"
             source.faults.append(Fault(text))
             continue
-        name, equals, text = argument[2:].partition("=")
-        has_value = bool(equals)
-        if not has_value and rest and not rest[0].startswith("--"):
-            has_value = True
-            text = rest.pop(0)
+        name, equals, after = argument[2:].partition("=")
+        value = after if equals else None
+        if value is None and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
         option = options().get(name)
         if name in source.values:
             source.faults.append(Fault(f"--{name} is given twice; give it once"))
-        elif option is None and torchtitan_keys.find_entry(name) is not None:
-            source.values[name] = _guess_value(text) if has_value else True
-        elif option is None:
+        elif option is None and not torchtitan_keys.find_entry(name):
             source.faults.append(unknown_key(name, given=f"--{name}", prefix="--"))
-        elif has_value:
-            source.values[name] = _parse_value(option, text)
-        elif option.kind == "boolean":
+        elif value is not None:
+            source.values[name] = _parse_value(option, value)
+        elif option is None or option.kind == "boolean":
             source.values[name] = True
         else:
             text = f"--{name} has no value; it must be {option.allowed}"
@@ -177,26 +174,23 @@ def read_command_line(args: list[str]) -> Source:
     return source
 
 
-def _parse_value(option: Option, text: str) -> Any:
-    """Return the text as a value of the option's type, or as it is, to be refused by the check."""
-    if option.optional and text == "none":
-        return None
-    if option.kind == "boolean":
-        return {"true": True, "false": False}.get(text, text)
-    if option.kind == "array":
-        return text.split(",")
-    if option.kind == "lists":
-        return [part.split(",") for part in text.split(";")]
+def _parse_value(option: Option | None, text: str) -> Any:
+    """Return the text as a value of the option's type, or as it is, to be refused by the check.
+
+    Without an option, of torchtitan's: as the value that it stands for in TOML, or as it is.
+    """
     try:
+        if option is None:
+            return tomli.loads(f"value = {text}")["value"]
+        if option.default is None and text == "none":
+            return None
+        if option.kind == "boolean":
+            return {"true": True, "false": False}.get(text, text)
+        if option.kind == "array":
+            return text.split(",")
+        if option.kind == "lists":
+            return [part.split(",") for part in text.split(";")]
         return {"integer": int, "number": float, "string": str}[option.kind](text)
-    except ValueError:
-        return text
-
-
-def _guess_value(text: str) -> Any:
-    """Return the value that the text stands for in TOML, or the text, for a key without a type."""
-    try:
-        return tomli.loads(f"value = {text}")["value"]
     except ValueError:
         return text
 

@@ -52,16 +52,27 @@ def plan_sources(
     held_out_share = 0.0
     if validation is not None and validation.enable and validation.dataset is None:
         held_out_share = validation.held_out_share
-    if data.mixture is None:
-        source = DataSource(
-            dataset=training.dataset,
-            path=training.dataset_path,
-            share=Fraction(1),
+    option = "training.dataset"
+    shares = {(training.dataset, training.dataset_path): Fraction(1)}
+    if data.mixture is not None:
+        option = "data.mixture"
+        shares = _parse_mixture(data.mixture)
+    return [
+        DataSource(
+            dataset=dataset,
+            path=path,
+            share=share,
             held_out_share=held_out_share,
+            option=option,
         )
-        return [source]
+        for (dataset, path), share in shares.items()
+    ]
+
+
+def _parse_mixture(mixture: list[str]) -> dict[tuple[str, str | None], Fraction]:
+    """Return the share of each dataset and path."""
     weights: dict[tuple[str, str | None], Fraction] = {}
-    for entry in data.mixture:
+    for entry in mixture:
         dataset, path, weight = _parse_entry(entry)
         if (dataset, path) in weights:
             name = entry.rpartition("=")[0].strip()
@@ -70,16 +81,7 @@ def plan_sources(
     total = sum(weights.values())
     shares = {source: weight / total for source, weight in weights.items()}
     _check_period(list(shares.values()))
-    return [
-        DataSource(
-            dataset=dataset,
-            path=path,
-            share=share,
-            held_out_share=held_out_share,
-            option="data.mixture",
-        )
-        for (dataset, path), share in shares.items()
-    ]
+    return shares
 
 
 def _parse_entry(entry: str) -> tuple[str, str | None, Fraction]:

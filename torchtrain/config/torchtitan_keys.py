@@ -66,21 +66,16 @@ ADVICE = {
 }
 
 
-def find_entry(name: str) -> str | None:
-    """Return the entry of IDLE_VALUES that leads to a key, or None where it is not torchtitan's."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        entry = ".".join(parts[:length])
-        if entry in IDLE_VALUES:
-            return entry
-    return None
+def find_entry(name: str) -> str:
+    """Return the entry of IDLE_VALUES that leads to a key, or "" where it is not torchtitan's."""
+    while name and name not in IDLE_VALUES:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def is_idle(name: str, value: Any) -> bool:
     """Return whether torchtitan's key asks for nothing that torchtrain lacks."""
-    entry = find_entry(name)
-    assert entry is not None, f"{name} is not torchtitan's"
-    values = IDLE_VALUES[entry]
+    values = IDLE_VALUES[find_entry(name)]
     if values is ANY_VALUE:
         return True
     return any(type(value) is type(idle) and value == idle for idle in values)
