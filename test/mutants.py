@@ -295,13 +295,13 @@ MUTANTS = {
         ),
         (
             "warmup_steps = 0 is taken for unset",
-            "if section.warmup_steps is None:",
-            "if not section.warmup_steps:",
+            "if warmup is None:",
+            "if not warmup:",
         ),
         (
             "the warm-up may be longer than the run",
-            "warmup = min(wanted_warmup, total)",
-            "warmup = wanted_warmup",
+            "    warmup = min(warmup, total)\n",
+            "",
         ),
         (
             "the decay is rounded down",

@@ -70,8 +70,7 @@ def main(arguments: list[str]) -> None:
     trainer_options = [argument for argument in rest if argument != "--"]
     config = parse_or_exit(trainer_options, given.world_size)
     lines = summarize(config, plan_run(config, given.world_size))
-    for note in config.notes:
-        lines.append(f"note       {note}")
+    lines += [f"note       {note}" for note in config.notes]
     print("\n".join(["The configuration is good.", *lines]))
 
 

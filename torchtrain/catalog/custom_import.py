@@ -59,13 +59,12 @@ def user_location(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     others = (str(Path(__file__).parents[1]), "<frozen importlib", importlib.__file__)
-    frames = [
-        frame
+    last_lines = {
+        frame.filename: frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(others)
-    ]
-    if not frames:
+    }
+    if not last_lines:
         return "at its import"
-    file = frames[0].filename
-    lines = [frame.lineno for frame in frames if frame.filename == file]
-    return f"{file}:{lines[-1]}"
+    file = next(iter(last_lines))
+    return f"{file}:{last_lines[file]}"

@@ -42,8 +42,7 @@ class Fault:
     @property
     def keys(self) -> set[str]:
         """The options made unreliable by this fault; checks that use them are skipped."""
-        named = OPTION_NAME.findall(self.text)
-        return {*self.depends_on, *(name for name in named if name in options())}
+        return {*self.depends_on, *options().keys() & OPTION_NAME.findall(self.text)}
 
 
 def value_fault(name: str, value: Any) -> Fault | None:

@@ -25,6 +25,7 @@ TYPES = {
     "boolean": "true or false",
     "string": "UTF-8 text",
 }
+INDENT = " " * 6
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def help_text() -> str:
         for name, option in options().items():
             if name.startswith(f"{section}."):
                 lines.append(f"  --{name}  ({option.allowed}; default: {quoted(option.default)})")
-                lines += _indented(option.doc)
-                for line in known_names(name):
-                    lines += _indented(line)
+                for text in (option.doc, *known_names(name)):
+                    lines += textwrap.wrap(INDENT + text, 100, subsequent_indent=INDENT)
     return "\n".join(lines)
 
 
@@ -123,7 +123,3 @@ def known_names(option: str) -> list[str]:
     if option == "training.dataset":
         return [f"{dataset}: {spec.description}" for dataset, spec in DATASETS.items()]
     return []
-
-
-def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")

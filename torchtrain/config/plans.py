@@ -212,11 +212,10 @@ def plan_validation(
 def plan_schedule(section: LRScheduler, training_steps: int) -> Schedule:
     """Settle warm-up and decay: what does not fit into the run is cut, first the decay."""
     total = section.total_steps or training_steps
-    if section.warmup_steps is None:
-        wanted_warmup = max(2, int(section.warmup_ratio * total))
-    else:
-        wanted_warmup = section.warmup_steps
-    warmup = min(wanted_warmup, total)
+    warmup = section.warmup_steps
+    if warmup is None:
+        warmup = max(2, int(section.warmup_ratio * total))
+    warmup = min(warmup, total)
     decay = total - warmup
     if section.decay_ratio is not None:
         decay = min(decay, round(section.decay_ratio * total))

@@ -18,8 +18,7 @@ from torchtrain.config.options import Option, options, print_help, wants_help
 from torchtrain.config.schema import SECTIONS, Config
 from torchtrain.config.toml import quoted, shortened
 from torchtrain.errors import ConfigError, UserError
-
-COMMAND_LINE = "command line"
+from torchtrain.utils import plural
 
 # key = word, where the word is neither quoted nor a value of TOML's.
 BARE_VALUE = re.compile(r"\s*[\w.-]+\s*=\s*(?P<word>[\w./~:@-]*[A-Za-z/~][\w./~:@-]*)\s*(#.*)?")
@@ -52,9 +51,8 @@ class Report:
         """Raise all faults as one ConfigError, where there are any."""
         if not self.lines:
             return
-        heading = "1 fault" if len(self.lines) == 1 else f"{len(self.lines)} faults"
-        indented = [f"  {line}" for line in self.lines]
-        raise ConfigError("\n".join([f"The configuration has {heading}:", *indented]))
+        heading = f"The configuration has {plural(len(self.lines), 'fault')}:"
+        raise ConfigError("\n  ".join([heading, *self.lines]))
 
 
 def read_config(
@@ -97,10 +95,15 @@ def read_config(
     for clash in check(config, world_size or None):
         if not report.unreliable.intersection(clash.keys):
             origins = {origin[key] for key in clash.keys if key in origin}
-            names = [source.name for source in sources if source.name in origins]
-            report.lines.append(f"{', '.join(names) or 'defaults'}: {clash.text}")
+            where = ", ".join(source.name for source in sources if source.name in origins)
+            report.lines.append(f"{where or 'defaults'}: {clash.text}")
     report.raise_if_any()
-    return config, [*_note_foreign(sources), *find_idle_options(config)]
+    notes = find_idle_options(config)
+    foreign = [name for source in sources for name in source.values if name not in options()]
+    if foreign:
+        names = ", ".join(dict.fromkeys(foreign))
+        notes.insert(0, f"options of torchtitan that have nothing to do here: {names}")
+    return config, notes
 
 
 def _check_alone(source: Source, report: Report) -> None:
@@ -126,16 +129,6 @@ def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str
     return Config.model_validate(merged), origin
 
 
-def _note_foreign(sources: list[Source]) -> list[str]:
-    """Return a line that names torchtitan's options that were taken, where there are any."""
-    names = [name for source in sources for name in source.values if name not in options()]
-    if not names:
-        return []
-    return [
-        f"options of torchtitan that have nothing to do here: {', '.join(dict.fromkeys(names))}"
-    ]
-
-
 def _launched_world_size(report: Report) -> int:
     text = os.environ.get("WORLD_SIZE", "1")
     world_size = int(text) if text.isdecimal() else 0
@@ -147,7 +140,7 @@ def _launched_world_size(report: Report) -> int:
 
 def read_command_line(args: list[str]) -> Source:
     """Read the arguments; their values are checked later, by `value_fault`."""
-    source = Source(COMMAND_LINE)
+    source = Source("command line")
     rest = list(args)
     while rest:
         argument = rest.pop(0)
@@ -249,20 +242,16 @@ def _locate(message: str, text: str) -> str:
     if numbers:
         line, column = int(numbers[1]), int(numbers[2])
     elif location:  # "end of document"
-        last = text.rstrip("\n")
-        line = last.count("\n") + 1
-        column = len(last) - last.rfind("\n")
+        lines = text.rstrip("\n").split("\n")
+        line, column = len(lines), len(lines[-1]) + 1
     else:
         return f"not TOML: {problem}"
     if problem == "Cannot overwrite a value":
         problem = "this key was given before; give it once"
     code = text.split("\n")[line - 1]
-    is_value = problem == "Invalid value" or problem.startswith("Expected newline")
-    hint = _hint_for_bare_value(code) if is_value else None
-    return (
-        f"not TOML: line {line}, column {column}: {hint or problem}\n"
-        f"      {line} | {shortened(code)}"
-    )
+    if problem.startswith(("Invalid value", "Expected newline")):
+        problem = _hint_for_bare_value(code) or problem
+    return f"not TOML: line {line}, column {column}: {problem}\n      {line} | {shortened(code)}"
 
 
 def _hint_for_bare_value(code: str) -> str | None:
