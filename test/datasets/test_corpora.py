@@ -15,7 +15,7 @@ import pytest
 
 from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.cache_folder import cache_root
-from torchtrain.datasets.corpora import Corpus
+from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files, read_stdlib
 from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.token_cache import open_token_cache
@@ -357,6 +357,17 @@ def test_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="changed while it was read"):
         open_token_cache(changing, tokenizer, tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+
+
+def test_corpus_that_changes_between_its_two_readings_is_refused(tmp_path, tokenizer):
+    """It is read once for its contents, and again for its tokens."""
+    readings = iter(["one", "two"])
+    corpus = Corpus(
+        "made up", [], [lambda: iter([Document(next(readings), "here")])], revision="unchanged"
+    )
+    with pytest.raises(UserError, match="made up changed while it was read"):
+        open_token_cache(corpus, tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("tokens/*/manifest.json"))
 
 
 def test_empty_corpus_is_refused(tmp_path, tokenizer):
