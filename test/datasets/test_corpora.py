@@ -239,6 +239,29 @@ def test_large_vocabulary_takes_four_bytes(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(2, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+)
+def test_ids_have_two_bytes_while_all_fit(vocab_size, dtype):
+    other = load_tokenizer(DEBUG_MODEL)
+    other.vocab_size = vocab_size
+    assert token_cache.dtype_for(other) == np.dtype(dtype)
+
+
+def test_another_tokenizer_has_a_cache_of_its_own(tmp_path, tokenizer):
+    corpus = read_files("text", write(tmp_path / "corpus", a="text"), "")
+    other = load_tokenizer(DEBUG_MODEL)
+    other.bos_id = 7
+    other.fingerprint = "another"
+    first, second = (
+        open_token_cache(corpus, each, tmp_path / "cache").tokens.tolist()
+        for each in (tokenizer, other)
+    )
+    assert (first[0], second[0]) == (tokenizer.bos_id, 7)
+    assert first[1:] == second[1:]
+    assert open_token_cache(corpus, tokenizer, tmp_path / "cache").tokens.tolist() == first
+
+
 @pytest.fixture
 def opened(tokenizer, logged):
     """opened(corpus): the fingerprint of its cache, opened as a new process would, and the first
