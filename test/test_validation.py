@@ -245,11 +245,12 @@ def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
     assert 7 < found["val_loss"] < 9
 
 
+@pytest.mark.parametrize("batch_size", [8, 3])
 @pytest.mark.parametrize(("steps", "sequences"), [(-1, 177), (1, 8), (2, 16), (1000, 177)])
-def test_steps_are_batches_of_the_global_batch_size(data, device, steps, sequences):
-    config = JobConfig().parse_args(
-        options({**data, **ON, "validation.steps": steps}), world_size=1
-    )
+def test_steps_are_batches_of_the_global_batch_size(data, device, steps, sequences, batch_size):
+    """Also where the batches that are evaluated do not divide them."""
+    given = {**ON, "validation.steps": steps, "validation.local_batch_size": batch_size}
+    config = JobConfig().parse_args(options({**data, **given}), world_size=1)
     validator = set_up(config, device).validator
     counts = []
     validator.run(
