@@ -12,17 +12,22 @@ from typing import TextIO
 
 logger = logging.getLogger("torchtrain")
 
-BOLD = "\x1b[1m"
-DIM = "\x1b[2m"
-RED = "\x1b[31m"
-GREEN = "\x1b[32m"
-YELLOW = "\x1b[33m"
-BLUE = "\x1b[34m"
-RESET = "\x1b[0m"
 CLEAR_LINE = "\r\x1b[K"
 
 LINE_WIDTH = 100
 """Columns that a line may take where the output is not a terminal."""
+
+
+class Color:
+    """How a terminal is told to draw what follows."""
+
+    BOLD = "\x1b[1m"
+    DIM = "\x1b[2m"
+    RED = "\x1b[31m"
+    GREEN = "\x1b[32m"
+    YELLOW = "\x1b[33m"
+    BLUE = "\x1b[34m"
+    RESET = "\x1b[0m"
 
 
 def draw_progress(text: str) -> None:
@@ -73,8 +78,8 @@ class _Handler(logging.Handler):
             return text
         label = record.levelname.lower()
         if self.color:
-            color = RED if record.levelno >= logging.ERROR else YELLOW
-            label = f"{color}{label}{RESET}"
+            color = Color.RED if record.levelno >= logging.ERROR else Color.YELLOW
+            label = f"{color}{label}{Color.RESET}"
         return f"{label}: {text}"
 
 

@@ -20,17 +20,7 @@ import torch
 
 from torchtrain.config.schema import Metrics
 from torchtrain.errors import UserError
-from torchtrain.logging_utils import (
-    BLUE,
-    BOLD,
-    DIM,
-    GREEN,
-    RESET,
-    YELLOW,
-    line_width,
-    logger,
-    use_color,
-)
+from torchtrain.logging_utils import Color, line_width, logger, use_color
 from torchtrain.utils import METRICS_FILE
 
 GIB = 2**30
@@ -82,12 +72,12 @@ class Column:
 
 # From the most important to the least: where the line gets too long, its last columns are dropped.
 FIRST_COLUMNS = (
-    Column("loss", "loss", "{:.4f}", GREEN),
-    Column("val_loss", "val_loss", "{:.4f}", GREEN),
-    Column("bits/byte", "val_bits_per_byte", "{:.4f}", GREEN),
-    Column("norm", "grad_norm", "{:.3f}", YELLOW),
+    Column("loss", "loss", "{:.4f}", Color.GREEN),
+    Column("val_loss", "val_loss", "{:.4f}", Color.GREEN),
+    Column("bits/byte", "val_bits_per_byte", "{:.4f}", Color.GREEN),
+    Column("norm", "grad_norm", "{:.3f}", Color.YELLOW),
     Column("lr", "lr", "{:.2e}"),
-    Column("tok/s", "tokens_per_second", "{:,.0f}", BLUE),
+    Column("tok/s", "tokens_per_second", "{:,.0f}", Color.BLUE),
     Column("mfu", "mfu", "{:.1%}"),
 )
 # Added metrics stand here.
@@ -289,7 +279,7 @@ class MetricsLogger:
         return self._format_line(cells)
 
     def _format_progress(self, step: int) -> tuple[str, str, str]:
-        return "step", f"{step:>{len(str(self.total_steps))}}/{self.total_steps}", BOLD
+        return "step", f"{step:>{len(str(self.total_steps))}}/{self.total_steps}", Color.BOLD
 
     def _format_line(self, cells: list[tuple[str, str, str]]) -> str:
         """Return label, value and color of each cell as one line that does not wrap."""
@@ -301,7 +291,7 @@ class MetricsLogger:
                 break
             room -= 2  # between this cell and the next
             if self.color:
-                shown.append(f"{DIM}{label}{RESET} {color}{value}{RESET}")
+                shown.append(f"{Color.DIM}{label}{Color.RESET} {color}{value}{Color.RESET}")
             else:
                 shown.append(f"{label} {value}")
         return "  ".join(shown)

@@ -51,9 +51,6 @@ def describe(trainer: Trainer) -> RunFacts:
     facts = find_facts(trainer)
     config, plan = trainer.config, trainer.plan
     training = config.training
-    layout = [plan.degrees.describe()]
-    if plan.pipeline is not None:
-        layout.append(plan.pipeline.describe())
     logger.info(
         f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
         f"{facts.world_size} x {facts.device}, outputs in {config.job.dump_folder}"
@@ -62,7 +59,7 @@ def describe(trainer: Trainer) -> RunFacts:
         f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters: "
         f"{plan.shape.describe()}"
     )
-    logger.info(f"layout     {'; '.join(layout)}")
+    logger.info(f"layout     {plan.describe_layout()}")
     logger.info(f"batch      {plan.batch.describe(training.seq_len)}")
     logger.info(
         f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "

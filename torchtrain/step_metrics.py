@@ -138,7 +138,7 @@ class StepMetrics:
             terms.append(value.total)
             if value.reduce == "mean":
                 terms.append(torch.tensor(value.count, dtype=torch.float64))
-        row = _as_row(terms, device)
+        row = torch.stack([term.to(device) for term in terms])
 
         by_rank = _gather(row[:FIRST_GATHER], FIRST_GATHER)
         signatures = by_rank[:, 0].tolist()
@@ -173,19 +173,6 @@ class StepMetrics:
                 column += 1
         numbers = torch.stack(results).tolist() if results else []
         return dict(zip(names, numbers, strict=True))
-
-
-def _as_row(terms: list[Tensor], device: torch.device) -> Tensor:
-    """Return 0-dim terms as one fp64 tensor on `device`; those from the CPU go there together."""
-    row = torch.zeros(len(terms), dtype=torch.float64)
-    for index, term in enumerate(terms):
-        if term.device.type == "cpu":
-            row[index] = term
-    row = row.to(device)
-    for index, term in enumerate(terms):
-        if term.device.type != "cpu":
-            row[index] = term
-    return row
 
 
 def _gather(row: Tensor, width: int) -> Tensor:

@@ -110,6 +110,12 @@ class RunPlan:
     validation: ValidationPlan
     schedule: Schedule
 
+    def describe_layout(self) -> str:
+        """Return how the ranks share the model, in words."""
+        if self.pipeline is None:
+            return self.degrees.describe()
+        return f"{self.degrees.describe()}; {self.pipeline.describe()}"
+
 
 def plan_run(
     config: Config,

@@ -7,12 +7,9 @@ from torchtrain.config.sources import DataSource
 
 def summarize(config: Config, plan: RunPlan) -> list[str]:
     """Return what a run of a checked config would do, a line per subject."""
-    layout = plan.degrees.describe()
-    if plan.pipeline is not None:
-        layout += f"; {plan.pipeline.describe()}"
     lines = [
         f"model      {config.model.name} {config.model.flavor}: {plan.shape.describe()}",
-        f"layout     {layout}",
+        f"layout     {plan.describe_layout()}",
         f"batch      {plan.batch.describe(config.training.seq_len)}",
         f"data       {_describe_sources(plan.sources)}",
     ]
