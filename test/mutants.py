@@ -350,7 +350,7 @@ MUTANTS = {
         ),
         (
             "a pipeline's activations are whole sequences",
-            "seq_len // degrees.cp // count_sequence_shards(config.parallelism)",
+            "seq_len // degrees.cp // layout.count_sequence_shards(config.parallelism)",
             "seq_len // degrees.cp",
         ),
         (
@@ -995,7 +995,7 @@ MUTANTS = {
         ),
         (
             "the state's step is not checked",
-            'if saved.get("samples_consumed") != consumed:',
+            'if saved["samples_consumed"] != consumed:',
             "if False:",
         ),
         (
@@ -1153,8 +1153,8 @@ MUTANTS = {
         ),
         (
             "only the first token of each chunk is hashed",
-            "digest.update(np.ascontiguousarray(chunk).data)",
-            "digest.update(np.ascontiguousarray(chunk[:1]).data)",
+            "digest.update(chunk.data)",
+            "digest.update(chunk[:1].data)",
         ),
     ],
     "torchtrain/datasets/token_cache.py": [
@@ -1180,7 +1180,7 @@ MUTANTS = {
         ),
         (
             "a corpus that changes between its two readings is kept",
-            "        if meter.contents() != self.contents:\n",
+            "        if contents != self.contents:\n",
             "        if False:\n",
         ),
         (
@@ -1190,7 +1190,7 @@ MUTANTS = {
         ),
         (
             "documents are hashed without their lengths",
-            '            self._digest.update(len(data).to_bytes(8, "little"))\n',
+            '            digest.update(len(data).to_bytes(8, "little"))\n',
             "",
         ),
         (
@@ -1343,10 +1343,10 @@ MUTANTS = {
             "if optimizer is not None and source.marker.world_size == dist.get_world_size():",
             "if optimizer is not None:",
         ),
-        ("random states are not restored", "            set_random_states(random)\n", ""),
+        ("random states are not restored", "            state.set_random_states(random)\n", ""),
         (
             "numbers of the optimizer are not restored",
-            "            take_numbers(weights, optimizer, tensors)\n",
+            "            state.take_numbers(weights, optimizer, tensors)\n",
             "",
         ),
         (

@@ -50,8 +50,8 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 # Lines of code: blank lines, comments and docstrings do not count.
 LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 7500, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1000,
-    "datasets": 1800,
+    "config": 1450,
+    "datasets": 2160,
     "parallelisms": 1800,
     "checkpoint": 700,
     "models": 800,

@@ -24,7 +24,7 @@ from helpers.checkpoints import (
 from helpers.forking import in_group
 from torch.distributed.tensor import DTensor
 
-from torchtrain.checkpoint import Checkpointer, checkpointer, storage
+from torchtrain.checkpoint import Checkpointer, state, storage
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def elsewhere(run: Path):
 
 SAVE_FAULTS = {
     "a full disk": (1, storage.HashingFile, "write", no_space, "rank 1.*No space left"),
-    "no memory": (1, checkpointer, "list_random_states", no_memory, "no memory for"),
+    "no memory": (1, state, "list_random_states", no_memory, "no memory for"),
     "index": (0, storage.HashingFileSystem, "rename", no_space, "rank 0.*No space left"),
 }
 """By name: on which rank, what is replaced, and what all ranks say."""

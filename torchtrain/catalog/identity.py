@@ -61,6 +61,9 @@ ROUNDING = (
 # They matter only where the rotary frequencies are scaled.
 SCALING_DETAILS = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len")
 
+Sections = Mapping[str, Mapping[str, Any]]
+"""A config by section and key."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
@@ -90,9 +93,7 @@ def show(value: Any) -> str:
     return "unset" if value is None else json.dumps(value)
 
 
-def find_saved_model(
-    config: Mapping[str, Mapping[str, Any]], shape: Mapping[str, Any] | None
-) -> ModelIdentity:
+def find_saved_model(config: Sections, shape: Mapping[str, Any] | None) -> ModelIdentity:
     """Return which model a checkpoint holds, by its config and its shape.
 
     Old checkpoints have no shape. It is what their config and the flavors of their time give.
@@ -104,8 +105,7 @@ def find_saved_model(
     if "name" not in section or "flavor" not in section:
         raise SharedUserError("the checkpoint's config does not say which model it holds")
     if shape is None:
-        overrides = {field.name: section.get(field.name) for field in fields(ModelShape)}
-        shape = asdict(legacy_shape(section["name"], section["flavor"], overrides))
+        shape = asdict(legacy_shape(section["name"], section["flavor"], section))
     return ModelIdentity(family=section["name"], shape=shape)
 
 
@@ -122,13 +122,13 @@ def compare_models(saved: ModelIdentity, current: ModelIdentity) -> list[Differe
         field.name: field.default for field in fields(ModelShape) if field.default is not MISSING
     }
     before = {**defaults, **saved.shape}
-    now = {**defaults, **current.shape}
+    now = current.shape
     ignored: set[str] = set()
     if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:
         ignored.update(SCALING_DETAILS)
     if before["vocab_size"] == 0 or now["vocab_size"] == 0:
         ignored.add("vocab_size")
-    for key in dict.fromkeys([*current.shape, *now, *before]):
+    for key in {**now, **before}:
         if key not in ignored and before.get(key) != now.get(key):
             found.append(Difference(f"model.{key}", before.get(key), now.get(key)))
     return found
@@ -169,10 +169,6 @@ def require_same_model(
         f"{text}\nFor the checkpoint's model set {settings}. To load its weights into this one "
         "all the same, set checkpoint.accept_changed_model = true"
     )
-
-
-Sections = Mapping[str, Mapping[str, Any]]
-"""A config by section and key."""
 
 
 def describe_changes(saved: Sections, current: Sections, defaults: Sections) -> tuple[str, bool]:

@@ -184,7 +184,7 @@ def find_family(name: str) -> Family:
 
 
 def resolve_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> ModelShape:
-    """Return the flavor's shape with every override that is not None in place of its value.
+    """Return the flavor's shape under the overrides: keys of [model], of which None is none.
 
     Raises:
         UserError: unknown family or flavor; names those that exist.
@@ -196,7 +196,11 @@ def resolve_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> Model
         raise UserError(
             f"model.flavor = {flavor!r} is unknown; allowed: {', '.join(flavors)}{hint}"
         )
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given = {
+        field: overrides[field]
+        for field in ModelShape.__dataclass_fields__
+        if overrides.get(field) is not None
+    }
     return replace(flavors[flavor], **given)
 
 
@@ -210,7 +214,7 @@ def legacy_shape(name: str, flavor: str, overrides: Mapping[str, Any]) -> ModelS
     Args:
         name: `model.name` in the checkpoint's config.
         flavor: `model.flavor` in it.
-        overrides: its other keys of [model] that are fields of a shape; None is no override.
+        overrides: its keys of [model]; None is no override.
 
     Raises:
         UserError: unknown family or flavor.

@@ -13,31 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchtrain.checkpoint.commit import (
-    MARKER,
-    STATE,
-    Marker,
-    Progress,
-    Source,
-    commit,
-    find_altered,
-    inspect,
-    read_progress,
-    set_aside,
-    set_aside_unusable,
-)
-from torchtrain.checkpoint.state import (
-    Weights,
-    check_tensors,
-    first_few,
-    list_random_states,
-    list_states,
-    list_training_state,
-    list_weights,
-    measure,
-    set_random_states,
-    take_numbers,
-)
+import torchtrain.checkpoint.commit as commit
+import torchtrain.checkpoint.state as state
+from torchtrain.checkpoint.commit import MARKER, STATE, Marker, Progress, Source
+from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors, write_tensors
 from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import SharedUserError, UserError
@@ -87,7 +66,7 @@ class Checkpointer:
         """
         if not self.config.enable or self.config.load_only:
             return
-        measured = self._together(lambda: measure(weights, optimizer))
+        measured = self._together(lambda: state.measure(weights, optimizer))
         sizes: dict[str, int] = {}
         for of_rank in gathered(measured, self.group):
             sizes.update(of_rank)  # a tensor that several ranks share counts once
@@ -118,16 +97,16 @@ class Checkpointer:
         try:
             tensors = self._together(
                 lambda: {
-                    **list_weights(weights),
-                    **list_states(weights, optimizer),
-                    **list_random_states(weights),
+                    **state.list_weights(weights),
+                    **state.list_states(weights, optimizer),
+                    **state.list_random_states(weights),
                 }
             )
             written = write_tensors(temporary, tensors, self.group)
             files = {}
             for records in gathered(written, self.group):
                 files.update(records)
-            self._on_rank_zero(lambda: commit(temporary, target, progress, files))
+            self._on_rank_zero(lambda: commit.commit(temporary, target, progress, files))
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -195,20 +174,20 @@ class Checkpointer:
             optimizer = None
         metadata = self._together(lambda: read_index(source))
         entries = list_entries(metadata)
-        tensors = self._together(lambda: list_training_state(weights, optimizer, entries))
+        tensors = self._together(lambda: state.list_training_state(weights, optimizer, entries))
         everyones: set[str] = set().union(*gathered(list(tensors), self.group))
         converted = self._together(
-            lambda: check_tensors(source, entries, tensors, everyones, optimizer)
+            lambda: state.check_tensors(source, entries, tensors, everyones, optimizer)
         )
         random: dict[str, Tensor] = {}
         if optimizer is not None and source.marker.world_size == dist.get_world_size():
-            random = list_random_states(weights, entries)
+            random = state.list_random_states(weights, entries)
         read_tensors(source, metadata, tensors | random, self.group)
         if optimizer is not None:
-            take_numbers(weights, optimizer, tensors)
-            set_random_states(random)
+            state.take_numbers(weights, optimizer, tensors)
+            state.set_random_states(random)
         if converted:
-            logger.info(f"{source.path}: weights are converted: {first_few(converted)}")
+            logger.info(f"{source.path}: weights are converted: {state.first_few(converted)}")
         if not random and optimizer is not None:
             logger.info(
                 f"random states are not restored: {source.marker.world_size} ranks or other "
@@ -240,7 +219,7 @@ class Checkpointer:
     def _list_complete(self) -> list[int]:
         """Return the steps that are complete, newest first."""
         steps, _ = self._list()
-        return [step for step in steps if isinstance(inspect(self._path(step)), Marker)]
+        return [step for step in steps if isinstance(commit.inspect(self._path(step)), Marker)]
 
     # Saving
 
@@ -284,10 +263,10 @@ class Checkpointer:
         """Make a temporary folder; None: the step is complete already. Set aside an incomplete."""
         self._make_folder()
         if target.exists():
-            found = inspect(target)
+            found = commit.inspect(target)
             if isinstance(found, Marker):
                 return None
-            set_aside_unusable(target, found)
+            commit.set_aside_unusable(target, found)
         temporary = self.folder / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}"
         temporary.mkdir()
         return temporary
@@ -341,15 +320,15 @@ class Checkpointer:
 
         Rank 0 looks at names and sizes, then each rank hashes a share of the files.
         """
-        marker = self._on_rank_zero(lambda: inspect(path))
+        marker = self._on_rank_zero(lambda: commit.inspect(path))
         if isinstance(marker, str):
             return marker
         share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
-        altered = self._together(lambda: find_altered(path, share, marker))
+        altered = self._together(lambda: commit.find_altered(path, share, marker))
         for fault in gathered(altered, self.group):
             if fault is not None:
                 return fault
-        progress = self._on_rank_zero(lambda: read_progress(path))
+        progress = self._on_rank_zero(lambda: commit.read_progress(path))
         if marker.step != progress.step:
             raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
         return Source(path=path, progress=progress, model_only=model_only, marker=marker)
@@ -359,7 +338,7 @@ class Checkpointer:
         if self.config.load_only:
             logger.warning(f"the checkpoint {path} is passed over: {fault}")
         else:
-            self._on_rank_zero(lambda: set_aside_unusable(path, fault))
+            self._on_rank_zero(lambda: commit.set_aside_unusable(path, fault))
 
     def _supersede(self, step: int) -> None:
         """Set aside the checkpoints of steps that are taken again."""
@@ -367,7 +346,7 @@ class Checkpointer:
         for later in steps:
             if later > step:
                 path = self._path(later)
-                target = set_aside(path, "superseded")
+                target = commit.set_aside(path, "superseded")
                 logger.warning(
                     f"this run resumes from step {step}: its {path.name} is now {target.name}"
                 )

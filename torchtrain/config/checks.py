@@ -7,16 +7,8 @@ from torchtrain.catalog.datasets import find_dataset
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.optimizers import find_optimizer
 from torchtrain.catalog.schedules import SCHEDULES
+from torchtrain.config import layout
 from torchtrain.config.faults import Fault
-from torchtrain.config.layout import (
-    DEGREE_KEYS,
-    PIPELINE_KEYS,
-    check_batch,
-    count_sequence_shards,
-    plan_batch,
-    plan_degrees,
-    plan_stages,
-)
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.schema import Config
 from torchtrain.config.sources import DataSource, plan_sources
@@ -26,6 +18,9 @@ from torchtrain.errors import UserError
 # What gives a model its shape where no other key of [model] does.
 FLAVOR_KEYS = ("model.name", "model.flavor")
 
+# What a pipeline's stages and microbatches depend on.
+PIPELINE_KEYS = (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS)
+
 # What the user's own code may add names to.
 NAMED_BY_USERS = (
     *FLAVOR_KEYS,
@@ -34,6 +29,9 @@ NAMED_BY_USERS = (
     "data.mixture",
     "validation.dataset",
 )
+
+
+Faults = Iterator[Fault]
 
 
 def check(config: Config, world_size: int | None) -> list[Fault]:
@@ -53,7 +51,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
     ]
 
 
-def _catch(check: Callable[..., object], *arguments: object) -> Iterator[Fault]:
+def _catch(check: Callable[..., object], *arguments: object) -> Faults:
     """Yield the user error that `check` raises as a fault."""
     try:
         check(*arguments)
@@ -67,7 +65,7 @@ def _must_divide(
     numbers: dict[str, int],
     note: str = "",
     depends_on: tuple[str, ...] = FLAVOR_KEYS,
-) -> Iterator[Fault]:
+) -> Faults:
     """Yield a fault for each number, given by its key, that the divisor does not divide.
 
     `note` says why the divisor is not the value of its own key.
@@ -77,7 +75,7 @@ def _must_divide(
             yield Fault(f"{key} = {divisor}{note} must divide {divided} = {number}", depends_on)
 
 
-def _check_tokenizer(config: Config) -> Iterator[Fault]:
+def _check_tokenizer(config: Config) -> Faults:
     model = config.model
     if model.tokenizer_path is not None and model.hf_assets_path is not None:
         yield Fault(
@@ -86,7 +84,7 @@ def _check_tokenizer(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_model(config: Config) -> Iterator[Fault]:
+def _check_model(config: Config) -> Faults:
     try:
         shape = plan_shape(config.model)
     except UserError as fault:
@@ -97,7 +95,7 @@ def _check_model(config: Config) -> Iterator[Fault]:
     yield from _check_sharing(config, shape)
 
 
-def _check_heads(config: Config, shape: ModelShape) -> Iterator[Fault]:
+def _check_heads(config: Config, shape: ModelShape) -> Faults:
     yield from _must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
     head_width, rest = divmod(shape.dim, shape.n_heads)
     if rest == 0 and head_width % 2:
@@ -113,7 +111,7 @@ def _check_heads(config: Config, shape: ModelShape) -> Iterator[Fault]:
     yield from _must_divide("model.n_kv_heads", shape.n_kv_heads, heads, note)
 
 
-def _check_rope(shape: ModelShape) -> Iterator[Fault]:
+def _check_rope(shape: ModelShape) -> Faults:
     low, high = shape.rope_low_freq_factor, shape.rope_high_freq_factor
     if shape.rope_scaling_factor > 1 and high <= low:
         yield Fault(
@@ -123,7 +121,7 @@ def _check_rope(shape: ModelShape) -> Iterator[Fault]:
         )
 
 
-def _check_sharing(config: Config, shape: ModelShape) -> Iterator[Fault]:
+def _check_sharing(config: Config, shape: ModelShape) -> Faults:
     """Check that heads and features can be shared by the tensor- and context-parallel ranks."""
     parallelism = config.parallelism
     tp = parallelism.tensor_parallel_degree
@@ -140,7 +138,7 @@ def _check_sharing(config: Config, shape: ModelShape) -> Iterator[Fault]:
         )
 
 
-def _check_data(config: Config) -> Iterator[Fault]:
+def _check_data(config: Config) -> Faults:
     data = config.data
     try:
         sources = plan_sources(config.training, data)
@@ -157,7 +155,7 @@ def _check_data(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_held_out(config: Config, sources: list[DataSource]) -> Iterator[Fault]:
+def _check_held_out(config: Config, sources: list[DataSource]) -> Faults:
     """Check that documents to validate on can be held out, where no others are named."""
     if not config.validation.enable or config.validation.dataset is not None:
         return
@@ -172,7 +170,7 @@ def _check_held_out(config: Config, sources: list[DataSource]) -> Iterator[Fault
         )
 
 
-def _check_validation(config: Config) -> Iterator[Fault]:
+def _check_validation(config: Config) -> Faults:
     validation = config.validation
     if not validation.enable:
         return
@@ -188,21 +186,21 @@ def _check_validation(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_degrees(config: Config, world_size: int | None) -> Iterator[Fault]:
+def _check_degrees(config: Config, world_size: int | None) -> Faults:
     if world_size is None:
         return
     try:
-        degrees = plan_degrees(config.parallelism, world_size)
-        plan_batch(config.training, degrees.data_parallel)
+        degrees = layout.plan_degrees(config.parallelism, world_size)
+        layout.plan_batch(config.training, degrees.data_parallel)
     except UserError as fault:
-        yield Fault(str(fault), DEGREE_KEYS)
+        yield Fault(str(fault), layout.DEGREE_KEYS)
 
 
-def _check_sequence(config: Config) -> Iterator[Fault]:
+def _check_sequence(config: Config) -> Faults:
     """Check what context and sequence parallelism need of the sequence length and of documents."""
     parallelism = config.parallelism
     cp = parallelism.context_parallel_degree
-    shards = count_sequence_shards(parallelism)
+    shards = layout.count_sequence_shards(parallelism)
     factor = cp * shards
     reason = f"parallelism.context_parallel_degree = {cp}"
     if cp > 1 and parallelism.context_parallel_load_balancer == "headtail":
@@ -225,7 +223,7 @@ def _check_sequence(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_pipeline(config: Config, world_size: int | None) -> Iterator[Fault]:
+def _check_pipeline(config: Config, world_size: int | None) -> Faults:
     """Check the split of the model, what the schedule needs, and what it makes of a batch."""
     parallelism = config.parallelism
     ranks = parallelism.pipeline_parallel_degree
@@ -244,30 +242,37 @@ def _check_pipeline(config: Config, world_size: int | None) -> Iterator[Fault]:
     except UserError:  # reported by _check_model
         return
     try:
-        stages = len(plan_stages(parallelism, layer_names))
+        stages = len(layout.plan_stages(parallelism, layer_names))
     except UserError as fault:
         text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
-        yield Fault(text, (*DEGREE_KEYS, *PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"))
+        yield Fault(
+            text, (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers")
+        )
         return
     yield from _check_pipeline_batch(config, world_size, stages)
 
 
-def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -> Iterator[Fault]:
+def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -> Faults:
     parallelism = config.parallelism
     try:
-        degrees = plan_degrees(parallelism, world_size or parallelism.pipeline_parallel_degree)
-        batch_size = plan_batch(config.training, degrees.data_parallel).microbatch_size
+        degrees = layout.plan_degrees(
+            parallelism, world_size or parallelism.pipeline_parallel_degree
+        )
+        batch_size = layout.plan_batch(config.training, degrees.data_parallel).microbatch_size
     except UserError:  # reported by _check_degrees
         return
     try:
-        check_batch(parallelism, batch_size, stages)
+        layout.check_batch(parallelism, batch_size, stages)
     except UserError as fault:
         # How many microbatches there are depends on the world size, whether they divide does not.
         if world_size is not None or batch_size % parallelism.pipeline_parallel_microbatch_size:
-            yield Fault(str(fault), (*DEGREE_KEYS, *PIPELINE_KEYS, "training.global_batch_size"))
+            yield Fault(
+                str(fault),
+                (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS, "training.global_batch_size"),
+            )
 
 
-def _check_folders(config: Config) -> Iterator[Fault]:
+def _check_folders(config: Config) -> Faults:
     for key, folder in list_output_folders(config).items():
         inside = folder.parts and ".." not in folder.parts
         if not folder.is_absolute() and not inside:
@@ -281,7 +286,7 @@ def _check_folders(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_profiling(config: Config) -> Iterator[Fault]:
+def _check_profiling(config: Config) -> Faults:
     profiling = config.profiling
     window = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and window > profiling.profile_freq:
@@ -293,7 +298,7 @@ def _check_profiling(config: Config) -> Iterator[Fault]:
         )
 
 
-def _check_compile(config: Config) -> Iterator[Fault]:
+def _check_compile(config: Config) -> Faults:
     if config.compile.enable and "model" in config.compile.components:
         return
     needs = 'is done by the compiler: it needs compile.enable = true and "model" in '

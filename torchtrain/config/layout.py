@@ -4,13 +4,7 @@ import math
 from bisect import bisect
 from dataclasses import dataclass
 
-from torchtrain.catalog.schedules import (
-    check_microbatches,
-    check_split,
-    check_stages,
-    default_stages,
-    split_evenly,
-)
+from torchtrain.catalog import schedules
 from torchtrain.config.schema import Parallelism, Training
 from torchtrain.errors import UserError
 
@@ -141,20 +135,19 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
 
 
 def plan_batch(
-    training: Training, data_parallel_degree: int, saved_global_batch_size: int | None = None
+    training: Training, ranks: int, saved_global_batch_size: int | None = None
 ) -> BatchPlan:
     """Split the global batch over ranks, and a rank's share into the largest equal microbatches.
 
     Args:
         training: the section.
-        data_parallel_degree: ranks that read different sequences.
+        ranks: the data-parallel degree, ranks that read different sequences.
         saved_global_batch_size: the resumed checkpoint's, which -1 stands for.
 
     Raises:
         UserError: the degree does not divide the global batch; names the nearest degrees, and
             batches, that do.
     """
-    ranks = data_parallel_degree
     total = training.global_batch_size
     if total == -1:
         total = saved_global_batch_size or training.local_batch_size * ranks
@@ -208,19 +201,19 @@ def plan_stages(parallelism: Parallelism, layer_names: list[str]) -> list[list[s
         return [layer_names]
     given = parallelism.module_fqns_per_model_part
     if given is not None:
-        check_split(given, layer_names)
-        check_stages(schedule, len(given), ranks)
+        schedules.check_split(given, layer_names)
+        schedules.check_stages(schedule, len(given), ranks)
         return given
     first = parallelism.pipeline_parallel_first_stage_less_layers
     last = parallelism.pipeline_parallel_last_stage_less_layers
     layers_per_stage = parallelism.pipeline_parallel_layers_per_stage
     if layers_per_stage is None:
-        stages = default_stages(schedule, ranks)
+        stages = schedules.default_stages(schedule, ranks)
     else:
         blocks = len(layer_names) - 3  # all but tok_embeddings, norm and output
         stages = math.ceil((blocks + first + last) / layers_per_stage)
-    check_stages(schedule, stages, ranks)
-    return split_evenly(layer_names, stages, first, last)
+    schedules.check_stages(schedule, stages, ranks)
+    return schedules.split_evenly(layer_names, stages, first, last)
 
 
 def check_batch(parallelism: Parallelism, batch_size: int, stages: int) -> None:
@@ -240,7 +233,7 @@ def check_batch(parallelism: Parallelism, batch_size: int, stages: int) -> None:
         )
     ranks = parallelism.pipeline_parallel_degree
     try:
-        check_microbatches(schedule, batch_size // size, stages, ranks)
+        schedules.check_microbatches(schedule, batch_size // size, stages, ranks)
     except UserError as fault:
         raise UserError(
             f"parallelism.pipeline_parallel_schedule: {fault} (a rank's batch is {batch_size}, "

@@ -59,20 +59,16 @@ def find_idle_options(config: Config) -> list[str]:
         value = get_value(config, other)
         if value == idle_value or (idle_value is SET and value is not None):
             state = "is unset" if value is None else f"= {quoted(value)}"
-            for key in _changed(config, keys):
-                found.setdefault(key, f"has no effect while {other} {state}")
+            for key in keys:
+                if get_value(config, key) != options()[key].default:
+                    found.setdefault(key, f"has no effect while {other} {state}")
     datasets = {source.dataset for source in plan_sources(config.training, config.data)}
-    if datasets == {"tokens"}:
-        for key in _changed(config, ("data.streaming",)):
-            found[key] = "has no effect: token files are read in place"
-    if "tokens" not in {*datasets, config.validation.dataset}:
-        for key in _changed(config, ("data.token_dtype",)):
-            found[key] = 'has no effect: no data source is a token file (dataset "tokens")'
+    if config.data.streaming and datasets == {"tokens"}:
+        found["data.streaming"] = "has no effect: token files are read in place"
+    if config.data.token_dtype and "tokens" not in {*datasets, config.validation.dataset}:
+        text = 'has no effect: no data source is a token file (dataset "tokens")'
+        found["data.token_dtype"] = text
     return [f"{key} = {quoted(get_value(config, key))} {text}" for key, text in found.items()]
-
-
-def _changed(config: Config, keys: tuple[str, ...]) -> list[str]:
-    return [key for key in keys if get_value(config, key) != options()[key].default]
 
 
 def get_value(config: Config, name: str) -> Any:

@@ -9,15 +9,7 @@ from typing import Literal
 
 from torchtrain.catalog.models import ModelShape, resolve_shape
 from torchtrain.catalog.schedules import SCHEDULES
-from torchtrain.config.layout import (
-    BatchPlan,
-    Degrees,
-    check_batch,
-    count_sequence_shards,
-    plan_batch,
-    plan_degrees,
-    plan_stages,
-)
+from torchtrain.config import layout
 from torchtrain.config.schema import Config, LRScheduler, Model
 from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
 from torchtrain.errors import UserError
@@ -97,13 +89,13 @@ class Schedule:
 class RunPlan:
     """Everything that follows from the config and the world size."""
 
-    degrees: Degrees
+    degrees: layout.Degrees
     shape: ModelShape
     stages: list[list[str]]
     """Layer names of each pipeline stage; one stage without a pipeline."""
     sequence_shards: int
     """Tensor-parallel ranks over which a sequence is split between the products; 1: not split."""
-    batch: BatchPlan
+    batch: layout.BatchPlan
     pipeline: PipelinePlan | None
     """How a microbatch passes through the pipeline, where there is one."""
     sources: list[DataSource]
@@ -141,16 +133,16 @@ def plan_run(
     shape = plan_shape(config.model)
     if tokenizer_size is not None:
         shape = replace(shape, vocab_size=plan_vocabulary(config.model, shape, tokenizer_size))
-    degrees = plan_degrees(parallelism, world_size)
-    stages = plan_stages(parallelism, shape.layer_names)
-    batch = plan_batch(config.training, degrees.data_parallel, global_batch_size)
+    degrees = layout.plan_degrees(parallelism, world_size)
+    stages = layout.plan_stages(parallelism, shape.layer_names)
+    batch = layout.plan_batch(config.training, degrees.data_parallel, global_batch_size)
     if degrees.pp > 1:
-        check_batch(parallelism, batch.microbatch_size, len(stages))
+        layout.check_batch(parallelism, batch.microbatch_size, len(stages))
     return RunPlan(
         degrees=degrees,
         shape=shape,
         stages=stages,
-        sequence_shards=count_sequence_shards(parallelism),
+        sequence_shards=layout.count_sequence_shards(parallelism),
         batch=batch,
         pipeline=plan_pipeline(
             config,
@@ -166,7 +158,7 @@ def plan_run(
 
 
 def plan_pipeline(
-    config: Config, degrees: Degrees, *, stages: int, batch_size: int, seq_len: int
+    config: Config, degrees: layout.Degrees, *, stages: int, batch_size: int, seq_len: int
 ) -> PipelinePlan | None:
     """Return how `batch_size` sequences of `seq_len` tokens pass through a pipeline of `stages`.
 
@@ -186,13 +178,13 @@ def plan_pipeline(
         microbatches=batch_size // microbatch_size,
         microbatch_size=microbatch_size,
         seq_len=seq_len // degrees.cp,
-        activation_len=seq_len // degrees.cp // count_sequence_shards(config.parallelism),
+        activation_len=seq_len // degrees.cp // layout.count_sequence_shards(config.parallelism),
         whole_backward=SCHEDULES[schedule].splits_backward and (compiled or recomputes),
     )
 
 
 def plan_validation(
-    config: Config, degrees: Degrees, batch: BatchPlan, stages: int
+    config: Config, degrees: layout.Degrees, batch: layout.BatchPlan, stages: int
 ) -> ValidationPlan:
     """Return what to validate on, and when.
 
@@ -241,8 +233,7 @@ def plan_shape(model: Model) -> ModelShape:
     Raises:
         UserError: unknown family or flavor.
     """
-    fields = set(ModelShape.__dataclass_fields__)
-    return resolve_shape(model.name, model.flavor, model.model_dump(include=fields))
+    return resolve_shape(model.name, model.flavor, model.model_dump())
 
 
 def plan_vocabulary(model: Model, shape: ModelShape, tokenizer_size: int) -> int:

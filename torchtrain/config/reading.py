@@ -47,13 +47,6 @@ class Report:
         self.lines.append(f"{where}: {fault.text}")
         self.unreliable.update(fault.keys)
 
-    def raise_if_any(self) -> None:
-        """Raise all faults as one ConfigError, where there are any."""
-        if not self.lines:
-            return
-        heading = f"The configuration has {plural(len(self.lines), 'fault')}:"
-        raise ConfigError("\n  ".join([heading, *self.lines]))
-
 
 def read_config(
     args_list: list[str] | None = None, world_size: int | None = None
@@ -97,7 +90,9 @@ def read_config(
             origins = {origin[key] for key in clash.keys if key in origin}
             where = ", ".join(source.name for source in sources if source.name in origins)
             report.lines.append(f"{where or 'defaults'}: {clash.text}")
-    report.raise_if_any()
+    if report.lines:
+        heading = f"The configuration has {plural(len(report.lines), 'fault')}:"
+        raise ConfigError("\n  ".join([heading, *report.lines]))
     notes = find_idle_options(config)
     foreign = [name for source in sources for name in source.values if name not in options()]
     if foreign:
@@ -118,13 +113,13 @@ def _check_alone(source: Source, report: Report) -> None:
 
 def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str]]:
     """Return the values that are not in doubt, later sources first, and where each comes from."""
-    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    merged: dict[str, dict[str, Any]] = {}
     origin = {}
     for source in sources:
         for name, value in source.values.items():
             if name in options() and name not in report.unreliable:
                 section, _, key = name.partition(".")
-                merged[section][key] = value
+                merged.setdefault(section, {})[key] = value
                 origin[name] = source.name
     return Config.model_validate(merged), origin
 

@@ -20,10 +20,7 @@ from torchtrain.datasets.token_stream import Position
 DataState = dict[str, Any]
 
 OPTIONS = {
-    "corpus": (
-        "the corpus' contents (training.dataset, training.dataset_path, data.text_key, "
-        "[validation])"
-    ),
+    "corpus": "the corpus' contents (training.dataset, its path, data.text_key, [validation])",
     "tokenizer": "the tokenizer (model.tokenizer_path)",
     "seq_len": "training.seq_len",
     "seed": "debug.seed",
@@ -39,8 +36,8 @@ NOT_OF_DATASET = ("samples_consumed", "origin", "global_batch_size", "source", "
 
 
 def upgrade(saved: DataState) -> DataState:
-    """Return a saved state in today's form; of a state that lacks entries, those are missing."""
-    if "dataset" in saved or "samples_consumed" not in saved:
+    """Return a saved state in today's form; entries that it lacks are empty or 0."""
+    if "dataset" in saved:
         return saved
     dataset: dict[str, Any] = {}
     sources: dict[int, dict[str, Any]] = {}
@@ -57,7 +54,7 @@ def upgrade(saved: DataState) -> DataState:
         dataset["sources"] = [sources[number] for number in sorted(sources)]
     step, sample = saved.get("origin", (0, 0))
     return {
-        "samples_consumed": saved["samples_consumed"],
+        "samples_consumed": saved.get("samples_consumed"),
         "origin": {"step": step, "sample": sample},
         "global_batch_size": saved.get("global_batch_size", 0),
         "name": saved.get("source"),
@@ -92,7 +89,7 @@ def differences(saved: DataState, current: DataState) -> list[str]:
 
 def find_tokenizers(state: DataState) -> set[str]:
     """Return the fingerprints of the tokenizers that made the samples; none of an empty state."""
-    entries = flatten(upgrade(state).get("dataset", {}))
+    entries = flatten(upgrade(state)["dataset"])
     return {value for key, value in entries.items() if key.startswith("tokenizer")}
 
 

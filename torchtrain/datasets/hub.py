@@ -108,8 +108,7 @@ def _faults_named(table: _Table) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # they have no common base
-        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        problem = lines[0] if lines else repr(error)
+        problem = str(error.__cause__ or error).strip().partition("\n")[0] or repr(error)
         raise UserError(f"{table.name} cannot be read: {problem}") from error
 
 

@@ -272,12 +272,11 @@ class DataLoader:
         """
         saved = upgrade(saved)
         origin = saved.get("origin", {"step": 0, "sample": 0})
-        steps = step - origin["step"]
-        consumed = origin["sample"] + steps * saved.get("global_batch_size", 0)
-        if saved.get("samples_consumed") != consumed:
+        consumed = origin["sample"] + (step - origin["step"]) * saved["global_batch_size"]
+        if saved["samples_consumed"] != consumed:
             raise UserError(
                 f"the data state in the checkpoint is not of step {step}: the samples consumed so "
-                f"far are {saved.get('samples_consumed')} in the checkpoint, {consumed} by its "
+                f"far are {saved['samples_consumed']} in the checkpoint, {consumed} by its "
                 "step and batch"
             )
         self._origin_step = origin["step"]

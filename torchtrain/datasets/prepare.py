@@ -29,7 +29,7 @@ if __name__ == "__main__":
     exit_without_dependencies()
 
 from torchtrain.config.plans import find_tokenizer
-from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
+from torchtrain.config.sources import plan_sources, plan_validation_sources
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.open import open_tokens
 from torchtrain.datasets.token_cache import Shards, encode_shard
@@ -54,14 +54,12 @@ def encode_in_workers(
     context = get_context("spawn")
     watched, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_work, initargs=(watched,))
-    ahead = deque(
-        pool.submit(_work, tokenizer_file, texts) for texts in islice(shards, AHEAD * workers)
-    )
+    work = (pool.submit(_work, tokenizer_file, texts) for texts in shards)
+    ahead = deque(islice(work, AHEAD * workers))
     try:
         while ahead:
             yield ahead.popleft().result()
-            for texts in islice(shards, 1):
-                ahead.append(pool.submit(_work, tokenizer_file, texts))
+            ahead.extend(islice(work, 1))
     except BrokenProcessPool as error:
         raise UserError(
             f"one of {workers} tokenizing processes was killed, as happens when memory runs out. "
@@ -127,7 +125,10 @@ def prepare(config: JobConfig, workers: int) -> None:
     Raises:
         UserError: there is none, or whatever is wrong with one.
     """
-    sources = _sources_to_prepare(config)
+    sources = plan_sources(config.training, config.data, config.validation)
+    if config.data.streaming:
+        sources = [source for source in sources if source.dataset == "tokens"]
+    sources += plan_validation_sources(config)
     if not sources:
         raise UserError(
             "data.streaming = true: the run tokenizes documents as it reads them; none to prepare"
@@ -138,14 +139,6 @@ def prepare(config: JobConfig, workers: int) -> None:
     for source in sources:
         tokens = open_tokens(source, config.data, tokenizer, encode)
         print(f"ready: {tokens.manifest.describe()}", flush=True)
-
-
-def _sources_to_prepare(config: JobConfig) -> list[DataSource]:
-    sources = []
-    for source in plan_sources(config.training, config.data, config.validation):
-        if source.dataset == "tokens" or not config.data.streaming:
-            sources.append(source)
-    return [*sources, *plan_validation_sources(config)]
 
 
 if __name__ == "__main__":

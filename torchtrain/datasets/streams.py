@@ -49,7 +49,7 @@ class StreamDataset(Dataset):
         ]
 
     def identity(self) -> Identity:
-        return dict(self._identity)
+        return self._identity
 
     def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
         return sample_ids % len(self.streams)

@@ -100,39 +100,26 @@ Encode = Callable[[Shards], Iterator[tuple[int, bytes]]]
 """From each shard, in order, to its number of documents and its tokens as the file holds them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class _Contents:
-    """What reading a corpus through has shown."""
+    """What reading a corpus through shows."""
 
-    fingerprint: str
-    """Hash of every text with its length, in order."""
-    documents: int
-    bytes: int
+    documents: int = 0
+    bytes: int = 0
+    fingerprint: str = ""
+    """Hash of every text with its length, in order; empty until the last was read."""
 
-
-class _Meter:
-    """Adds up what goes by."""
-
-    def __init__(self) -> None:
-        self.documents = 0
-        self.bytes = 0
-        self._digest = hashlib.sha256()
-
-    def texts(self, documents: Iterable[Document]) -> Iterator[str]:
-        """Hand on the texts of the documents."""
+    def read(self, documents: Iterable[Document]) -> Iterator[str]:
+        """Hand on the texts of the documents, and add them up."""
+        digest = hashlib.sha256()
         for document in documents:
             data = document.text.encode("utf-8")
             self.documents += 1
             self.bytes += len(data)
-            self._digest.update(len(data).to_bytes(8, "little"))
-            self._digest.update(data)
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
             yield document.text
-
-    def contents(self) -> _Contents:
-        """Return what has gone by."""
-        return _Contents(
-            fingerprint=self._digest.hexdigest(), documents=self.documents, bytes=self.bytes
-        )
+        self.fingerprint = digest.hexdigest()
 
 
 def open_token_cache(
@@ -157,11 +144,15 @@ def open_token_cache(
     cache = _load(folder / _key(known["fingerprint"], tokenizer)) if known else None
     if cache is None:  # else nothing is written, which this user may not be allowed to
         with locked(folder, name) as progress:
-            contents = _find_contents(corpus, seen, progress)
+            read = partial(_read_through, corpus, progress)
+            facts = find_facts(corpus.name, seen, partial(corpus_state, corpus), read)
+            contents = _Contents(**facts)
             target = folder / _key(contents.fingerprint, tokenizer)
             building = folder / f"{name}.building-{target.name}"
             cache = _load(target, warn=True)
-            _remove_leftovers(folder, name, keep=None if cache else building)
+            for leftover in folder.glob(f"{name}.building-*"):  # of processes that were killed
+                if cache or leftover != building:
+                    shutil.rmtree(leftover)
             if cache is None:
                 encode = encode or partial(encode_here, tokenizer)
                 _Build(corpus, contents, tokenizer, building, target).run(encode, progress)
@@ -187,22 +178,16 @@ def corpus_state(corpus: Corpus) -> tuple[str, int]:
     return short_hash([state, corpus.revision or "", corpus.on_bad_row]), newest
 
 
-def _find_contents(corpus: Corpus, seen: Path, progress: Progress) -> _Contents:
-    """Return the contents of a corpus as kept in `seen`, or read it through."""
-    read = partial(_read_through, corpus, progress)
-    return _Contents(**find_facts(corpus.name, seen, partial(corpus_state, corpus), read))
-
-
 def _read_through(corpus: Corpus, progress: Progress) -> dict[str, Any]:
-    meter = _Meter()
-    for _ in meter.texts(corpus.documents()):
-        progress.show(f"reading {corpus.name}: {meter.bytes / 1e6:,.0f} MB")
+    contents = _Contents()
+    for _ in contents.read(corpus.documents()):
+        progress.show(f"reading {corpus.name}: {contents.bytes / 1e6:,.0f} MB")
     skipped = corpus.skipped.describe() if corpus.skipped.counts else ""
-    if meter.documents == 0:
+    if contents.documents == 0:
         raise UserError(f"{corpus.name} holds no text" + (f" ({skipped})" if skipped else ""))
     if skipped:
         logger.warning(f"{corpus.name}: {skipped}")
-    return asdict(meter.contents())
+    return asdict(contents)
 
 
 def _load(folder: Path, *, warn: bool = False) -> TokenCache | None:
@@ -221,13 +206,6 @@ def _load(folder: Path, *, warn: bool = False) -> TokenCache | None:
         if warn:
             logger.warning(f"the token cache {folder} is damaged and will be rebuilt: {error}")
         return None
-
-
-def _remove_leftovers(folder: Path, name: str, keep: Path | None) -> None:
-    """Remove the builds of processes that were killed; the lock is ours."""
-    for leftover in folder.glob(f"{name}.building-*"):
-        if leftover != keep:
-            shutil.rmtree(leftover)
 
 
 def dtype_for(tokenizer: Tokenizer) -> np.dtype:
@@ -275,15 +253,16 @@ class _Build:
 
     def _tokenize(self, encode: Encode, progress: Progress) -> None:
         itemsize = dtype_for(self.tokenizer).itemsize
-        meter = _Meter()
-        (self.building / "cache").mkdir(parents=True, exist_ok=True)
-        with open(self.building / "cache" / "tokens.bin", "ab") as file:
+        contents = _Contents()
+        cache = self.building / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "tokens.bin", "ab") as file:
             finished = read_json(self.building / "progress.json")
             documents, tokens = finished.get("documents", 0), finished.get("tokens", 0)
             if file.tell() < tokens * itemsize:
                 documents = tokens = 0
             file.truncate(tokens * itemsize)
-            missing = islice(meter.texts(self.corpus.documents()), documents, None)
+            missing = islice(contents.read(self.corpus.documents()), documents, None)
             first, started = documents, time.monotonic()
             for number, data in encode(in_batches(missing, SHARD_CHARACTERS)):
                 file.write(data)
@@ -295,7 +274,7 @@ class _Build:
                 write_durably(self.building / "progress.json", json.dumps(finished))
                 per_second = (documents - first) / (time.monotonic() - started)
                 progress.show(self._describe_progress(documents, per_second))
-        if meter.contents() != self.contents:
+        if contents != self.contents:
             (self.building / "progress.json").unlink(missing_ok=True)
             raise UserError(
                 f"{self.corpus.name} changed while it was read; start again when nothing writes "

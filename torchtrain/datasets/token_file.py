@@ -43,7 +43,15 @@ def open_token_file(
     file = expand_user(path)
     with user_errors_when_reading(f"the token file {path!r}"):
         tokens = _map(file, dtype, dtype_for(tokenizer))
-    facts = _find_facts(file, tokens, root)
+    folder = root / "tokens"
+    key = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
+    with locked(folder, key) as progress:
+        facts = find_facts(
+            f"the token file {str(file)!r}",
+            folder / f"{key}.seen.json",
+            partial(files_state, [file]),
+            partial(_read_through, file, tokens, progress),
+        )
     lowest, highest = facts["lowest"], facts["highest"]
     if not 0 <= lowest <= highest < tokenizer.vocab_size:
         raise UserError(
@@ -104,25 +112,12 @@ def _map_npy(file: Path) -> np.ndarray:
     return tokens
 
 
-def _find_facts(file: Path, tokens: np.ndarray, root: Path) -> dict[str, Any]:
-    """Return hash, lowest and highest id: as kept, or read while other processes wait."""
-    folder = root / "tokens"
-    key = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
-    with locked(folder, key) as progress:
-        return find_facts(
-            f"the token file {str(file)!r}",
-            folder / f"{key}.seen.json",
-            partial(files_state, [file]),
-            partial(_read_through, file, tokens, progress),
-        )
-
-
 def _read_through(file: Path, tokens: np.ndarray, progress: Progress) -> dict[str, Any]:
     digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
     lowest = highest = int(tokens[0])
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
-        digest.update(np.ascontiguousarray(chunk).data)
+        digest.update(chunk.data)
         lowest = min(lowest, int(chunk.min()))
         highest = max(highest, int(chunk.max()))
         progress.show(f"checking {file}: {start / len(tokens):4.0%}")

@@ -35,11 +35,6 @@ class Position(NamedTuple):
     token: int = 0
     """Token in the row's document, BOS being 0."""
 
-    @property
-    def document(self) -> "Position":
-        """The position without sample and token: which document it is in."""
-        return self._replace(sample=0, token=0)
-
 
 Span = tuple[Position, np.ndarray]
 """Tokens, and the position of the first."""
@@ -102,7 +97,7 @@ class TokenStream:
 
     def _begin(self) -> Iterator[Span]:
         """Open the corpus at `start`."""
-        document = self.start.document
+        document = self.start._replace(sample=0, token=0)  # where it begins
         documents = self._read_documents(document)
         self._next_sample = self.start.sample
         if document != Position() or self.start.token > 0:
@@ -142,9 +137,8 @@ class TokenStream:
         has_document = first != Position()  # this epoch
         while True:
             for part in range(first_part, len(self.parts)):
-                rows = 0
+                row = -1
                 for row, content in enumerate(self._read_rows(part)):
-                    rows = row + 1
                     is_own = (rows_before + row - self._number) % self._count == 0
                     if row < first_row or not is_own:
                         continue
@@ -153,7 +147,7 @@ class TokenStream:
                         has_document = True
                         (tokens,) = encode_documents(self._tokenizer, [document.text])
                         yield Position(0, epoch, part, rows_before, row), tokens
-                rows_before += rows
+                rows_before += row + 1
                 first_row = 0
             if not has_document:
                 raise UserError(

@@ -139,19 +139,20 @@ class SentencePieceTokenizer:
         pieces = self._model.id_to_piece(list(range(self.vocab_size)))
         if any(re.search(f"[^{SPACE_MARK}]{SPACE_MARK}", piece) for piece in pieces):
             return None
-        whole = self._model.encode("a b")
-        if whole == self._model.encode("a") + self._model.encode(" b"):
+        encode = self._model.encode
+        if encode("a b") == encode("a") + encode(" b"):
             return True
-        if whole == self._model.encode("a") + self._model.encode("b"):
+        if encode("a b") == encode("a") + encode("b"):
             return False
         return None
 
     def _bytes_of_space_mark(self) -> list[int]:
         """Return the ids of U+2581's bytes; none if the model has none, or adds a space to cuts."""
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
-        spelled = self._model.encode("a") + ids + self._model.encode("b")
-        are_bytes = all(self._model.is_byte(id_) for id_ in ids)
-        is_kept = are_bytes and self._model.decode(spelled) == f"a{SPACE_MARK}b"
+        model = self._model
+        ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
+        spelled = model.encode("a") + ids + model.encode("b")
+        are_bytes = all(model.is_byte(id_) for id_ in ids)
+        is_kept = are_bytes and model.decode(spelled) == f"a{SPACE_MARK}b"
         return ids if is_kept else []
 
 
