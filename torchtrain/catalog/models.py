@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torchtrain.errors import UserError
 from torchtrain.utils import nearest
@@ -17,7 +17,7 @@ class ModelShape:
     n_layers: int
     """Number of transformer blocks."""
     n_heads: int
-    """Query heads H; the head width C is dim / n_heads, and even, since RoPE rotates pairs."""
+    """Query heads H."""
     n_kv_heads: int
     """Key/value heads K; divides n_heads. K = H is multi-head, K < H grouped-query attention."""
     ffn_hidden_dim: int
@@ -38,6 +38,51 @@ class ModelShape:
     """Wavelengths below rope_original_seq_len / this are unchanged; in between, interpolated."""
     rope_original_seq_len: int = 8192
     """Context length, in tokens, for which the unscaled frequencies were trained."""
+    head_width: int = 0
+    """Head width C, even, since RoPE rotates pairs; 0 means dim / n_heads."""
+    qk_norm: bool = False
+    """Whether each head of q and k is normalized before the rotation."""
+    n_experts: int = 0
+    """Experts E of a sparse layer; 0 makes every layer dense."""
+    experts_per_token: int = 2
+    """Experts that compute each token; at most n_experts."""
+    expert_hidden_dim: int = 0
+    """Feed-forward width of one expert; 0 means ffn_hidden_dim."""
+    n_shared_experts: int = 0
+    """Experts that compute every token, beside those that the router chooses."""
+    n_dense_layers: int = 0
+    """First layers that stay dense."""
+    sparse_every: int = 1
+    """Of the layers after those, every how many are sparse: the last of each group."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    """How a router's logits become scores: against each other, or each by itself."""
+    router_renormalize: bool = True
+    """Whether the scores of a token's experts are divided by their sum."""
+    router_scale: float = 1.0
+    """Factor of the scores, after that."""
+    router_bias: bool = False
+    """Whether a bias per expert takes part in the choice; see `[router] bias_update_rate`."""
+
+    @property
+    def width_per_head(self) -> int:
+        """Head width C."""
+        return self.head_width or self.dim // self.n_heads
+
+    @property
+    def width_per_expert(self) -> int:
+        """Feed-forward width of one expert."""
+        return self.expert_hidden_dim or self.ffn_hidden_dim
+
+    def is_sparse(self, layer: int) -> bool:
+        """Return whether this layer's feed-forward is one of experts."""
+        after_dense = layer - self.n_dense_layers
+        in_turn = (after_dense + 1) % self.sparse_every == 0
+        return self.n_experts > 0 and after_dense >= 0 and in_turn
+
+    @property
+    def n_sparse_layers(self) -> int:
+        """Number of layers with experts."""
+        return sum(self.is_sparse(layer) for layer in range(self.n_layers))
 
     @property
     def layer_names(self) -> list[str]:

@@ -15,23 +15,30 @@ class Attention(nn.Module):
     """Causal self-attention.
 
     With K < H each key/value head serves H/K query heads (Ainslie et al. 2023, arXiv:2305.13245).
+    Qwen3 (arXiv:2505.09388) normalizes each head of q and k.
     """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.head_width = shape.dim // shape.n_heads
+        self.head_width = shape.width_per_head
+        q_width = shape.n_heads * self.head_width
         kv_width = shape.n_kv_heads * self.head_width
-        self.wq = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.wq = nn.Linear(shape.dim, q_width, bias=False)
         self.wk = nn.Linear(shape.dim, kv_width, bias=False)
         self.wv = nn.Linear(shape.dim, kv_width, bias=False)
-        self.wo = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.wo = nn.Linear(q_width, shape.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_width, eps=shape.norm_eps) if shape.qk_norm else None
         self.inner_attention: nn.Module = CausalAttention()
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Mask | None = None) -> Tensor:
         """Take x [B, S, D] and rotations [S, 1, C/2], complex, to [B, S, D]."""
-        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, H, C]
-        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)  # [B, S, K, C]
+        q = self.wq(x).unflatten(-1, (-1, self.head_width))  # [B, S, H, C]
+        k = self.wk(x).unflatten(-1, (-1, self.head_width))  # [B, S, K, C]
         v = self.wv(x).unflatten(-1, (-1, self.head_width))  # [B, S, K, C]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotations), rotate(k, rotations)
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))  # heads before positions
         mixed = self.inner_attention(q, k, v, mask)  # [B, H, S, C]
         return self.wo(mixed.transpose(1, 2).flatten(2))

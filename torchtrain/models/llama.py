@@ -1,4 +1,4 @@
-"""The Llama model: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The Llama model, and its relatives by their shape: RMSNorm, rotary positions, SwiGLU or experts.
 
 Parameter names and the order of rotary pairs are those of Meta's checkpoints.
 
@@ -18,7 +18,17 @@ from torchtrain.catalog.models import ModelShape
 from torchtrain.models.attention import Attention
 from torchtrain.models.decoder import Decoder, Role
 from torchtrain.models.document_masking import Mask, build_document_mask
+from torchtrain.models.moe import SparseFeedForward
 from torchtrain.models.rotary import RotaryPositions
+
+
+WRITES_RESIDUAL = (
+    "attention.wo.weight",
+    "feed_forward.w2.weight",
+    "experts.w2",
+    "shared_experts.w2.weight",
+)
+"""Ends of the names of the matrices that write into the residual stream."""
 
 
 class Transformer(Decoder):
@@ -45,7 +55,7 @@ class Transformer(Decoder):
         self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim)
         self.rope = RotaryPositions(shape)
         self.layers = nn.ModuleDict(
-            {str(layer): TransformerBlock(shape) for layer in range(shape.n_layers)}
+            {str(layer): TransformerBlock(shape, layer) for layer in range(shape.n_layers)}
         )
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
@@ -74,7 +84,7 @@ class Transformer(Decoder):
             return 0.02 if self.shape.tied_embeddings else 1.0
         if name == "output.weight":
             return self.shape.dim**-0.5
-        if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+        if name.endswith(WRITES_RESIDUAL):
             layer = int(name.split(".")[1])
             return 0.02 / math.sqrt(2 * (layer + 1))
         return 0.02
@@ -84,23 +94,35 @@ class Transformer(Decoder):
 
         Counted as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311): 6 for each
         weight of a matrix product (embedding look-up and norms left out, the output projection
-        counted, tied or not), and 12·D·S per layer for the attention's two products over the whole
-        S × S square, of which a causal kernel computes only half. Recomputation is not counted.
+        counted, tied or not; of a sparse layer the router and the experts of one token), and
+        12·H·C·S per layer for the attention's two products over the whole S × S square, of which a
+        causal kernel computes only half. Recomputation is not counted.
         """
         shape = self.shape
-        kv_width = shape.n_kv_heads * shape.dim // shape.n_heads
-        block = shape.dim * (2 * shape.dim + 2 * kv_width + 3 * shape.ffn_hidden_dim)
-        weights = shape.n_layers * block + shape.vocab_size * shape.dim
-        return 6.0 * weights + 12.0 * shape.n_layers * shape.dim * seq_len
+        q_width = shape.n_heads * shape.width_per_head
+        kv_width = shape.n_kv_heads * shape.width_per_head
+        attention = shape.n_layers * shape.dim * 2 * (q_width + kv_width)
+        dense = (shape.n_layers - shape.n_sparse_layers) * 3 * shape.dim * shape.ffn_hidden_dim
+        experts = shape.experts_per_token + shape.n_shared_experts
+        sparse = shape.n_experts + experts * 3 * shape.width_per_expert
+        weights = attention + dense + shape.n_sparse_layers * shape.dim * sparse
+        weights += shape.vocab_size * shape.dim
+        return 6.0 * weights + 12.0 * shape.n_layers * q_width * seq_len
 
 
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each on the normalized residual stream and added to it."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.attention = Attention(shape)
-        self.feed_forward = FeedForward(shape)
+        self.is_sparse = shape.is_sparse(layer)
+        if self.is_sparse:
+            width = shape.n_shared_experts * shape.width_per_expert
+            shared = FeedForward(shape.dim, width) if width else None
+            self.moe = SparseFeedForward(shape, shared)
+        else:
+            self.feed_forward = FeedForward(shape.dim, shape.ffn_hidden_dim)
         # PyTorch's RMSNorm computes in fp32 whatever its input, and returns the input's type.
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
@@ -108,17 +130,18 @@ class TransformerBlock(nn.Module):
     def forward(self, h: Tensor, rotations: Tensor, mask: Mask | None = None) -> Tensor:
         """Take h [B, S, D] and rotations [S, 1, C/2], complex, to [B, S, D]."""
         h = h + self.attention(self.attention_norm(h), rotations, mask)
-        return h + self.feed_forward(self.ffn_norm(h))
+        feed_forward = self.moe if self.is_sparse else self.feed_forward
+        return h + feed_forward(self.ffn_norm(h))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) · w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(shape.dim, shape.ffn_hidden_dim, bias=False)
-        self.w2 = nn.Linear(shape.ffn_hidden_dim, shape.dim, bias=False)
-        self.w3 = nn.Linear(shape.dim, shape.ffn_hidden_dim, bias=False)
+        self.w1 = nn.Linear(dim, width, bias=False)
+        self.w2 = nn.Linear(width, dim, bias=False)
+        self.w3 = nn.Linear(dim, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x [B, S, D] to [B, S, D], with [B, S, F] between."""

@@ -52,7 +52,7 @@ def compute_frequencies(shape: ModelShape, device: torch.device) -> Tensor:
     `low` turns, and the frequency is divided by the factor; at least `high`, and it stays; between
     the two it is interpolated linearly in the number of turns.
     """
-    head_width = shape.dim // shape.n_heads
+    head_width = shape.width_per_head
     exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
     frequencies = 1.0 / shape.rope_theta**exponents
     if shape.rope_scaling_factor == 1.0:

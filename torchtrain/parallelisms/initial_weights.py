@@ -29,6 +29,8 @@ def materialize(model: Decoder, device: torch.device, seed: int, *, offload: boo
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             fill(whole, model.initial_std(name), seed_generator(name, seed, device))
             copy_slice(parameter, whole)
+        for buffer in model.buffers():
+            buffer.zero_()
 
 
 def seed_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
