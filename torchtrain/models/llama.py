@@ -21,7 +21,6 @@ from torchtrain.models.document_masking import Mask, build_document_mask
 from torchtrain.models.moe import SparseFeedForward
 from torchtrain.models.rotary import RotaryPositions
 
-
 WRITES_RESIDUAL = (
     "attention.wo.weight",
     "feed_forward.w2.weight",

@@ -70,10 +70,7 @@ class Router(nn.Module):
         """Route x [B, S, D]; `bias` [E] takes part in the choice, not in the weights."""
         shape = self.shape
         logits = self.gate(x)
-        if shape.router_scores == "softmax":
-            scores = logits.softmax(dim=-1)
-        else:
-            scores = logits.sigmoid()
+        scores = logits.softmax(dim=-1) if shape.router_scores == "softmax" else logits.sigmoid()
         experts = self._choose(scores if bias is None else scores + bias)
         weights = scores.gather(-1, experts)
         if shape.router_renormalize:
@@ -214,6 +211,9 @@ class Dispatch(nn.Module):
 
 class SparseFeedForward(nn.Module):
     """The weighted sum of what each token's experts make of it, and of the shared experts'."""
+
+    expert_bias: Tensor | None
+    """[E], fp32: part of the choice, where the shape asks for it."""
 
     def __init__(self, shape: ModelShape, shared_experts: nn.Module | None) -> None:
         super().__init__()
