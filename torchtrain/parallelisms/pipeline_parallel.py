@@ -14,7 +14,7 @@ Letters: B batch, S sequence, D model width, V vocabulary, L tokens of a sequenc
 holds between its blocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -200,15 +200,6 @@ class Pipeline:
         return runtime
 
 
-def list_steps(actions: Iterable[_Action | None]) -> list[_Action]:
-    """Return the actions without waiting, and those that are two at once one after the other."""
-    steps: list[_Action] = []
-    for action in actions:
-        if action is not None:
-            steps.extend(action.sub_actions or [action])
-    return steps
-
-
 def list_in_turn(plan: PipelinePlan, rank: int, ranks: int) -> list[_Action | None]:
     """Return all microbatches forward through each stage of a rank in turn, then back.
 
@@ -229,7 +220,7 @@ def drop_backwards(actions: list[_Action]) -> list[_Action]:
     (PyTorch's own evaluation cannot run the V-shaped schedules.)
     """
     backward = (FULL_BACKWARD, schedules.SEND_B, schedules.RECV_B, schedules.REDUCE_GRAD)
-    return [action for action in list_steps(actions) if action.computation_type not in backward]
+    return [action for action in actions if action.computation_type not in backward]
 
 
 def merge_backwards(actions: list[_Action | None]) -> list[_Action | None]:
@@ -239,10 +230,10 @@ def merge_backwards(actions: list[_Action | None]) -> list[_Action | None]:
     each, or fail, and a compiled one has a single backward.
     """
     changed: list[_Action | None] = []
-    for action in list_steps(actions):
-        if action.computation_type == schedules.BACKWARD_INPUT:
+    for action in actions:
+        if action is not None and action.computation_type == schedules.BACKWARD_INPUT:
             changed.append(action._replace(computation_type=FULL_BACKWARD))
-        elif action.computation_type != schedules.BACKWARD_WEIGHT:
+        elif action is not None and action.computation_type != schedules.BACKWARD_WEIGHT:
             changed.append(action)
     return changed
 
