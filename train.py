@@ -84,7 +84,7 @@ def train(
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
-                checkpointer.save(trainer.weights, trainer.optimizer, progress_of(trainer))
+                checkpointer.save(trainer.model_state, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
             collector.step(step)
             if step == first_step:
@@ -135,6 +135,8 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     losses = torch.cat(losses_by_sequence)
     if trainer.mesh.has("cp"):
         dist.all_reduce(losses, group=trainer.mesh.group("cp"))
+    if trainer.expert_balance is not None:
+        trainer.expert_balance.collect(trainer.step + 1)
     return losses.sum() / valid, (losses / valid_by_sequence.clamp(min=1)).max()
 
 
@@ -198,8 +200,10 @@ def describe_samples(loader: DataLoader, step: int) -> str:
 
 
 def optimizer_step(trainer: Trainer) -> None:
-    """Update the weights, set the next step's learning rate, and count the step."""
+    """Update weights and routers' biases, set the next step's learning rate, count the step."""
     trainer.optimizer.step()
+    if trainer.expert_balance is not None:
+        trainer.expert_balance.update_biases()
     trainer.lr_scheduler.step()
     trainer.optimizer.zero_grad()
     trainer.step += 1
@@ -279,7 +283,7 @@ def run(config: JobConfig, device: torch.device) -> None:
         on_rank_zero(lambda: folder.resume_at(trainer.step))
     else:
         on_rank_zero(lambda: folder.begin_afresh(list_output_folders(config).values()))
-    checkpointer.prepare(trainer.weights, trainer.optimizer)
+    checkpointer.prepare(trainer.model_state, trainer.optimizer)
     facts = describe(trainer)
     on_rank_zero(lambda: folder.describe_run(to_toml(config), asdict(facts)))
     metrics = together(lambda: open_metrics(trainer, folder, facts))

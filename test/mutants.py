@@ -237,8 +237,8 @@ MUTANTS = {
         ),
         (
             "weights alone bring the step along",
-            "        checkpointer.load(source, trainer.weights, None)\n        tokenizers",
-            "        checkpointer.load(source, trainer.weights, None)\n        trainer.step = saved.step\n        tokenizers",
+            "        checkpointer.load(source, trainer.model_state, None)\n        tokenizers",
+            "        checkpointer.load(source, trainer.model_state, None)\n        trainer.step = saved.step\n        tokenizers",
         ),
         (
             "a changed learning rate is not told",

@@ -223,7 +223,7 @@ def test_a_line_drops_its_last_columns_instead_of_wrapping(tmp_path, lines, monk
 
 
 def test_an_added_metric_stays_where_the_last_columns_go(tmp_path, lines):
-    added = {"router/max_load": 1.375}
+    added = {"router/max_load": 1.375, "router/layer_3/max_load": 1.0}
     log(metrics_logger(tmp_path, total=1000), [1, 999], loss=2.5, added=added)
     *_, line = lines()
     assert line == (
@@ -231,6 +231,7 @@ def test_an_added_metric_stays_where_the_last_columns_go(tmp_path, lines):
         "router/max_load 1.375  eta 0:00:02"
     )
     assert len(line) <= 100, "memory and data do not fit any more"
+    assert records(tmp_path)[-1]["router/layer_3/max_load"] == 1.0
 
 
 def test_every_column_of_the_trainers_own_fits_100_columns(tmp_path, lines):

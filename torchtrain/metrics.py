@@ -270,7 +270,8 @@ class MetricsLogger:
         if record["tokens_per_second"] is not None:
             seconds = (self.total_steps - record["step"]) * record["step_time_s"]
             values["eta"] = timedelta(seconds=round(seconds))
-        added = [Column(key, key, "{:.4g}") for key in record if "/" in key]
+        # Those of single layers, group/layer/name, are too many for the screen.
+        added = [Column(key, key, "{:.4g}") for key in record if key.count("/") == 1]
         cells = [self._format_progress(record["step"])]
         for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):
             value = values.get(column.key)

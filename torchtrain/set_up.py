@@ -26,8 +26,15 @@ from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
-from torchtrain.parallelisms.apply import Techniques, build_parts, collect_weights, find_own_stages
+from torchtrain.parallelisms.apply import (
+    Techniques,
+    build_parts,
+    collect_buffers,
+    collect_weights,
+    find_own_stages,
+)
 from torchtrain.parallelisms.context_parallel import shard_sequence
+from torchtrain.parallelisms.expert_balance import ExpertBalance
 from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.mesh import Mesh
@@ -61,7 +68,11 @@ class Trainer:
     parts: dict[int, Decoder]
     """This rank's pipeline stages by their number; without a pipeline the whole model, as 0."""
     weights: dict[str, nn.Parameter]
-    """Their parameters by their names in the whole model: what is updated and saved."""
+    """Their parameters by their names in the whole model: what the optimizer updates."""
+    buffers: dict[str, Tensor]
+    """Their buffers: with the weights, what is saved of the model."""
+    expert_balance: ExpertBalance | None
+    """None where no layer is sparse."""
     pipeline: Pipeline | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
@@ -79,6 +90,11 @@ class Trainer:
     """Optimizer steps taken."""
     tokens_seen: int = 0
     """Tokens that the whole job has trained on."""
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """What is saved of the model."""
+        return {**self.weights, **self.buffers}
 
     @property
     def tokens_per_step(self) -> int:
@@ -114,6 +130,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     weights = collect_weights(parts.values())
     optimizer = build_optimizer(weights, config.optimizer)
     losses = build_losses(config.compile)
+    expert_balance = build_expert_balance(config, plan, parts, device)
     stall_s = config.data.stall_timeout_seconds
     return Trainer(
         config=config,
@@ -123,6 +140,8 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         loader=DataLoader(dataset, plan.batch, mesh.data_rank, separators, stall_s),
         parts=parts,
         weights=weights,
+        buffers=collect_buffers(parts.values()),
+        expert_balance=expert_balance,
         pipeline=build_pipeline(config, plan, parts, mesh, device, losses),
         optimizer=optimizer,
         lr_scheduler=get_lr_scheduler(optimizer, config),
@@ -130,7 +149,10 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         shard=build_shard(config, mesh),
         loss_context=build_loss_context(config, mesh),
         validator=Validator(plan.validation, validation_set, plan.degrees, mesh.data_rank, device),
-        metric_sources=find_metric_sources(parts.values(), optimizer),
+        metric_sources=[
+            *([] if expert_balance is None else [expert_balance]),
+            *find_metric_sources(parts.values(), optimizer),
+        ],
     )
 
 
@@ -222,6 +244,22 @@ def build_model(
     return parts
 
 
+def build_expert_balance(
+    config: JobConfig, plan: RunPlan, parts: dict[int, Decoder], device: torch.device
+) -> ExpertBalance | None:
+    """Build what keeps the experts evenly loaded, where there are any."""
+    if plan.shape.n_sparse_layers == 0:
+        return None
+    return ExpertBalance(
+        parts,
+        plan,
+        config.router,
+        config.training.seq_len,
+        device,
+        forces_balance=config.debug.moe_force_load_balance,
+    )
+
+
 def build_losses(compile_section: Compile) -> Losses:
     """Return the loss, compiled where the config asks for it."""
     if compile_section.enable and "loss" in compile_section.components:
@@ -263,7 +301,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
     saved = source.progress
     config = trainer.config
     if source.model_only:
-        checkpointer.load(source, trainer.weights, None)
+        checkpointer.load(source, trainer.model_state, None)
         tokenizers = find_tokenizers(saved.data)
         if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
             logger.warning(
@@ -273,7 +311,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None
         return
     accept = config.checkpoint.accept_changed_data
     together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
-    checkpointer.load(source, trainer.weights, trainer.optimizer)
+    checkpointer.load(source, trainer.model_state, trainer.optimizer)
     trainer.step = saved.step
     trainer.tokens_seen = saved.tokens_seen
     set_step(trainer.lr_scheduler, trainer.step)

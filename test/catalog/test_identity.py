@@ -81,6 +81,7 @@ CHANGES_NO_RESULT = (
     "metrics.peak_tflops",
     "lr_scheduler.log_schedule",
     "lr_scheduler.log_lr",
+    "router.log_layers_freq",
     "training.gc_freq",
     "training.gc_debug",
     "data.cache_folder",

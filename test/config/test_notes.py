@@ -56,6 +56,18 @@ IDLE = {
         "[checkpoint]\nenable = true\ninitial_load_model_only = false",
         ["has no effect while checkpoint.initial_load_path is unset"],
     ),
+    "balance of a dense model": (
+        "[router]\nz_loss_weight = 0.1",
+        ["router.z_loss_weight = 0.1 has no effect: the model has no sparse layer"],
+    ),
+    "forced balance of a dense model": (
+        "[debug]\nmoe_force_load_balance = true",
+        ["debug.moe_force_load_balance = true has no effect: the model has no sparse layer"],
+    ),
+    "rate of no bias": (
+        "[model]\nn_experts = 4\n[router]\nbias_update_rate = 0.1",
+        ["router.bias_update_rate = 0.1 has no effect while", "router_bias = false"],
+    ),
     "warning only": (
         "[debug]\ndeterministic_warn_only = true",
         ["has no effect", "debug.deterministic = false"],

@@ -113,6 +113,10 @@ SHOWN_BY = {
     ),
     "lr_scheduler.log_schedule": "test_schedule_line_can_be_turned_off",
     "lr_scheduler.log_lr": "test_log_lr_prints_step_and_rate_between_full_lines",
+    "router.bias_update_rate": "test_metrics_and_biases_are_those_by_hand",
+    "router.balance_loss_weight": "test_metrics_and_biases_are_those_by_hand",
+    "router.z_loss_weight": "test_metrics_and_biases_are_those_by_hand",
+    "router.log_layers_freq": "test_metrics_and_biases_are_those_by_hand",
     "training.dataset": "test_data_options_change_the_samples",
     "training.dataset_path": "test_data_options_change_the_samples",
     "training.local_batch_size": "test_the_curve_is_the_same",
@@ -186,6 +190,7 @@ SHOWN_BY = {
     "debug.deterministic": "test_debug_options",
     "debug.deterministic_warn_only": "test_debug_options",
     "debug.detect_anomaly": "test_debug_options",
+    "debug.moe_force_load_balance": "test_forced_balance_is_even",
 }
 
 

@@ -45,7 +45,6 @@ ASKING = {
     "comm.save_traces_folder": (None, '"comm_traces"'),
     "comm.save_traces_file_prefix": (None, '"rank_"'),
     "comm.mode": ('"fake_backend"', '"default"'),
-    "debug.moe_force_load_balance": ("true", "false"),
     "experimental.custom_args_module": ('"my.config"', '""'),
     "quantize": (None, "{ linear = { float8 = { emulate = true } } }"),
     "memory_estimation": (None, "{ disable_fake_mode = true }"),

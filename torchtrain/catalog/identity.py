@@ -20,6 +20,9 @@ RESULTS = (
     "optimizer.beta2",
     "optimizer.eps",
     "optimizer.weight_decay",
+    "router.bias_update_rate",
+    "router.balance_loss_weight",
+    "router.z_loss_weight",
     "training.max_norm",
     "training.document_masking",
     "training.mixed_precision_param",
@@ -30,6 +33,7 @@ RESULTS = (
     "validation.seq_len",
     "validation.freq",
     "validation.steps",
+    "debug.moe_force_load_balance",
     "experimental.custom_import",
 )
 """Keys that are free to change on resume and change what is computed: a change is stated."""

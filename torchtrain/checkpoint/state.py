@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torchtrain.checkpoint.commit import Source
 from torchtrain.errors import UserError
 
-Weights = Mapping[str, nn.Parameter]
-"""A rank's parameters by their names in the whole model, as sharded: what the optimizer updates.
-Tied ones come once."""
+Weights = Mapping[str, Tensor]
+"""A rank's parameters by their names in the whole model, as sharded, and its buffers, for which the
+optimizer has no state. Tied ones come once."""
 
 WHAT_TO_DO = "Choose another optimizer.name, or train without checkpoint.enable"
 

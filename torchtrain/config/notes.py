@@ -4,7 +4,8 @@ from typing import Any
 
 from torchtrain.config.layout import PIPELINE_KEYS
 from torchtrain.config.options import options
-from torchtrain.config.schema import Config
+from torchtrain.config.plans import plan_shape
+from torchtrain.config.schema import Config, Router
 from torchtrain.config.sources import plan_sources
 from torchtrain.config.toml import quoted
 
@@ -68,7 +69,25 @@ def find_idle_options(config: Config) -> list[str]:
     if config.data.token_dtype and "tokens" not in {*datasets, config.validation.dataset}:
         text = 'has no effect: no data source is a token file (dataset "tokens")'
         found["data.token_dtype"] = text
+    found.update(_find_idle_balance(config))
     return [f"{key} = {quoted(get_value(config, key))} {text}" for key, text in found.items()]
+
+
+def _find_idle_balance(config: Config) -> dict[str, str]:
+    """Return why options that spread tokens over experts have no effect, by their names."""
+    found = {}
+    shape = plan_shape(config.model)
+    if not shape.router_bias:
+        found["router.bias_update_rate"] = "has no effect while the model's router_bias = false"
+    if shape.n_sparse_layers == 0:
+        names = [f"router.{key}" for key in Router.model_fields]
+        for name in (*names, "debug.moe_force_load_balance"):
+            found[name] = "has no effect: the model has no sparse layer"
+    return {
+        name: text
+        for name, text in found.items()
+        if get_value(config, name) != options()[name].default
+    }
 
 
 def get_value(config: Config, name: str) -> Any:

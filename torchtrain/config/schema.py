@@ -168,6 +168,19 @@ class LRScheduler(Section):
     """Print the learning rate of every step, those between full lines included."""
 
 
+class Router(Section):
+    """How tokens are kept spread over the experts of a sparse model, and what is logged of it."""
+
+    bias_update_rate: NotNegative = 1e-3
+    """Change per step of an expert's bias, which raises it while its load is below the mean."""
+    balance_loss_weight: NotNegative = 0.0
+    """Weight in the loss of each sparse layer's balance over a sequence (DeepSeek-V3's)."""
+    z_loss_weight: NotNegative = 0.0
+    """Weight in the loss of each sparse layer's mean squared logsumexp of the router's logits."""
+    log_layers_freq: CountOrZero = 0
+    """Steps from one logging of each layer's own metrics to the next; 0 means never."""
+
+
 class Training(Section):
     """Data, batch, length and precision."""
 
@@ -355,6 +368,8 @@ class Debug(Section):
     """Make that error a warning."""
     detect_anomaly: bool = False
     """Find the operation whose gradient is NaN (slow)."""
+    moe_force_load_balance: bool = False
+    """Give each expert as many tokens as the others, whatever its scores: for benchmarks alone."""
 
 
 class Experimental(Section):
@@ -375,6 +390,7 @@ class Config(BaseModel):
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
+    router: Router = Router()
     training: Training = Training()
     data: Data = Data()
     parallelism: Parallelism = Parallelism()

@@ -45,7 +45,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "comm.save_traces_folder": ANY_VALUE,  # needs trace_buf_size
     "comm.save_traces_file_prefix": ANY_VALUE,
     "comm.mode": ("default",),
-    "debug.moe_force_load_balance": (False,),
     "experimental.custom_args_module": ("",),
     "quantize": ANY_VALUE,  # needs model.converters
     "memory_estimation": ANY_VALUE,

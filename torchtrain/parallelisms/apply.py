@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
@@ -121,3 +121,12 @@ def collect_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:
             if not is_copy:
                 weights[name] = parameter
     return weights
+
+
+def collect_buffers(parts: Iterable[Decoder]) -> dict[str, Tensor]:
+    """Return the buffers that belong to the model's state by their names in the whole model."""
+    buffers = {}
+    for part in parts:
+        names = part.state_dict().keys()
+        buffers.update({name: each for name, each in part.named_buffers() if name in names})
+    return buffers

@@ -21,7 +21,8 @@ CUTOFF = 3.0
 def materialize(model: Decoder, device: torch.device, seed: int, *, offload: bool = False) -> None:
     """Give a (sharded) model on the meta device its storage and initial weights, drawn on `device`.
 
-    With `offload` the storage is the host's memory; else it is on `device` too.
+    With `offload` the storage is the host's memory; else it is on `device` too. Buffers are zeros,
+    on `device` in any case, since FSDP brings there parameters alone.
     """
     model.to_empty(device="cpu" if offload else device)
     with torch.no_grad():
@@ -29,8 +30,9 @@ def materialize(model: Decoder, device: torch.device, seed: int, *, offload: boo
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             fill(whole, model.initial_std(name), seed_generator(name, seed, device))
             copy_slice(parameter, whole)
-        for buffer in model.buffers():
-            buffer.zero_()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def seed_generator(name: str, seed: int, device: torch.device) -> torch.Generator:

@@ -61,8 +61,8 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     config = JobConfig().parse_args(case["options"])
     trainer = set_up(config, device)
     set_timeout(config.comm.init_timeout_seconds, trainer.mesh.all_groups())
-    parameters = trainer.weights
-    results: dict[str, Any] = {"losses": [], "norms": [], "initial": gather(parameters)[0]}
+    initial, _ = gather(trainer.model_state)
+    results: dict[str, Any] = {"losses": [], "norms": [], "initial": initial}
     stop = train.StopRequest()
     for step in range(1, config.training.steps + 1):
         stopwatch = Stopwatch()
@@ -72,7 +72,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         loss, max_loss = train.forward_backward(trainer, microbatches)
         if step == 1:
             results["gradients"], _ = gather(
-                {name: parameter.grad for name, parameter in parameters.items()}
+                {name: weight.grad for name, weight in trainer.weights.items()}
             )
         norm = clip_grad_norm_(
             trainer.weights.values(), config.training.max_norm, trainer.mesh.group("pp")
@@ -81,7 +81,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         results["losses"] += [summary.loss, summary.max_loss]
         results["norms"].append(summary.grad_norm)
         train.optimizer_step(trainer)
-    results["weights"], results["drifted"] = gather(parameters)
+    results["weights"], results["drifted"] = gather(trainer.model_state)
     return {**results, "seconds": time.perf_counter() - started}
 
 
