@@ -400,8 +400,18 @@ MUTANTS = {
     "torchtrain/config/checks.py": [
         (
             "an odd head width is accepted",
-            "if rest == 0 and head_width % 2:",
-            "if rest == 0 and head_width % 1:",
+            "if shape.width_per_head % 2 and",
+            "if shape.width_per_head % 1 and",
+        ),
+        (
+            "more experts are chosen than there are",
+            "    if k > experts:\n",
+            "    if k > 2 * experts:\n",
+        ),
+        (
+            "a router that cannot learn is accepted",
+            "if k == 1 < experts and shape.router_renormalize:",
+            "if k < 1:",
         ),
         ("equal RoPE factors are accepted", "high <= low", "high < low"),
         (
@@ -567,13 +577,23 @@ MUTANTS = {
         ),
         (
             "the details of a scaling that is off are compared",
-            'if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:',
+            "if before.rope_scaling_factor == now.rope_scaling_factor == 1:",
             "if False:",
         ),
         (
             "the details of a scaling are never compared",
-            'if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:',
+            "if before.rope_scaling_factor == now.rope_scaling_factor == 1:",
             "if True:",
+        ),
+        (
+            "the details of experts that are not there are compared",
+            "if before.n_experts == now.n_experts == 0:",
+            "if False:",
+        ),
+        (
+            "a head width written out is another model",
+            "if before.width_per_head == now.width_per_head:",
+            "if False:",
         ),
         (
             "a field that an old checkpoint lacks is a difference",
@@ -608,8 +628,8 @@ MUTANTS = {
         ("the final norm is left out", "self.output(self.norm(h))", "self.output(h)"),
         (
             "no residual around the feed-forward",
-            "return h + self.feed_forward",
-            "return self.feed_forward",
+            "return h + feed_forward(",
+            "return feed_forward(",
         ),
         ("the gate is not activated", "F.silu(self.w1(x)) * self.w3(x)", "self.w1(x) * self.w3(x)"),
         (
@@ -641,26 +661,26 @@ MUTANTS = {
         ("a tied embedding starts at 1", "0.02 if self.shape.tied_embeddings else 1.0", "1.0"),
         (
             "w2 starts as wide as w1",
-            '"attention.wo.weight", "feed_forward.w2.weight"',
-            '"attention.wo.weight", "feed_forward.w4.weight"',
+            '    "feed_forward.w2.weight",',
+            '    "feed_forward.w4.weight",',
         ),
         (
             "flops leave out the key and value projections",
-            "2 * shape.dim + 2 * kv_width",
-            "2 * shape.dim + kv_width",
+            "2 * (q_width + kv_width)",
+            "(2 * q_width + kv_width)",
         ),
         (
             "flops count the attention's square once",
-            "12.0 * shape.n_layers * shape.dim",
-            "6.0 * shape.n_layers * shape.dim",
+            "12.0 * shape.n_layers * q_width",
+            "6.0 * shape.n_layers * q_width",
         ),
     ],
     "torchtrain/models/attention.py": [
         ("attention sees the future", "is_causal=True", "is_causal=False"),
         (
             "keys are not rotated",
-            "k = rotate(self.wk(x).unflatten(-1, (-1, self.head_width)), rotations)",
-            "k = self.wk(x).unflatten(-1, (-1, self.head_width))",
+            "rotate(q, rotations), rotate(k, rotations)",
+            "rotate(q, rotations), k",
         ),
     ],
     "torchtrain/models/rotary.py": [

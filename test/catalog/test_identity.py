@@ -16,7 +16,7 @@ from torchtrain.catalog.identity import (
     find_saved_model,
     require_same_model,
 )
-from torchtrain.catalog.models import FAMILIES, ModelShape, register_model
+from torchtrain.catalog.models import EXPERT_DETAILS, FAMILIES, ModelShape, register_model
 from torchtrain.config.options import options
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
@@ -142,17 +142,29 @@ CHANGED = {
     "rope_low_freq_factor": 2.0,
     "rope_high_freq_factor": 8.0,
     "rope_original_seq_len": 4096,
+    "head_width": 16,
+    "qk_norm": True,
+    "n_experts": 4,
+    "experts_per_token": 1,
+    "expert_hidden_dim": 48,
+    "n_shared_experts": 1,
+    "n_dense_layers": 1,
+    "sparse_every": 2,
+    "router_scores": "sigmoid",
+    "router_renormalize": False,
+    "router_scale": 2.5,
+    "router_bias": True,
 }
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_each_field_of_the_shape_is_compared(key):
     assert CHANGED.keys() == asdict(SHAPE).keys()
-    scaled = replace(SHAPE, rope_scaling_factor=32.0)
-    saved = asdict(scaled)[key]
-    found = compare_models(identity(scaled), identity(replace(scaled, **{key: CHANGED[key]})))
+    shape = replace(SHAPE, rope_scaling_factor=32.0, n_experts=8)
+    saved = asdict(shape)[key]
+    found = compare_models(identity(shape), identity(replace(shape, **{key: CHANGED[key]})))
     assert found == [Difference(f"model.{key}", saved, CHANGED[key])]
-    assert compare_models(identity(scaled), identity(scaled)) == []
+    assert compare_models(identity(shape), identity(shape)) == []
 
 
 def test_a_refusal_names_both_values_and_what_to_set():
@@ -179,6 +191,40 @@ def test_details_of_scaling_change_nothing_where_nothing_is_scaled():
         "model.rope_low_freq_factor",
         "model.rope_original_seq_len",
     ]
+
+
+def test_details_of_experts_change_nothing_where_there_are_none():
+    deep = replace(SHAPE, n_layers=4)
+    changed = replace(deep, **{key: CHANGED[key] for key in EXPERT_DETAILS})
+    assert compare_models(identity(deep), identity(changed)) == []
+    found = compare_models(identity(deep), identity(replace(changed, n_experts=4)))
+    assert {each.key for each in found} == {
+        "model.n_experts",
+        *(f"model.{key}" for key in EXPERT_DETAILS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"head_width": 4}),
+        ({"n_experts": 8}, {"n_experts": 8, "expert_hidden_dim": 96}),
+        (
+            {"n_experts": 8, "expert_hidden_dim": 32},
+            {"n_experts": 8, "expert_hidden_dim": 32, "ffn_hidden_dim": 33},
+        ),
+        ({"n_experts": 8, "n_dense_layers": 1}, {"n_experts": 8, "sparse_every": 2}),
+    ],
+)
+def test_a_width_written_out_is_the_same_model(before, now):
+    assert compare_models(identity(replace(SHAPE, **before)), identity(replace(SHAPE, **now))) == []
+    assert compare_models(identity(replace(SHAPE, **now)), identity(replace(SHAPE, **before))) == []
+
+
+def test_a_checkpoint_from_before_there_were_experts_is_what_it_was():
+    saved = {key: asdict(SHAPE)[key] for key in list(asdict(SHAPE))[:13]}
+    assert list(saved)[-1] == "rope_original_seq_len"
+    assert compare_models(ModelIdentity(family="llama2", shape=saved), identity()) == []
 
 
 def test_a_vocabulary_that_is_the_tokenizers_is_not_compared_here():

@@ -73,6 +73,22 @@ BAD_COMBINATIONS = {
         "[model]\nn_heads = 8",
         ["n_kv_heads = 16", "n_heads = 8", "it does not follow n_heads; set it too"],
     ),
+    "odd heads by their width": (
+        "[model]\nhead_width = 9\nn_heads = 5\nn_kv_heads = 5",
+        ["model.head_width = 9", "must be even"],
+    ),
+    "more experts than there are": (
+        "[model]\nn_experts = 4\nexperts_per_token = 5",
+        ["experts_per_token = 5 must be at most model.n_experts = 4"],
+    ),
+    "all layers dense": (
+        "[model]\nn_experts = 4\nn_dense_layers = 4\nsparse_every = 3",
+        ["n_dense_layers = 4", "sparse_every = 3", "none of model.n_layers = 6 layers"],
+    ),
+    "a router without a gradient": (
+        "[model]\nn_experts = 4\nexperts_per_token = 1",
+        ["router_renormalize = true", "every weight is 1", "set it to false"],
+    ),
     "rope factors": (
         "[model]\nrope_scaling_factor = 8\nrope_high_freq_factor = 1",
         ["rope_high_freq_factor = 1.0", "above"],

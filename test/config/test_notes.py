@@ -68,6 +68,14 @@ IDLE = {
         "[model]\nn_experts = 4\n[router]\nbias_update_rate = 0.1",
         ["router.bias_update_rate = 0.1 has no effect while", "router_bias = false"],
     ),
+    "expert of no experts": (
+        "[model]\nexpert_hidden_dim = 64",
+        ["model.expert_hidden_dim = 64 has no effect while model.n_experts = 0"],
+    ),
+    "width of no dense layer": (
+        "[model]\nn_experts = 4\nexpert_hidden_dim = 64\nffn_hidden_dim = 128",
+        ["model.ffn_hidden_dim = 128 has no effect: all layers are sparse"],
+    ),
     "warning only": (
         "[debug]\ndeterministic_warn_only = true",
         ["has no effect", "debug.deterministic = false"],
@@ -135,6 +143,11 @@ def test_a_layout_option_without_effect_is_noted_and_taken(name):
 
 def test_what_has_an_effect_is_not_noted():
     text = """
+[model]
+n_experts = 4
+expert_hidden_dim = 64
+ffn_hidden_dim = 128
+sparse_every = 2
 [checkpoint]
 enable = true
 load_step = 4

@@ -41,6 +41,18 @@ MODEL_KEYS = (
     "rope_low_freq_factor",
     "rope_high_freq_factor",
     "rope_original_seq_len",
+    "head_width",
+    "qk_norm",
+    "n_experts",
+    "experts_per_token",
+    "expert_hidden_dim",
+    "n_shared_experts",
+    "n_dense_layers",
+    "sparse_every",
+    "router_scores",
+    "router_renormalize",
+    "router_scale",
+    "router_bias",
 )
 OPTIMIZER_KEYS = (
     "name",
@@ -351,6 +363,21 @@ MODEL_OPTIONS = {
     "model.norm_eps": 1e-2,
     "model.tied_embeddings": True,
     "model.rope_scaling_factor": 8.0,
+    "model.head_width": 16,
+    "model.qk_norm": True,
+    "model.n_experts": 4,
+}
+SPARSE = {"model.n_experts": 4, "model.router_scores": "sigmoid"}
+EXPERT_OPTIONS = {
+    "model.experts_per_token": 3,
+    "model.expert_hidden_dim": 48,
+    "model.n_shared_experts": 1,
+    "model.n_dense_layers": 1,
+    "model.sparse_every": 2,
+    "model.router_scores": "softmax",
+    "model.router_renormalize": False,
+    "model.router_scale": 2.5,
+    "model.router_bias": True,
 }
 SCALED = {"model.rope_scaling_factor": 8.0, "model.rope_original_seq_len": 64}
 SCALING_OPTIONS = {
@@ -365,7 +392,8 @@ def test_model_options_change_the_parameters_or_the_loss(data, device):
         trainer = setting_up(data, device, **overrides)
         loss = first_loss(trainer)  # and a gradient, since at first attention hardly moves the loss
         gradient = trainer.parts[0].layers["0"].attention.wq.weight.grad.full_tensor()
-        return sum(p.numel() for p in trainer.weights.values()), loss, gradient.norm().item()
+        size = sum(tensor.numel() for tensor in trainer.parts[0].state_dict().values())
+        return size, loss, gradient.norm().item()
 
     plain = of()
     for key, value in MODEL_OPTIONS.items():
@@ -377,6 +405,9 @@ def test_model_options_change_the_parameters_or_the_loss(data, device):
     scaled = of(**SCALED)
     for key, value in SCALING_OPTIONS.items():
         assert of(**{**SCALED, key: value}) != scaled, key
+    sparse = of(**SPARSE)
+    for key, value in EXPERT_OPTIONS.items():
+        assert of(**{**SPARSE, key: value}) != sparse, key
 
 
 def test_vocabulary_smaller_than_the_tokenizers_is_refused(data, device):

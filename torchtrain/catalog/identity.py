@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torchtrain.catalog.models import FAMILIES, ModelShape, legacy_shape
+from torchtrain.catalog.models import EXPERT_DETAILS, FAMILIES, ModelShape, legacy_shape
 from torchtrain.errors import SharedUserError
 from torchtrain.logging_utils import logger
 
@@ -127,15 +127,39 @@ def compare_models(saved: ModelIdentity, current: ModelIdentity) -> list[Differe
     }
     before = {**defaults, **saved.shape}
     now = current.shape
-    ignored: set[str] = set()
-    if before["rope_scaling_factor"] == now["rope_scaling_factor"] == 1:
-        ignored.update(SCALING_DETAILS)
-    if before["vocab_size"] == 0 or now["vocab_size"] == 0:
-        ignored.add("vocab_size")
+    ignored = _find_idle_fields(_read_shape(before), _read_shape(now))
     for key in {**now, **before}:
         if key not in ignored and before.get(key) != now.get(key):
             found.append(Difference(f"model.{key}", before.get(key), now.get(key)))
     return found
+
+
+def _read_shape(values: Mapping[str, Any]) -> ModelShape:
+    """Return the shape without the fields that it no longer knows."""
+    return ModelShape(**{field.name: values[field.name] for field in fields(ModelShape)})
+
+
+def _find_idle_fields(before: ModelShape, now: ModelShape) -> set[str]:
+    """Return the fields in which the shapes may differ and still compute the same function.
+
+    Where a width of 0 stands for another one, what counts is that.
+    """
+    idle: set[str] = set()
+    if before.rope_scaling_factor == now.rope_scaling_factor == 1:
+        idle.update(SCALING_DETAILS)
+    if before.vocab_size == 0 or now.vocab_size == 0:
+        idle.add("vocab_size")
+    if before.width_per_head == now.width_per_head:
+        idle.add("head_width")
+    if before.n_experts == now.n_experts == 0:
+        idle.update(EXPERT_DETAILS)
+    elif before.width_per_expert == now.width_per_expert:
+        idle.add("expert_hidden_dim")
+        if before.n_sparse_layers == before.n_layers and now.n_sparse_layers == now.n_layers:
+            idle.add("ffn_hidden_dim")
+    if before.sparse_layers == now.sparse_layers:
+        idle.update(("n_dense_layers", "sparse_every"))
+    return idle
 
 
 def _find_class(family: str) -> str:

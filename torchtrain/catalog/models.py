@@ -7,10 +7,23 @@ from typing import Any, Literal
 from torchtrain.errors import UserError
 from torchtrain.utils import nearest
 
+# What has no effect on a model without experts.
+EXPERT_DETAILS = (
+    "experts_per_token",
+    "expert_hidden_dim",
+    "n_shared_experts",
+    "n_dense_layers",
+    "sparse_every",
+    "router_scores",
+    "router_renormalize",
+    "router_scale",
+    "router_bias",
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that fixes a Llama's parameters and its function of the tokens."""
+    """Everything that fixes a model's parameters and its function of the tokens."""
 
     dim: int
     """Model width D."""
@@ -80,9 +93,14 @@ class ModelShape:
         return self.n_experts > 0 and after_dense >= 0 and in_turn
 
     @property
+    def sparse_layers(self) -> list[int]:
+        """The layers with experts."""
+        return [layer for layer in range(self.n_layers) if self.is_sparse(layer)]
+
+    @property
     def n_sparse_layers(self) -> int:
         """Number of layers with experts."""
-        return sum(self.is_sparse(layer) for layer in range(self.n_layers))
+        return len(self.sparse_layers)
 
     @property
     def layer_names(self) -> list[str]:
@@ -95,12 +113,29 @@ class ModelShape:
         grouped = ""
         if self.n_kv_heads != self.n_heads:
             grouped = f" on {self.n_kv_heads} key/value heads"
+        is_usual = self.head_width in (0, self.dim / self.n_heads)
+        wide = "" if is_usual else f" of {self.head_width}"
+        normalized = " (normalized)" if self.qk_norm else ""
         vocabulary = f"{self.vocab_size:,}" if self.vocab_size else "as the tokenizer's"
         tied = ", tied embeddings" if self.tied_embeddings else ""
         return (
-            f"{self.n_layers} layers {self.dim} wide, {self.n_heads} heads{grouped}, "
-            f"feed-forward {self.ffn_hidden_dim}, vocabulary {vocabulary}{tied}"
+            f"{self.n_layers} layers {self.dim} wide, {self.n_heads} heads{wide}{grouped}"
+            f"{normalized}, {self._describe_feed_forwards()}, vocabulary {vocabulary}{tied}"
         )
+
+    def _describe_feed_forwards(self) -> str:
+        """Return what follows the attention, dense and sparse, in words."""
+        dense = f"feed-forward {self.ffn_hidden_dim}"
+        if self.n_experts == 0:
+            return dense
+        shared = f" and {self.n_shared_experts} shared" if self.n_shared_experts else ""
+        experts = (
+            f"{self.experts_per_token} of {self.n_experts} experts{shared}, "
+            f"{self.width_per_expert} wide"
+        )
+        if self.n_sparse_layers == self.n_layers:
+            return experts
+        return f"{dense}, in {self.n_sparse_layers} of the layers {experts}"
 
 
 @dataclass(frozen=True)

@@ -92,17 +92,20 @@ def _check_model(config: Config) -> Faults:
         return
     yield from _check_heads(config, shape)
     yield from _check_rope(shape)
+    yield from _check_experts(shape)
     yield from _check_sharing(config, shape)
 
 
 def _check_heads(config: Config, shape: ModelShape) -> Faults:
-    yield from _must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
-    head_width, rest = divmod(shape.dim, shape.n_heads)
-    if rest == 0 and head_width % 2:
+    given = f"model.head_width = {shape.head_width}"
+    if shape.head_width == 0:
+        yield from _must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
+        given = f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = "
+        given += str(shape.width_per_head)
+    if shape.width_per_head % 2 and (shape.head_width or shape.dim % shape.n_heads == 0):
         yield Fault(
-            f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = {head_width}: the head "
-            "width must be even, since RoPE rotates pairs of features",
-            FLAVOR_KEYS,
+            f"{given}: the head width must be even, since RoPE rotates pairs of features",
+            (*FLAVOR_KEYS, "model.head_width"),
         )
     note = ""
     if config.model.n_kv_heads is None:
@@ -118,6 +121,31 @@ def _check_rope(shape: ModelShape) -> Faults:
             f"model.rope_high_freq_factor = {high} must be above model.rope_low_freq_factor = "
             f"{low} where model.rope_scaling_factor is above 1",
             FLAVOR_KEYS,
+        )
+
+
+def _check_experts(shape: ModelShape) -> Faults:
+    """Check that there are experts enough, layers for them, and a router that can learn."""
+    experts, k = shape.n_experts, shape.experts_per_token
+    if experts == 0:
+        return
+    if k > experts:
+        yield Fault(
+            f"model.experts_per_token = {k} must be at most model.n_experts = {experts}",
+            FLAVOR_KEYS,
+        )
+    if shape.n_sparse_layers == 0:
+        yield Fault(
+            f"model.n_dense_layers = {shape.n_dense_layers}, model.sparse_every = "
+            f"{shape.sparse_every}: none of model.n_layers = {shape.n_layers} layers has "
+            f"model.n_experts = {experts}",
+            FLAVOR_KEYS,
+        )
+    if k == 1 < experts and shape.router_renormalize:
+        yield Fault(
+            "model.router_renormalize = true: with model.experts_per_token = 1 every weight is 1, "
+            "and the router learns nothing from the loss; set it to false",
+            (*FLAVOR_KEYS, "model.n_experts"),
         )
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torchtrain.catalog.models import EXPERT_DETAILS, ModelShape
 from torchtrain.config.layout import PIPELINE_KEYS
 from torchtrain.config.options import options
 from torchtrain.config.plans import plan_shape
@@ -69,14 +70,15 @@ def find_idle_options(config: Config) -> list[str]:
     if config.data.token_dtype and "tokens" not in {*datasets, config.validation.dataset}:
         text = 'has no effect: no data source is a token file (dataset "tokens")'
         found["data.token_dtype"] = text
-    found.update(_find_idle_balance(config))
+    shape = plan_shape(config.model)
+    found.update(_find_idle_balance(config, shape))
+    found.update(_find_idle_widths(config, shape))
     return [f"{key} = {quoted(get_value(config, key))} {text}" for key, text in found.items()]
 
 
-def _find_idle_balance(config: Config) -> dict[str, str]:
+def _find_idle_balance(config: Config, shape: ModelShape) -> dict[str, str]:
     """Return why options that spread tokens over experts have no effect, by their names."""
     found = {}
-    shape = plan_shape(config.model)
     if not shape.router_bias:
         found["router.bias_update_rate"] = "has no effect while the model's router_bias = false"
     if shape.n_sparse_layers == 0:
@@ -88,6 +90,19 @@ def _find_idle_balance(config: Config) -> dict[str, str]:
         for name, text in found.items()
         if get_value(config, name) != options()[name].default
     }
+
+
+def _find_idle_widths(config: Config, shape: ModelShape) -> dict[str, str]:
+    """Return what is said of given keys of [model] that this shape leaves without effect."""
+    idle: dict[str, str] = {}
+    if shape.n_experts == 0:
+        idle = dict.fromkeys(EXPERT_DETAILS, "has no effect while model.n_experts = 0")
+    elif shape.n_sparse_layers == shape.n_layers and shape.expert_hidden_dim:
+        idle["ffn_hidden_dim"] = (
+            "has no effect: all layers are sparse, and model.expert_hidden_dim is the width there"
+        )
+    given = config.model.model_dump(exclude_none=True)
+    return {f"model.{key}": text for key, text in idle.items() if key in given}
 
 
 def get_value(config: Config, name: str) -> Any:

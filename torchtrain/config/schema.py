@@ -27,6 +27,7 @@ Name = Annotated[Text, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
 ListOfNames = Annotated[list[Names], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
+RouterScores = Literal["softmax", "sigmoid"]
 PipelineSchedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
@@ -105,7 +106,7 @@ class Model(Section):
     n_layers: Count | None = None
     """Number of transformer blocks."""
     n_heads: Count | None = None
-    """Number of query heads; must divide dim into heads of an even width."""
+    """Number of query heads; without head_width it must divide dim into heads of an even width."""
     n_kv_heads: Count | None = None
     """Number of key/value heads; must divide n_heads."""
     ffn_hidden_dim: Count | None = None
@@ -126,6 +127,30 @@ class Model(Section):
     """Wavelengths below rope_original_seq_len / this are unchanged; above rope_low_freq_factor."""
     rope_original_seq_len: Count | None = None
     """Context length, in tokens, for which the unscaled frequencies were trained."""
+    head_width: CountOrZero | None = None
+    """Width of a head, in features; even; 0 means dim / n_heads."""
+    qk_norm: bool | None = None
+    """Normalize each head of queries and keys before the rotation, as Qwen3 does."""
+    n_experts: CountOrZero | None = None
+    """Experts of a sparse layer; 0 makes every layer dense."""
+    experts_per_token: Count | None = None
+    """Experts that compute each token; at most n_experts."""
+    expert_hidden_dim: CountOrZero | None = None
+    """Feed-forward width of one expert, in features; 0 means ffn_hidden_dim."""
+    n_shared_experts: CountOrZero | None = None
+    """Experts that compute every token, beside those that the router chooses."""
+    n_dense_layers: CountOrZero | None = None
+    """Number of first layers that stay dense."""
+    sparse_every: Count | None = None
+    """Of the layers after those, every how many are sparse: the last of each group."""
+    router_scores: RouterScores | None = None
+    """How a router's logits become scores: against each other, or each by itself."""
+    router_renormalize: bool | None = None
+    """Divide the scores of a token's experts by their sum."""
+    router_scale: Positive | None = None
+    """Factor of the scores, after that."""
+    router_bias: bool | None = None
+    """Let a bias per expert, moved against its load, take part in the choice."""
 
 
 class Optimizer(Section):
