@@ -202,10 +202,10 @@ def describe_samples(loader: DataLoader, step: int) -> str:
 def optimizer_step(trainer: Trainer) -> None:
     """Update weights and routers' biases, set the next step's learning rate, count the step."""
     trainer.optimizer.step()
-    if trainer.expert_balance is not None:
-        trainer.expert_balance.update_biases()
     trainer.lr_scheduler.step()
     trainer.optimizer.zero_grad()
+    if trainer.expert_balance is not None:
+        trainer.expert_balance.update_biases()
     trainer.step += 1
     trainer.tokens_seen += trainer.tokens_per_step
 

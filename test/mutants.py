@@ -236,6 +236,11 @@ MUTANTS = {
             "if False:",
         ),
         (
+            "biases are not saved",
+            "return {**self.weights, **self.buffers}",
+            "return dict(self.weights)",
+        ),
+        (
             "weights alone bring the step along",
             "        checkpointer.load(source, trainer.model_state, None)\n        tokenizers",
             "        checkpointer.load(source, trainer.model_state, None)\n        trainer.step = saved.step\n        tokenizers",
@@ -675,6 +680,28 @@ MUTANTS = {
             "6.0 * shape.n_layers * q_width",
         ),
     ],
+    "torchtrain/models/moe.py": [
+        (
+            "the bias is part of the weights",
+            "weights = scores.gather(-1, experts)",
+            "weights = (scores if bias is None else scores + bias).gather(-1, experts)",
+        ),
+        (
+            "the balance loss has no gradient",
+            "gradient, torch.ones_like(losses), None, None",
+            "gradient, torch.zeros_like(losses), None, None",
+        ),
+        (
+            "the scores of a sequence are summed, not averaged",
+            "* loads * shares.sum(dim=1) / tokens).sum()",
+            "* loads * shares.sum(dim=1)).sum()",
+        ),
+        (
+            "the bias is cast with the weights",
+            "            self.expert_bias = self.expert_bias.float()\n",
+            "            pass\n",
+        ),
+    ],
     "torchtrain/models/attention.py": [
         ("attention sees the future", "is_causal=True", "is_causal=False"),
         (
@@ -838,6 +865,31 @@ MUTANTS = {
             "resharding is always on",
             'frees_blocks = reshard_after_forward != "never"',
             "frees_blocks = True",
+        ),
+    ],
+    "torchtrain/parallelisms/expert_balance.py": [
+        ("tokens are counted on this rank alone", "        dist.all_reduce(self.sums)\n", ""),
+        ("counts go on from step to step", "        self.totals.zero_()\n", ""),
+        (
+            "the bias of a full expert rises",
+            "(loads.mean(dim=1, keepdim=True) - loads).sign()",
+            "(loads - loads.mean(dim=1, keepdim=True)).sign()",
+        ),
+        ("the bias moves by its lack of load", "- loads).sign().float()", "- loads).float()"),
+        (
+            "the balance loss is weighed per token",
+            "section.balance_loss_weight / sequences",
+            "section.balance_loss_weight / self.tokens",
+        ),
+        (
+            "the worst layer is the mean layer",
+            'of_layers["load_max"].max()',
+            'of_layers["load_max"].mean()',
+        ),
+        (
+            "stages name their own layers alone",
+            "for layer, value in zip(self.layers, values, strict=True):\n",
+            "for layer, value in zip(self.layers, values, strict=True):\n                    if self.layers.index(layer) in self.own:\n    ",
         ),
     ],
     "torchtrain/parallelisms/tensor_parallel.py": [
