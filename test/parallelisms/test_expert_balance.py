@@ -270,6 +270,7 @@ def saved_tensors(folder, step):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_has_the_biases_and_any_layout_takes_them_up(tmp_path, data):
     common = {
         **data,
