@@ -562,7 +562,7 @@ MUTANTS = {
             "",
         ),
     ],
-    "torchtrain/catalog/models.py": [
+    "torchtrain/catalog/llama.py": [
         (
             "Llama 3.2's 3B has the 1B's depth",
             "dim=3072, n_layers=28, n_heads=24",

@@ -70,7 +70,7 @@ def test_a_users_names_are_in_the_messages_and_checked_like_all(tmp_path):
     assert "allowed: AdamW, Adam, Lion, and what" in said
     assert "did you mean Lion?" in said
     said = report(config_text(name, name="nime", flavor="tiny"))
-    assert "model.name = 'nime' is unknown; allowed: llama2, llama3, mine" in said
+    assert "model.name = 'nime' is unknown; allowed: llama2, llama3, mixtral, qwen3, mine" in said
     tensor_parallel = "--parallelism.tensor_parallel_degree=2"
     said = report(config_text(name, name="mine", flavor="tiny"), tensor_parallel, world_size=2)
     assert "tensor_parallel_degree = 2 must divide model.n_kv_heads = 1" in said

@@ -46,15 +46,69 @@ def test_every_flavor_is_the_published_one():
             shape.tied_embeddings,
             shape.rope_scaling_factor,
         )
-        for name, family in FAMILIES.items()
-        for flavor, shape in family.flavors.items()
+        for name in ("llama2", "llama3")
+        for flavor, shape in FAMILIES[name].flavors.items()
     }
     assert found == PUBLISHED
-    for family in FAMILIES.values():
-        for shape in family.flavors.values():
+    for name in ("llama2", "llama3"):
+        for shape in FAMILIES[name].flavors.values():
             assert shape.norm_eps == 1e-5
+            assert (shape.head_width, shape.qk_norm, shape.n_experts) == (0, False, 0)
             scaling = (shape.rope_low_freq_factor, shape.rope_high_freq_factor)
             assert (*scaling, shape.rope_original_seq_len) == (1, 4, 8192)
+
+
+# dim, n_layers, n_heads, n_kv_heads, ffn_hidden_dim, vocab_size, tied, experts, chosen, width of
+# one: of the config.json that is published with each model; debug models are ours.
+WITH_EXPERTS = {
+    ("mixtral", "debugmodel"): (256, 6, 16, 16, 384, 0, False, 8, 2, 384),
+    ("mixtral", "8x7B"): (4096, 32, 32, 8, 14336, 32000, False, 8, 2, 14336),
+    ("mixtral", "8x22B"): (6144, 56, 48, 8, 16384, 32000, False, 8, 2, 16384),
+    ("qwen3", "debugmodel"): (256, 6, 16, 8, 768, 0, True, 0, None, None),
+    ("qwen3", "0.6B"): (1024, 28, 16, 8, 3072, 151936, True, 0, None, None),
+    ("qwen3", "1.7B"): (2048, 28, 16, 8, 6144, 151936, True, 0, None, None),
+    ("qwen3", "4B"): (2560, 36, 32, 8, 9728, 151936, True, 0, None, None),
+    ("qwen3", "8B"): (4096, 36, 32, 8, 12288, 151936, False, 0, None, None),
+    ("qwen3", "14B"): (5120, 40, 40, 8, 17408, 151936, False, 0, None, None),
+    ("qwen3", "32B"): (5120, 64, 64, 8, 25600, 151936, False, 0, None, None),
+    ("qwen3", "debugmodel_moe"): (256, 6, 16, 8, 768, 0, True, 8, 2, 384),
+    ("qwen3", "30B-A3B"): (2048, 48, 32, 4, 6144, 151936, False, 128, 8, 768),
+    ("qwen3", "235B-A22B"): (4096, 94, 64, 4, 12288, 151936, False, 128, 8, 1536),
+}
+
+
+def test_mixtral_and_qwen3_are_the_published_ones():
+    found = {}
+    for name in ("mixtral", "qwen3"):
+        for flavor, shape in FAMILIES[name].flavors.items():
+            sizes = (shape.dim, shape.n_layers, shape.n_heads, shape.n_kv_heads)
+            sizes += (shape.ffn_hidden_dim, shape.vocab_size, shape.tied_embeddings)
+            experts = (None, None)
+            if shape.n_experts:
+                experts = (shape.experts_per_token, shape.width_per_expert)
+                assert shape.n_sparse_layers == shape.n_layers
+            found[name, flavor] = (*sizes, shape.n_experts, *experts)
+            is_qwen = name == "qwen3"
+            assert (shape.qk_norm, shape.norm_eps) == (is_qwen, 1e-6 if is_qwen else 1e-5)
+            if "debug" not in flavor:
+                assert shape.width_per_head == 128
+            assert (shape.rope_theta, shape.rope_scaling_factor) == (1e6, 1)
+            assert (shape.router_scores, shape.router_renormalize) == ("softmax", True)
+            assert (shape.n_shared_experts, shape.router_scale) == (0, 1)
+    assert found == WITH_EXPERTS
+
+
+def test_a_shape_says_its_heads_and_experts():
+    said = FAMILIES["qwen3"].flavors["30B-A3B"].describe()
+    assert said == (
+        "48 layers 2048 wide, 32 heads of 128 on 4 key/value heads (normalized), 8 of 128 experts, "
+        "768 wide, vocabulary 151,936"
+    )
+    said = resolve_shape("mixtral", "8x7B", {"n_dense_layers": 2, "n_shared_experts": 1}).describe()
+    assert said == (
+        "32 layers 4096 wide, 32 heads on 8 key/value heads, feed-forward 14336, in 30 of the "
+        "layers 2 of 8 experts and 1 shared, 14336 wide, vocabulary 32,000"
+    )
 
 
 def test_a_factor_of_one_gives_llama_3_0():
@@ -89,10 +143,11 @@ TINY = ModelShape(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_hidden_dim=64
 @pytest.fixture
 def families(monkeypatch):
     """The table, put back afterwards."""
-    for name, family in list(FAMILIES.items()):
+    there = list(FAMILIES.items())
+    for name, family in there:
         monkeypatch.setitem(FAMILIES, name, type(family)(family.model, dict(family.flavors)))
     yield FAMILIES
-    for name in [name for name in FAMILIES if name not in ("llama2", "llama3")]:
+    for name in FAMILIES.keys() - dict(there):
         del FAMILIES[name]
 
 
@@ -114,7 +169,8 @@ def test_what_is_there_is_not_replaced(families):
 
 def test_unknown_names_are_refused_with_those_there_are():
     with pytest.raises(
-        UserError, match=r"model\.name = 'llama4' is unknown; allowed: llama2, llama3"
+        UserError,
+        match=r"model\.name = 'llama4' is unknown; allowed: llama2, llama3, mixtral, qwen3",
     ):
         resolve_shape("llama4", "8B", {})
     with pytest.raises(UserError) as raised:

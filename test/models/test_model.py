@@ -175,6 +175,16 @@ def test_the_scaling_bites_in_every_branch():
         ("llama3", "8B", 8_030_261_248),
         ("llama3", "70B", 70_553_706_496),
         ("llama3", "405B", 405_853_388_800),
+        ("mixtral", "8x7B", 46_702_792_704),
+        ("mixtral", "8x22B", 140_620_634_112),
+        ("qwen3", "0.6B", 596_049_920),
+        ("qwen3", "1.7B", 1_720_574_976),
+        ("qwen3", "4B", 4_022_468_096),
+        ("qwen3", "8B", 8_190_735_360),
+        ("qwen3", "14B", 14_768_307_200),
+        ("qwen3", "32B", 32_762_123_264),
+        ("qwen3", "30B-A3B", 30_532_122_624),
+        ("qwen3", "235B-A22B", 235_093_634_560),
     ],
 )
 def test_parameter_counts_are_the_published(family, flavor, published):
