@@ -122,6 +122,9 @@ class StepMetrics:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Return each metric of the whole job; every rank must call it, and gets the same.
 
+        They come in the order in which this rank has added them, the most important first on the
+        screen.
+
         The ranks' values are gathered and combined in rank order, so a sum does not depend on the
         order of arrival.
 
@@ -148,7 +151,8 @@ class StepMetrics:
         if len(row) > FIRST_GATHER:
             rest = _gather(row[FIRST_GATHER:], len(row) - FIRST_GATHER)
             by_rank = torch.cat([by_rank, rest], dim=1)
-        return self._combine(names, by_rank[:, 1:])
+        reduced = self._combine(names, by_rank[:, 1:])
+        return {name: reduced[name] for name in self._values}
 
     def _raise_fault(self) -> None:
         if self._fault is not None:

@@ -112,13 +112,13 @@ def test_metrics_and_biases_are_those_by_hand(data, alone):
         added.collect(trainer.metric_sources)
         values = added.reduce(alone)
         if step == 1:
-            assert values == {
-                "router/load_max": 2.0,
-                "router/idle_experts": 1 / 8,
-                "router/entropy": 1.5,
-                "router/balance_loss": 0.5 * 2 * (16 / 8),
-                "router/z_loss": 0.125 * 2 * 3,
-            }
+            assert list(values.items()) == [
+                ("router/load_max", 2.0),
+                ("router/idle_experts", 1 / 8),
+                ("router/entropy", 1.5),
+                ("router/balance_loss", 0.5 * 2 * (16 / 8)),
+                ("router/z_loss", 0.125 * 2 * 3),
+            ]
         assert ("router/layer_3/load_max" in values) == (step == 2)
         if step == 2:
             assert (values["router/load_max"], values["router/layer_3/load_max"]) == (4, 1.5)
