@@ -219,6 +219,6 @@ def test_a_users_file_adds_metrics_to_a_run(tmp_path, data):
     for mine, expected in zip(two, one, strict=True):
         assert mine["logits/largest"] == pytest.approx(expected["logits/largest"], rel=1e-5)
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    assert f"logits/calls 4  logits/largest {two[-1]['logits/largest']:.4g}" in printed
+    assert f"logits/largest {two[-1]['logits/largest']:.4g}  logits/calls 4" in printed
     (events,) = (tmp_path / "two" / "tb").glob("events*")
     assert b"logits/largest" in events.read_bytes()
