@@ -45,7 +45,7 @@ def test_the_facts_of_a_run(data, device):
         "data_parallel_degree": 1,
     }
     assert facts["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
-    assert facts["parameters"] == PARAMETERS
+    assert facts["parameters"] == facts["active_parameters"] == PARAMETERS
     assert facts["tokens_per_step"] == 8 * 32
     assert facts["first_step"] == 42
     assert facts["shape"]["vocab_size"] == 3000
@@ -73,6 +73,18 @@ def test_the_start_up_lines(data, device, capsys):
     ):
         assert text in printed
     assert "validation" not in printed
+
+
+def test_what_a_token_uses_of_experts_is_stated(data, device, capsys):
+    experts = {"model.n_experts": 4, "model.n_dense_layers": 1, "model.expert_hidden_dim": 24}
+    init_logging()
+    given = options({**data, **GIVEN, **experts})
+    facts = run_facts.describe(set_up(JobConfig().parse_args(given, world_size=1), device))
+    expert = 3 * 32 * 24
+    parameters = PARAMETERS - 3 * 32 * 64 + 4 * 32 + 4 * expert
+    assert (facts.parameters, facts.active_parameters) == (parameters, parameters - 2 * expert)
+    text = f"{parameters:,} parameters ({parameters - 2 * expert:,} active per token): 2 layers"
+    assert text in capsys.readouterr().out
 
 
 def test_the_peak_of_a_job_is_that_of_all_its_devices(monkeypatch):

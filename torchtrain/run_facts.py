@@ -13,6 +13,7 @@ from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, find_peak_flops
 from torchtrain.models.decoder import load_decoder
+from torchtrain.models.moe import SparseFeedForward
 from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer
@@ -35,10 +36,12 @@ class RunFacts:
     degrees: dict[str, int]
     batch: BatchPlan
     tokens_per_step: int
-    shape: dict[str, int | float | bool]
+    shape: dict[str, int | float | bool | str]
     """The model's."""
     parameters: int
     """Of the whole model."""
+    active_parameters: int
+    """Those of them that take part in the computation of one token."""
     data_fingerprint: str
     validation_fingerprint: str
     """Empty without validation."""
@@ -55,9 +58,12 @@ def describe(trainer: Trainer) -> RunFacts:
         f"torchtrain {__version__}, torch {torch.__version__}: {config.job.description}, "
         f"{facts.world_size} x {facts.device}, outputs in {config.job.dump_folder}"
     )
+    active = ""
+    if facts.active_parameters != facts.parameters:
+        active = f" ({facts.active_parameters:,} active per token)"
     logger.info(
-        f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters: "
-        f"{plan.shape.describe()}"
+        f"model      {config.model.name} {config.model.flavor}, {facts.parameters:,} parameters"
+        f"{active}: {plan.shape.describe()}"
     )
     logger.info(f"layout     {plan.describe_layout()}")
     logger.info(f"batch      {plan.batch.describe(training.seq_len)}")
@@ -79,6 +85,8 @@ def find_facts(trainer: Trainer) -> RunFacts:
     with torch.device("meta"):
         whole = load_decoder(trainer.config.model.name)(plan.shape)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
+    sparse = [module for module in whole.modules() if isinstance(module, SparseFeedForward)]
+    idle = sum(module.idle_parameters for module in sparse)
     device_name = "cpu"
     if trainer.device.type != "cpu":
         device_name = torch.get_device_module(trainer.device).get_device_name()
@@ -95,6 +103,7 @@ def find_facts(trainer: Trainer) -> RunFacts:
         tokens_per_step=trainer.tokens_per_step,
         shape=asdict(plan.shape),
         parameters=parameters,
+        active_parameters=parameters - idle,
         data_fingerprint=trainer.loader.dataset.fingerprint,
         validation_fingerprint=trainer.validator.samples.fingerprint,
         first_step=trainer.step + 1,

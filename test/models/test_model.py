@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.reference import assert_equals_transformers, distance, filled, tokens_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,124 +33,12 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def filled(shape, seed=0):
-    """A model with random values in all parameters, of a size that lets gradients through."""
-    model = Transformer(shape)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
-    return model
-
-
-def tokens_of(shape, batch=2, seq_len=40, seed=1):
-    return torch.randint(
-        shape.vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-def halves_from_neighbors(weight, heads):
-    """Rows of wq or wk as transformers turns them: pairs (2j, 2j+1) of a head are (j, j + C/2)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def transformers_names(shape):
-    """Our name to (theirs, the number of heads whose rows are reordered or None)."""
-    names = {
-        "tok_embeddings.weight": ("model.embed_tokens.weight", None),
-        "norm.weight": ("model.norm.weight", None),
-    }
-    if not shape.tied_embeddings:
-        names["output.weight"] = ("lm_head.weight", None)
-    inner = {
-        "attention.wq": ("self_attn.q_proj", shape.n_heads),
-        "attention.wk": ("self_attn.k_proj", shape.n_kv_heads),
-        "attention.wv": ("self_attn.v_proj", None),
-        "attention.wo": ("self_attn.o_proj", None),
-        "feed_forward.w1": ("mlp.gate_proj", None),
-        "feed_forward.w2": ("mlp.down_proj", None),
-        "feed_forward.w3": ("mlp.up_proj", None),
-        "attention_norm": ("input_layernorm", None),
-        "ffn_norm": ("post_attention_layernorm", None),
-    }
-    for layer in range(shape.n_layers):
-        for ours, (theirs, heads) in inner.items():
-            names[f"layers.{layer}.{ours}.weight"] = (
-                f"model.layers.{layer}.{theirs}.weight",
-                heads,
-            )
-    return names
-
-
-def as_transformers(shape, named):
-    """Tensors under our names, in our order of rows, to theirs."""
-    table = transformers_names(shape)
-    assert named.keys() == table.keys()
-    return {
-        table[name][0]: tensor
-        if table[name][1] is None
-        else halves_from_neighbors(tensor, table[name][1])
-        for name, tensor in named.items()
-    }
-
-
-def transformers_model(shape):
-    transformers = pytest.importorskip("transformers")
-    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if shape.rope_scaling_factor != 1.0:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": shape.rope_scaling_factor,
-            "low_freq_factor": shape.rope_low_freq_factor,
-            "high_freq_factor": shape.rope_high_freq_factor,
-            "original_max_position_embeddings": shape.rope_original_seq_len,
-        }
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.dim,
-        intermediate_size=shape.ffn_hidden_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=256,
-        tie_word_embeddings=shape.tied_embeddings,
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def distance(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("scaling", [{}, SCALED], ids=["plain-rope", "scaled-rope"])
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=["multi-head", "grouped-query"])
 def test_equals_transformers(shape, scaling, tied):
     shape = dataclasses.replace(shape, tied_embeddings=tied, **scaling)
-    model = filled(shape)
-    reference = transformers_model(shape)
-    weights = as_transformers(shape, {name: p.detach() for name, p in model.named_parameters()})
-    missing, unexpected = reference.load_state_dict(weights, strict=False)
-    assert missing == (["lm_head.weight"] if tied else [])
-    assert not unexpected
-
-    tokens = tokens_of(shape)
-    logits = model(tokens)
-    loss = sequence_losses(logits[:, :-1], tokens[:, 1:]).sum() / tokens[:, 1:].numel()
-    loss.backward()
-    theirs = reference(input_ids=tokens, labels=tokens)
-    theirs.loss.backward()
-
-    assert distance(logits, theirs.logits) <= 1e-5
-    assert distance(loss, theirs.loss) <= 1e-5
-    gradients = as_transformers(shape, {name: p.grad for name, p in model.named_parameters()})
-    assert gradients.keys() == {name for name, _ in reference.named_parameters()}
-    off = {name: distance(gradients[name], p.grad) for name, p in reference.named_parameters()}
-    assert {name: error for name, error in off.items() if not error <= 1e-5} == {}
+    assert_equals_transformers(shape)
 
 
 def test_the_scaling_bites_in_every_branch():

@@ -159,6 +159,25 @@ class Permute(torch.autograd.Function):
         return gradient[inverse].unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
 
 
+class ZeroIdleGradients(torch.autograd.Function):
+    """Weights as they are; their gradient is 0 for an expert without a row.
+
+    `F.grouped_mm` leaves it unwritten on Blackwell: https://github.com/pytorch/pytorch/issues/172439
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, counts: Tensor) -> Tensor:
+        """Take weights [E, ...] and the rows of each expert [E]."""
+        ctx.save_for_backward(counts)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return the gradient of the weights."""
+        (counts,) = ctx.saved_tensors
+        return gradient.masked_fill((counts == 0).view(-1, 1, 1), 0.0), None
+
+
 class Experts(nn.Module):
     """SwiGLU feed-forwards side by side, their weights stacked: [E, F, D], and w2 [E, D, F]."""
 
@@ -186,8 +205,13 @@ class Experts(nn.Module):
         One kernel for all in bf16; in fp32 a loop over the experts is 2.5 times as fast on a CPU,
         and a GPU has no kernel.
         """
-        if rows.dtype == torch.bfloat16:
+        # Groups may have any size: PyTorch's kernel for Hopper and Blackwell asks for a multiple of
+        # 16 bytes only along a dimension with stride 1, the weights' gradient included (its check:
+        # aten/src/ATen/native/cuda/GroupMMCommon.cuh). Those are the widths.
+        kernel_reads = rows.shape[1] % 8 == 0 and weights.shape[1] % 8 == 0
+        if rows.dtype == torch.bfloat16 and kernel_reads:
             ends = counts.cumsum(dim=0, dtype=torch.int32)
+            weights = ZeroIdleGradients.apply(weights, counts)
             return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
         groups = rows.split(counts.tolist())
         products = [
@@ -224,6 +248,13 @@ class SparseFeedForward(nn.Module):
         self.shared_experts = shared_experts
         bias = torch.zeros(shape.n_experts) if shape.router_bias else None
         self.register_buffer("expert_bias", bias)
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that do not compute a token."""
+        n_experts = self.shape.n_experts
+        whole = sum(weight.numel() for weight in self.experts.parameters())
+        return whole // n_experts * (n_experts - self.shape.experts_per_token)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x [B, S, D] to [B, S, D]."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.document_masking import Mask
+from torchtrain.models.moe import Experts
 
 
 def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
@@ -25,7 +26,7 @@ def needs_emulation(device_type: str, param_dtype: torch.dtype) -> bool:
 
 
 def apply_emulated_bf16(model: Decoder) -> None:
-    """Let the linear layers and the attention kernels compute in fp32 on bf16 values, in place.
+    """Let linear layers, experts and attention kernels compute in fp32 on bf16 values, in place.
 
     Parameter names are unchanged. Classes are replaced, not forwards: to torch.compile all layers
     then look alike and share one program.
@@ -33,6 +34,8 @@ def apply_emulated_bf16(model: Decoder) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WidenedLinear
+        elif type(module) is Experts:
+            module.__class__ = WidenedExperts
     model.replace_attention_kernels(WidenedAttention)
 
 
@@ -42,6 +45,14 @@ class WidenedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Take x [..., in] to [..., out]."""
         return F.linear(x.float(), self.weight.float()).to(x.dtype)
+
+
+class WidenedExperts(Experts):
+    """Experts with the products and sums of each matrix in fp32, its result in the rows' type."""
+
+    def multiply(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Multiply each expert's rows by the transpose of its matrix."""
+        return super().multiply(rows.float(), weights.float(), counts).to(rows.dtype)
 
 
 class WidenedAttention(nn.Module):
