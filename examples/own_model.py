@@ -28,7 +28,7 @@ class GeGLUTransformer(Transformer):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
         for block in self.layers.values():
-            block.feed_forward = GeGLU(shape)
+            block.feed_forward = GeGLU(shape.dim, shape.ffn_hidden_dim)
 
 
 SMALL = ModelShape(
