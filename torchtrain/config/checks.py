@@ -48,6 +48,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_check_folders(config),
         *_check_profiling(config),
         *_check_compile(config),
+        *_check_compiled_experts(config),
     ]
 
 
@@ -336,3 +337,30 @@ def _check_compile(config: Config) -> Faults:
     parallelism = config.parallelism
     if parallelism.enable_async_tensor_parallel and parallelism.tensor_parallel_degree > 1:
         yield Fault(f"parallelism.enable_async_tensor_parallel = true {needs}")
+
+
+def _check_compiled_experts(config: Config) -> Faults:
+    """Check that experts are multiplied by one kernel, where blocks are compiled whole."""
+    if not (config.compile.enable and "model" in config.compile.components):
+        return
+    try:
+        shape = plan_shape(config.model)
+    except UserError:  # reported by _check_model
+        return
+    if shape.n_experts == 0:
+        return
+    if config.training.mixed_precision_param != "bfloat16":
+        yield Fault(
+            f"compile.enable = true with model.n_experts = {shape.n_experts} needs "
+            'training.mixed_precision_param = "bfloat16": in fp32 each expert is multiplied by '
+            "itself, and the compiler cannot know how many tokens it has",
+            FLAVOR_KEYS,
+        )
+    widths = {"model.dim": shape.dim, "model.expert_hidden_dim": shape.width_per_expert}
+    for key, width in widths.items():
+        if width % 8:
+            yield Fault(
+                f"{key} = {width} must be divisible by 8 with compile.enable = true and "
+                f"model.n_experts = {shape.n_experts}: rows of 16 bytes, which the kernel reads",
+                FLAVOR_KEYS,
+            )

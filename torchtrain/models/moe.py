@@ -208,7 +208,7 @@ class Experts(nn.Module):
         # Groups may have any size: PyTorch's kernel for Hopper and Blackwell asks for a multiple of
         # 16 bytes only along a dimension with stride 1, the weights' gradient included (its check:
         # aten/src/ATen/native/cuda/GroupMMCommon.cuh). Those are the widths.
-        kernel_reads = rows.shape[1] % 8 == 0 and weights.shape[1] % 8 == 0
+        kernel_reads = all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:])
         if rows.dtype == torch.bfloat16 and kernel_reads:
             ends = counts.cumsum(dim=0, dtype=torch.int32)
             weights = ZeroIdleGradients.apply(weights, counts)
