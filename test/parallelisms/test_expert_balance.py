@@ -39,7 +39,8 @@ WEIGHTED = {"router.balance_loss_weight": 0.5, "router.z_loss_weight": 0.125}
 SHAPE = ModelShape(4, 1, 2, 2, 8, 10, n_experts=4, experts_per_token=2, router_scores="sigmoid")
 
 
-def test_losses_and_their_gradients_are_those_of_the_formulas():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_losses_and_their_gradients_are_those_of_the_formulas(compiled):
     """DeepSeek-V3, equations 17 to 20, and ST-MoE's z-loss, token by token."""
     torch.manual_seed(0)
     router = moe.Router(SHAPE)
@@ -71,14 +72,15 @@ def test_losses_and_their_gradients_are_those_of_the_formulas():
         balance = balance + sum(f[expert] * p[expert] for expert in range(4))
     (chosen + 0.5 * balance + 0.125 * z_loss).backward()
 
-    routing = router(x, bias)
+    route = torch.compile(router, backend="aot_eager", fullgraph=True) if compiled else router
+    routing = route(x, bias)
     (routing.weights * factors).sum().backward()
     assert routing.counts.tolist() == router.totals[:4].tolist() == counts
     expected = torch.stack([entropy, balance, z_loss]).double()
     torch.testing.assert_close(router.totals[4:], expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(router.gate.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        router(x, bias)
+        route(x, bias)
     assert router.totals[:4].tolist() == counts, "a forward alone was counted"
 
 
