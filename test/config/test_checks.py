@@ -89,6 +89,10 @@ BAD_COMBINATIONS = {
         "[model]\nn_experts = 4\nexperts_per_token = 1",
         ["router_renormalize = true", "every weight is 1", "set it to false"],
     ),
+    "experts over ranks": (
+        "[model]\nn_experts = 6\n[parallelism]\nexpert_parallel_degree = 4",
+        ["expert_parallel_degree = 4 must divide model.n_experts = 6"],
+    ),
     "compiled experts in fp32": (
         "[model]\nn_experts = 4\n[compile]\nenable = true\n[training]\n"
         'mixed_precision_param = "float32"',

@@ -176,6 +176,7 @@ BOUNDS = {
     "parallelism.pipeline_parallel_first_stage_less_layers": COUNT_OR_ZERO,
     "parallelism.pipeline_parallel_last_stage_less_layers": COUNT_OR_ZERO,
     "parallelism.context_parallel_degree": COUNT,
+    "parallelism.expert_parallel_degree": COUNT,
     "checkpoint.interval": COUNT,
     "checkpoint.keep_latest_k": COUNT_OR_ZERO,
     "checkpoint.load_step": COUNT_OR_AUTO,

@@ -176,6 +176,7 @@ SHOWN_BY = {
         (f"parallelism.{key}" for key in SHARING_KEYS),
         "test_sharing_options_reach_the_model",
     ),
+    "parallelism.expert_parallel_degree": "test_experts_are_shared_by_neighbors",
     "parallelism.pipeline_parallel_degree": (
         "test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process"
     ),
@@ -279,7 +280,8 @@ def test_a_run_writes_its_folder(run, tmp_path):
         "run.json",
     }
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
+    degrees = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+    assert facts["degrees"] == dict.fromkeys(degrees, 1)
     assert facts["batch"]["accumulation_steps"] == 1
     assert facts["parameters"] > 0
     for text in (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torchtrain.catalog.models import FAMILIES
 from torchtrain.config.layout import (
     DEGREE_KEYS,
+    EXPERT_KEY,
     Degrees,
     count_sequence_shards,
     find_divisors,
@@ -114,7 +115,7 @@ def test_plan_batch_of_the_largest_values_is_quick():
 def test_the_factors_of_the_world_size_are_listed():
     """Not every key that ends in _degree need be one: experts, say, share other ranks."""
     ending = [f"parallelism.{key}" for key in Parallelism.model_fields if key.endswith("_degree")]
-    assert sorted(DEGREE_KEYS) == sorted(ending)
+    assert sorted([*DEGREE_KEYS, EXPERT_KEY]) == sorted(ending)
 
 
 def test_degrees_of_a_mixed_layout():
@@ -136,6 +137,22 @@ def test_degrees_of_a_mixed_layout():
         "tensor parallel: 4 ranks share each matrix product"
     )
     assert plan_degrees(Parallelism(), 1).describe() == "one process"
+
+
+def test_experts_are_shared_by_neighbors():
+    """Of 2 x 2 x 2 ranks of data shard, context and tensor parallelism 4 share the experts."""
+    section = Parallelism(
+        data_parallel_replicate_degree=3,
+        context_parallel_degree=2,
+        tensor_parallel_degree=2,
+        expert_parallel_degree=4,
+    )
+    degrees = plan_degrees(section, 24)
+    assert (degrees.world_size, degrees.ep, degrees.expert_shard) == (24, 4, 2)
+    assert degrees.describe().endswith("expert parallel: 4 ranks share the experts")
+    section.expert_parallel_degree = 3  # the replicas' ranks are not among them
+    with pytest.raises(UserError, match=r"expert_parallel_degree = 3 .* 8 ranks .* 1, 2, 4, 8"):
+        plan_degrees(section, 24)
 
 
 def test_divisors():

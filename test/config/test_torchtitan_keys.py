@@ -20,7 +20,6 @@ ASKING = {
     "validation.dataloader": (None, "{ num_workers = 4 }"),
     "parallelism.pipeline_parallel_schedule_csv": ('"order.csv"', '""'),
     "parallelism.pipeline_parallel_expert_parallel_overlap": (None, "true"),
-    "parallelism.expert_parallel_degree": ("2", "1"),
     "parallelism.expert_tensor_parallel_degree": ("2", "1"),
     "parallelism.expert_parallel_comm_backend": (None, '"standard"'),
     "checkpoint.enable_ft_dataloader_checkpoints": (None, "true"),
@@ -82,13 +81,13 @@ def test_what_asks_for_nothing_is_taken_and_named(name):
 
 
 def test_an_idle_value_is_one_of_the_right_type():
-    for text in ("expert_parallel_degree = true", "expert_parallel_degree = 1.0"):
+    for text in ("expert_tensor_parallel_degree = true", "expert_tensor_parallel_degree = 1.0"):
         assert "not support yet" in report(f"[parallelism]\n{text}")
 
 
 def test_on_the_command_line_too():
-    config = parse("", "--parallelism.expert_parallel_degree", "1", "--model.converters=[]")
-    assert "parallelism.expert_parallel_degree, model.converters" in config.notes[0]
+    config = parse("", "--parallelism.expert_tensor_parallel_degree", "1", "--model.converters=[]")
+    assert "parallelism.expert_tensor_parallel_degree, model.converters" in config.notes[0]
     said = report("", "--checkpoint.async_mode=async")
     assert 'checkpoint.async_mode = "async": is a torchtitan v0.2.2 option' in said
     assert "activation_checkpoint.debug = true" in report("", "--activation_checkpoint.debug")
@@ -217,7 +216,7 @@ def test_a_llama3_file_starts(flavor):
     assert (config.model.flavor, config.training.steps) == (flavor, 1000)
     assert config.notes == [
         "options of torchtitan that have nothing to do here: job.custom_config_module, "
-        "model.converters, training.dataloader, parallelism.expert_parallel_degree, "
+        "model.converters, training.dataloader, "
         "parallelism.expert_tensor_parallel_degree, checkpoint.last_save_model_only, "
         "checkpoint.export_dtype, checkpoint.async_mode, quantize.linear, validation.dataloader",
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '

@@ -55,6 +55,7 @@ ROUNDING = (
     "parallelism.context_parallel_method",
     "parallelism.context_parallel_rotate_method",
     "parallelism.context_parallel_load_balancer",
+    "parallelism.expert_parallel_degree",
     "compile.enable",
     "compile.components",
     "compile.backend",

@@ -93,7 +93,7 @@ def _check_model(config: Config) -> Faults:
         return
     yield from _check_heads(config, shape)
     yield from _check_rope(shape)
-    yield from _check_experts(shape)
+    yield from _check_experts(config, shape)
     yield from _check_sharing(config, shape)
 
 
@@ -125,7 +125,7 @@ def _check_rope(shape: ModelShape) -> Faults:
         )
 
 
-def _check_experts(shape: ModelShape) -> Faults:
+def _check_experts(config: Config, shape: ModelShape) -> Faults:
     """Check that there are experts enough, layers for them, and a router that can learn."""
     experts, k = shape.n_experts, shape.experts_per_token
     if experts == 0:
@@ -148,6 +148,8 @@ def _check_experts(shape: ModelShape) -> Faults:
             "and the router learns nothing from the loss; set it to false",
             (*FLAVOR_KEYS, "model.n_experts"),
         )
+    ep = config.parallelism.expert_parallel_degree
+    yield from _must_divide(layout.EXPERT_KEY, ep, {"model.n_experts": experts})
 
 
 def _check_sharing(config: Config, shape: ModelShape) -> Faults:
@@ -155,7 +157,9 @@ def _check_sharing(config: Config, shape: ModelShape) -> Faults:
     parallelism = config.parallelism
     tp = parallelism.tensor_parallel_degree
     heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
-    shared = {**heads, "model.ffn_hidden_dim": shape.ffn_hidden_dim}
+    shared = dict(heads)
+    if shape.n_sparse_layers < shape.n_layers:
+        shared["model.ffn_hidden_dim"] = shape.ffn_hidden_dim
     yield from _must_divide("parallelism.tensor_parallel_degree", tp, shared)
     if parallelism.context_parallel_method == "ulysses":
         yield from _must_divide(

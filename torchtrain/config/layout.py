@@ -18,6 +18,9 @@ DEGREE_KEYS = (
 )
 
 
+EXPERT_KEY = "parallelism.expert_parallel_degree"
+
+
 # How a pipeline is split and run.
 PIPELINE_KEYS = (
     "parallelism.pipeline_parallel_schedule",
@@ -43,6 +46,8 @@ class Degrees:
     """Ranks that share each sequence; FSDP shards over them too."""
     tp: int
     """Ranks that share each matrix product: the innermost, since they communicate most."""
+    ep: int = 1
+    """Ranks that share the experts: neighbors among those along dp_shard, cp and tp together."""
 
     @property
     def world_size(self) -> int:
@@ -60,6 +65,11 @@ class Degrees:
         return self.cp * self.tp
 
     @property
+    def expert_shard(self) -> int:
+        """Ranks along dp_shard, cp and tp that have the same experts, and shard them."""
+        return self.dp_shard * self.ranks_per_stage // self.ep
+
+    @property
     def ranks_per_sample(self) -> int:
         """Ranks that share the work on one sample: all of them read it."""
         return self.pp * self.ranks_per_stage
@@ -74,6 +84,7 @@ class Degrees:
             f"{sharded} ranks": sharded,
             f"context parallel: {self.cp} ranks share each sequence": self.cp,
             f"tensor parallel: {self.tp} ranks share each matrix product": self.tp,
+            f"expert parallel: {self.ep} ranks share the experts": self.ep,
         }
         texts = [text for text, degree in parts.items() if degree > 1]
         return "; ".join(texts) or "one process"
@@ -105,7 +116,8 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     """Return the degrees, with a shard degree of -1 resolved to the ranks that are left.
 
     Raises:
-        UserError: the degrees do not multiply to the world size.
+        UserError: the degrees do not multiply to the world size, or the experts' does not divide
+            the ranks that it is taken of.
     """
     degrees = {key: getattr(parallelism, key.partition(".")[2]) for key in DEGREE_KEYS}
     factors = {key: degree for key, degree in degrees.items() if degree > 1}
@@ -125,13 +137,23 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
             f"{given or 'parallelism.data_parallel_shard_degree = 1'} gives {product} ranks, but "
             f"the world size is {world_size}; a shard degree of -1 takes what is left"
         )
-    return Degrees(
+    found = Degrees(
         pp=parallelism.pipeline_parallel_degree,
         dp_replicate=parallelism.data_parallel_replicate_degree,
         dp_shard=shard,
         cp=parallelism.context_parallel_degree,
         tp=parallelism.tensor_parallel_degree,
+        ep=parallelism.expert_parallel_degree,
     )
+    ranks = found.dp_shard * found.ranks_per_stage
+    if ranks % found.ep:
+        allowed = ", ".join(str(divisor) for divisor in find_divisors(ranks))
+        raise UserError(
+            f"{EXPERT_KEY} = {found.ep} must divide the {ranks} ranks along data shard "
+            f"({found.dp_shard}), context ({found.cp}) and tensor parallelism ({found.tp}) "
+            f"together; allowed: {allowed}"
+        )
+    return found
 
 
 def plan_batch(

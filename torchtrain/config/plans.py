@@ -134,6 +134,8 @@ def plan_run(
     if tokenizer_size is not None:
         shape = replace(shape, vocab_size=plan_vocabulary(config.model, shape, tokenizer_size))
     degrees = layout.plan_degrees(parallelism, world_size)
+    if shape.n_sparse_layers == 0:
+        degrees = replace(degrees, ep=1)
     stages = layout.plan_stages(parallelism, shape.layer_names)
     batch = layout.plan_batch(config.training, degrees.data_parallel, global_batch_size)
     if degrees.pp > 1:

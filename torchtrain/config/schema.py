@@ -263,7 +263,7 @@ class Data(Section):
 
 
 class Parallelism(Section):
-    """How the model is split over ranks; the degrees multiply to the world size."""
+    """How the model is split over ranks. Degrees multiply to the world size, the experts' aside."""
 
     data_parallel_replicate_degree: Count = 1
     """Replicas of the (sharded) model."""
@@ -301,6 +301,8 @@ class Parallelism(Section):
     """How keys and values travel in the ring: all at once, or shard by shard."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
     """headtail gives each rank a chunk from both ends of the sequence, to balance causal work."""
+    expert_parallel_degree: Count = 1
+    """Ranks that share a sparse layer's experts, of the data-shard, context and tensor ranks."""
 
 
 class Checkpoint(Section):

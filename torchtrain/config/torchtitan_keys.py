@@ -20,7 +20,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "validation.dataloader": ANY_VALUE,
     "parallelism.pipeline_parallel_schedule_csv": ("",),
     "parallelism.pipeline_parallel_expert_parallel_overlap": ANY_VALUE,  # needs experts
-    "parallelism.expert_parallel_degree": (1,),
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.expert_parallel_comm_backend": ANY_VALUE,  # needs a degree
     "checkpoint.enable_ft_dataloader_checkpoints": ANY_VALUE,  # needs [fault_tolerance]

@@ -1,9 +1,12 @@
 """The optimizer of the run, built from the weights by their names in the whole model."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtrain.catalog.optimizers import find_optimizer
@@ -22,7 +25,25 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         UserError: the catalog has no such name, or its entry cannot be imported.
     """
     build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
-    return build(weights, config)
+    optimizer: Optimizer = build(weights, config)
+    optimizer.param_groups = [
+        {**group, "params": parameters}
+        for group in optimizer.param_groups
+        for parameters in split_by_mesh(group["params"])
+    ]
+    return optimizer
+
+
+def split_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Split parameters by the ranks they are sharded over; a list at least, which may be empty.
+
+    An implementation that updates a whole group at once, as foreach and fused do, cannot mix them.
+    """
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        by_mesh[mesh].append(parameter)
+    return list(by_mesh.values()) or [[]]
 
 
 def split_by_decay(

@@ -20,6 +20,7 @@ from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, a
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
+from torchtrain.parallelisms.expert_parallel import apply_expert_parallel
 from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
@@ -96,6 +97,8 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
         apply_emulated_bf16(model)
     if mesh.has("tp"):
         apply_tensor_parallel(model, mesh.get("tp"), parallelism)
+    if mesh.has("ep"):
+        apply_expert_parallel(model, mesh.get("ep"))
     apply_within_blocks(model, techniques.activation_checkpoint)
     if techniques.compile.enable and "model" in techniques.compile.components:
         apply_compile(model, techniques.compile.backend)
@@ -106,7 +109,7 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
         # where the backward is split, PyTorch's FSDP then trains wrongly, so that the config check
         # refuses "always" there.
         reshard = "never"
-    apply_fsdp(model, mesh.fsdp, training, reshard)
+    apply_fsdp(model, mesh.fsdp, training, reshard, mesh.expert_fsdp)
 
 
 def collect_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:

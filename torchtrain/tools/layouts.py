@@ -41,6 +41,22 @@ TASKS = {
     "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
 }
 
+EXPERTS = {
+    "model.n_experts": 8,
+    "model.experts_per_token": 2,
+    "model.expert_hidden_dim": 48,
+    "model.n_shared_experts": 1,
+    "model.n_dense_layers": 1,
+    "model.qk_norm": True,
+    "router.balance_loss_weight": 0.01,
+    "router.z_loss_weight": 1e-3,
+}
+TASKS |= {
+    "experts": Task(EXPERTS),
+    "experts-documents": Task(EXPERTS | DOCUMENTS),
+    "experts-labels": Task(EXPERTS, hide_labels=True),
+}
+
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
 MICROBATCH_1 = {"training.local_batch_size": 1}
 TP_2 = {"parallelism.tensor_parallel_degree": 2}
@@ -83,6 +99,9 @@ UNEVEN = {
         ["layers.3", "norm", "output"],
     ]
 }
+
+EP_2 = {"parallelism.expert_parallel_degree": 2}
+EP_4 = {"parallelism.expert_parallel_degree": 4}
 
 LAYOUTS = {
     "accumulate": Layout(1, MICROBATCH_1),
@@ -206,6 +225,9 @@ LAYOUTS = {
     "fsdp2-tp2-pp2-1f1b-full-ac-compile": Layout(8, PP_2 | TP_2 | FULL | COMPILE),
     "tp2-pp2-zbv-documents": Layout(4, ZBV | TP_2, "documents"),
     "cp2-pp2-1f1b-documents": Layout(4, PP_2 | CP_2 | ULYSSES | IN_ORDER, "documents"),
+    "experts-ep2": Layout(2, EP_2, "experts"),
+    "experts-ep4": Layout(4, EP_4, "experts"),
+    "experts-fsdp2-ep2": Layout(4, EP_2, "experts"),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }
