@@ -765,8 +765,8 @@ MUTANTS = {
         ),
         (
             "matrices do not decay",
-            '"params": matrices, "weight_decay": weight_decay',
-            '"params": matrices, "weight_decay": 0.0',
+            '"params": group, "weight_decay": weight_decay',
+            '"params": group, "weight_decay": 0.0',
         ),
     ],
     "torchtrain/optimizers/adam.py": [

@@ -44,8 +44,14 @@ def test_the_facts_of_a_run(data, device):
         "accumulation_steps": 4,
         "data_parallel_degree": 1,
     }
-    degrees = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    assert facts["degrees"] == dict.fromkeys(degrees, 1)
+    assert facts["degrees"] == {
+        "pp": 1,
+        "dp_replicate": 1,
+        "dp_shard": 1,
+        "cp": 1,
+        "tp": 1,
+        "ep": 1,
+    }
     assert facts["parameters"] == facts["active_parameters"] == PARAMETERS
     assert facts["tokens_per_step"] == 8 * 32
     assert facts["first_step"] == 42

@@ -62,6 +62,7 @@ COMPARED = {
 }
 # Where outputs go, how long things wait, what is kept in memory.
 CHANGES_NO_RESULT = (
+    "parallelism.pipeline_parallel_expert_parallel_overlap",
     "job.config_file",
     "job.dump_folder",
     "job.description",

@@ -89,19 +89,6 @@ BAD_COMBINATIONS = {
         "[model]\nn_experts = 4\nexperts_per_token = 1",
         ["router_renormalize = true", "every weight is 1", "set it to false"],
     ),
-    "experts over ranks": (
-        "[model]\nn_experts = 6\n[parallelism]\nexpert_parallel_degree = 4",
-        ["expert_parallel_degree = 4 must divide model.n_experts = 6"],
-    ),
-    "compiled experts in fp32": (
-        "[model]\nn_experts = 4\n[compile]\nenable = true\n[training]\n"
-        'mixed_precision_param = "float32"',
-        ["compile.enable = true", 'needs training.mixed_precision_param = "bfloat16"'],
-    ),
-    "compiled experts of odd bytes": (
-        "[model]\nn_experts = 4\nexpert_hidden_dim = 100\n[compile]\nenable = true",
-        ["expert_hidden_dim = 100 must be divisible by 8"],
-    ),
     "rope factors": (
         "[model]\nrope_scaling_factor = 8\nrope_high_freq_factor = 1",
         ["rope_high_freq_factor = 1.0", "above"],

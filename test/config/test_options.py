@@ -176,13 +176,18 @@ SHOWN_BY = {
         (f"parallelism.{key}" for key in SHARING_KEYS),
         "test_sharing_options_reach_the_model",
     ),
-    "parallelism.expert_parallel_degree": "test_experts_are_shared_by_neighbors",
     "parallelism.pipeline_parallel_degree": (
         "test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process"
     ),
     "parallelism.pipeline_parallel_schedule": "test_pipeline_options_reach_the_schedule",
     "parallelism.pipeline_parallel_microbatch_size": "test_pipeline_options_reach_the_schedule",
     **dict.fromkeys((f"parallelism.{key}" for key in CUTTING_KEYS), "test_cutting_options_cut"),
+    "parallelism.expert_parallel_degree": (
+        "test_the_ranks_that_share_experts_are_some_of_those_that_share_data"
+    ),
+    "parallelism.pipeline_parallel_expert_parallel_overlap": (
+        "test_the_plan_overlaps_where_dualpipev_meets_shared_experts"
+    ),
     "parallelism.enable_async_tensor_parallel": "test_async_tensor_parallel_needs_cuda",
     "compile.enable": "test_compile_options",
     "compile.components": "test_compile_options",
@@ -280,8 +285,14 @@ def test_a_run_writes_its_folder(run, tmp_path):
         "run.json",
     }
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    degrees = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    assert facts["degrees"] == dict.fromkeys(degrees, 1)
+    assert facts["degrees"] == {
+        "pp": 1,
+        "dp_replicate": 1,
+        "dp_shard": 1,
+        "cp": 1,
+        "tp": 1,
+        "ep": 1,
+    }
     assert facts["batch"]["accumulation_steps"] == 1
     assert facts["parameters"] > 0
     for text in (

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torchtrain.catalog.models import FAMILIES
 from torchtrain.config.layout import (
     DEGREE_KEYS,
-    EXPERT_KEY,
     Degrees,
     count_sequence_shards,
     find_divisors,
@@ -113,9 +112,27 @@ def test_plan_batch_of_the_largest_values_is_quick():
 
 
 def test_the_factors_of_the_world_size_are_listed():
-    """Not every key that ends in _degree need be one: experts, say, share other ranks."""
+    """Not every key that ends in _degree is one: experts share ranks that share something else."""
     ending = [f"parallelism.{key}" for key in Parallelism.model_fields if key.endswith("_degree")]
-    assert sorted([*DEGREE_KEYS, EXPERT_KEY]) == sorted(ending)
+    assert set(ending) - set(DEGREE_KEYS) == {"parallelism.expert_parallel_degree"}
+    assert set(DEGREE_KEYS) <= set(ending)
+
+
+def test_the_ranks_that_share_experts_are_some_of_those_that_share_data():
+    section = Parallelism(
+        tensor_parallel_degree=2, context_parallel_degree=3, expert_parallel_degree=4
+    )
+    degrees = plan_degrees(section, 24)
+    assert degrees == Degrees(pp=1, dp_replicate=1, dp_shard=4, cp=3, tp=2, ep=4)
+    assert degrees.expert_shard == 6
+    assert degrees.world_size == 24
+    assert degrees.describe().endswith("; expert parallel: 4 ranks share the experts of a layer")
+    with pytest.raises(UserError) as refused:
+        plan_degrees(section, 6)
+    assert str(refused.value) == (
+        "parallelism.expert_parallel_degree = 4 must divide the 6 ranks of the data-shard, context "
+        "and tensor degrees together; allowed: 1, 2, 3, 6"
+    )
 
 
 def test_degrees_of_a_mixed_layout():
@@ -137,22 +154,6 @@ def test_degrees_of_a_mixed_layout():
         "tensor parallel: 4 ranks share each matrix product"
     )
     assert plan_degrees(Parallelism(), 1).describe() == "one process"
-
-
-def test_experts_are_shared_by_neighbors():
-    """Of 2 x 2 x 2 ranks of data shard, context and tensor parallelism 4 share the experts."""
-    section = Parallelism(
-        data_parallel_replicate_degree=3,
-        context_parallel_degree=2,
-        tensor_parallel_degree=2,
-        expert_parallel_degree=4,
-    )
-    degrees = plan_degrees(section, 24)
-    assert (degrees.world_size, degrees.ep, degrees.expert_shard) == (24, 4, 2)
-    assert degrees.describe().endswith("expert parallel: 4 ranks share the experts")
-    section.expert_parallel_degree = 3  # the replicas' ranks are not among them
-    with pytest.raises(UserError, match=r"expert_parallel_degree = 3 .* 8 ranks .* 1, 2, 4, 8"):
-        plan_degrees(section, 24)
 
 
 def test_divisors():
@@ -221,6 +222,7 @@ def test_the_whole_plan_of_a_mixed_layout():
         "seq_len": 32,
         "activation_len": 16,
         "whole_backward": True,
+        "overlaps": False,
     }
     assert [(s.dataset, s.path, s.share, s.held_out_share, s.side) for s in plan.sources] == [
         ("python_stdlib", None, Fraction(1), 0.01, "training")

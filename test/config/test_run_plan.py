@@ -80,6 +80,7 @@ def test_the_pipeline():
         seq_len=32,
         activation_len=16,
         whole_backward=False,
+        overlaps=False,
     )
     assert planned().sequence_shards == 2
     whole = planned(parallelism__disable_sequence_parallel=True)

@@ -19,7 +19,6 @@ ASKING = {
     "training.dataloader": (None, "{ num_workers = 4, pin_memory = true }"),
     "validation.dataloader": (None, "{ num_workers = 4 }"),
     "parallelism.pipeline_parallel_schedule_csv": ('"order.csv"', '""'),
-    "parallelism.pipeline_parallel_expert_parallel_overlap": (None, "true"),
     "parallelism.expert_tensor_parallel_degree": ("2", "1"),
     "parallelism.expert_parallel_comm_backend": (None, '"standard"'),
     "checkpoint.enable_ft_dataloader_checkpoints": (None, "true"),
@@ -81,7 +80,10 @@ def test_what_asks_for_nothing_is_taken_and_named(name):
 
 
 def test_an_idle_value_is_one_of_the_right_type():
-    for text in ("expert_tensor_parallel_degree = true", "expert_tensor_parallel_degree = 1.0"):
+    for text in (
+        "expert_tensor_parallel_degree = true",
+        "expert_tensor_parallel_degree = 1.0",
+    ):
         assert "not support yet" in report(f"[parallelism]\n{text}")
 
 

@@ -1,22 +1,19 @@
 """What is wrong with keys together: one function per subject, each yielding its faults."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from torchtrain.catalog.datasets import find_dataset
-from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.optimizers import find_optimizer
 from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config import layout
 from torchtrain.config.faults import Fault
+from torchtrain.config.model_checks import FLAVOR_KEYS, Faults, check_model, must_divide
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.schema import Config
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
 from torchtrain.errors import UserError
-
-# What gives a model its shape where no other key of [model] does.
-FLAVOR_KEYS = ("model.name", "model.flavor")
 
 # What a pipeline's stages and microbatches depend on.
 PIPELINE_KEYS = (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS)
@@ -31,14 +28,11 @@ NAMED_BY_USERS = (
 )
 
 
-Faults = Iterator[Fault]
-
-
 def check(config: Config, world_size: int | None) -> list[Fault]:
     """Return every combination that cannot work; a world size of None leaves the layout out."""
     return [
         *_check_tokenizer(config),
-        *_check_model(config),
+        *check_model(config),
         *_catch(find_optimizer, config.optimizer.name),
         *_check_data(config),
         *_check_validation(config),
@@ -48,7 +42,6 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_check_folders(config),
         *_check_profiling(config),
         *_check_compile(config),
-        *_check_compiled_experts(config),
     ]
 
 
@@ -60,114 +53,12 @@ def _catch(check: Callable[..., object], *arguments: object) -> Faults:
         yield Fault(str(fault))
 
 
-def _must_divide(
-    key: str,
-    divisor: int,
-    numbers: dict[str, int],
-    note: str = "",
-    depends_on: tuple[str, ...] = FLAVOR_KEYS,
-) -> Faults:
-    """Yield a fault for each number, given by its key, that the divisor does not divide.
-
-    `note` says why the divisor is not the value of its own key.
-    """
-    for divided, number in numbers.items():
-        if number % divisor:
-            yield Fault(f"{key} = {divisor}{note} must divide {divided} = {number}", depends_on)
-
-
 def _check_tokenizer(config: Config) -> Faults:
     model = config.model
     if model.tokenizer_path is not None and model.hf_assets_path is not None:
         yield Fault(
             f"model.tokenizer_path = {quoted(model.tokenizer_path)}, model.hf_assets_path = "
             f"{quoted(model.hf_assets_path)}: the two mean the same; give one of them"
-        )
-
-
-def _check_model(config: Config) -> Faults:
-    try:
-        shape = plan_shape(config.model)
-    except UserError as fault:
-        yield Fault(str(fault), FLAVOR_KEYS)
-        return
-    yield from _check_heads(config, shape)
-    yield from _check_rope(shape)
-    yield from _check_experts(config, shape)
-    yield from _check_sharing(config, shape)
-
-
-def _check_heads(config: Config, shape: ModelShape) -> Faults:
-    given = f"model.head_width = {shape.head_width}"
-    if shape.head_width == 0:
-        yield from _must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
-        given = f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = "
-        given += str(shape.width_per_head)
-    if shape.width_per_head % 2 and (shape.head_width or shape.dim % shape.n_heads == 0):
-        yield Fault(
-            f"{given}: the head width must be even, since RoPE rotates pairs of features",
-            (*FLAVOR_KEYS, "model.head_width"),
-        )
-    note = ""
-    if config.model.n_kv_heads is None:
-        note = " (the flavor's: it does not follow n_heads; set it too)"
-    heads = {"model.n_heads": shape.n_heads}
-    yield from _must_divide("model.n_kv_heads", shape.n_kv_heads, heads, note)
-
-
-def _check_rope(shape: ModelShape) -> Faults:
-    low, high = shape.rope_low_freq_factor, shape.rope_high_freq_factor
-    if shape.rope_scaling_factor > 1 and high <= low:
-        yield Fault(
-            f"model.rope_high_freq_factor = {high} must be above model.rope_low_freq_factor = "
-            f"{low} where model.rope_scaling_factor is above 1",
-            FLAVOR_KEYS,
-        )
-
-
-def _check_experts(config: Config, shape: ModelShape) -> Faults:
-    """Check that there are experts enough, layers for them, and a router that can learn."""
-    experts, k = shape.n_experts, shape.experts_per_token
-    if experts == 0:
-        return
-    if k > experts:
-        yield Fault(
-            f"model.experts_per_token = {k} must be at most model.n_experts = {experts}",
-            FLAVOR_KEYS,
-        )
-    if shape.n_sparse_layers == 0:
-        yield Fault(
-            f"model.n_dense_layers = {shape.n_dense_layers}, model.sparse_every = "
-            f"{shape.sparse_every}: none of model.n_layers = {shape.n_layers} layers has "
-            f"model.n_experts = {experts}",
-            FLAVOR_KEYS,
-        )
-    if k == 1 < experts and shape.router_renormalize:
-        yield Fault(
-            "model.router_renormalize = true: with model.experts_per_token = 1 every weight is 1, "
-            "and the router learns nothing from the loss; set it to false",
-            (*FLAVOR_KEYS, "model.n_experts"),
-        )
-    ep = config.parallelism.expert_parallel_degree
-    yield from _must_divide(layout.EXPERT_KEY, ep, {"model.n_experts": experts})
-
-
-def _check_sharing(config: Config, shape: ModelShape) -> Faults:
-    """Check that heads and features can be shared by the tensor- and context-parallel ranks."""
-    parallelism = config.parallelism
-    tp = parallelism.tensor_parallel_degree
-    heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
-    shared = dict(heads)
-    if shape.n_sparse_layers < shape.n_layers:
-        shared["model.ffn_hidden_dim"] = shape.ffn_hidden_dim
-    yield from _must_divide("parallelism.tensor_parallel_degree", tp, shared)
-    if parallelism.context_parallel_method == "ulysses":
-        yield from _must_divide(
-            "parallelism.context_parallel_degree",
-            parallelism.context_parallel_degree * tp,
-            heads,
-            note=" (ulysses: times the tensor-parallel degree)",
-            depends_on=(*FLAVOR_KEYS, "parallelism.context_parallel_method"),
         )
 
 
@@ -211,7 +102,7 @@ def _check_validation(config: Config) -> Faults:
         path = validation.dataset_path
         yield from _catch(find_dataset, validation.dataset, path, "validation.dataset")
     if validation.local_batch_size is not None:
-        yield from _must_divide(
+        yield from must_divide(
             "parallelism.pipeline_parallel_microbatch_size",
             config.parallelism.pipeline_parallel_microbatch_size,
             {"validation.local_batch_size": validation.local_batch_size},
@@ -270,6 +161,17 @@ def _check_pipeline(config: Config, world_size: int | None) -> Faults:
             'where FSDP computes wrong gradients; leave it at "default", or change '
             "parallelism.pipeline_parallel_schedule"
         )
+    others = {
+        "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "parallelism.context_parallel_degree": parallelism.context_parallel_degree,
+    }
+    for key, degree in others.items():
+        if layout.overlaps_exchanges(parallelism) and degree > 1:
+            yield Fault(
+                f"{key} = {degree} exchanges within what DualPipeV overlaps, in an order that may "
+                "differ between ranks; set "
+                "parallelism.pipeline_parallel_expert_parallel_overlap = false"
+            )
     try:
         layer_names = plan_shape(config.model).layer_names
     except UserError:  # reported by _check_model
@@ -341,30 +243,3 @@ def _check_compile(config: Config) -> Faults:
     parallelism = config.parallelism
     if parallelism.enable_async_tensor_parallel and parallelism.tensor_parallel_degree > 1:
         yield Fault(f"parallelism.enable_async_tensor_parallel = true {needs}")
-
-
-def _check_compiled_experts(config: Config) -> Faults:
-    """Check that experts are multiplied by one kernel, where blocks are compiled whole."""
-    if not (config.compile.enable and "model" in config.compile.components):
-        return
-    try:
-        shape = plan_shape(config.model)
-    except UserError:  # reported by _check_model
-        return
-    if shape.n_experts == 0:
-        return
-    if config.training.mixed_precision_param != "bfloat16":
-        yield Fault(
-            f"compile.enable = true with model.n_experts = {shape.n_experts} needs "
-            'training.mixed_precision_param = "bfloat16": in fp32 each expert is multiplied by '
-            "itself, and the compiler cannot know how many tokens it has",
-            FLAVOR_KEYS,
-        )
-    widths = {"model.dim": shape.dim, "model.expert_hidden_dim": shape.width_per_expert}
-    for key, width in widths.items():
-        if width % 8:
-            yield Fault(
-                f"{key} = {width} must be divisible by 8 with compile.enable = true and "
-                f"model.n_experts = {shape.n_experts}: rows of 16 bytes, which the kernel reads",
-                FLAVOR_KEYS,
-            )

@@ -18,9 +18,6 @@ DEGREE_KEYS = (
 )
 
 
-EXPERT_KEY = "parallelism.expert_parallel_degree"
-
-
 # How a pipeline is split and run.
 PIPELINE_KEYS = (
     "parallelism.pipeline_parallel_schedule",
@@ -47,7 +44,7 @@ class Degrees:
     tp: int
     """Ranks that share each matrix product: the innermost, since they communicate most."""
     ep: int = 1
-    """Ranks that share the experts: neighbors among those along dp_shard, cp and tp together."""
+    """Ranks that share the experts: neighbors among those along dp_shard, cp and tp."""
 
     @property
     def world_size(self) -> int:
@@ -65,14 +62,14 @@ class Degrees:
         return self.cp * self.tp
 
     @property
-    def expert_shard(self) -> int:
-        """Ranks along dp_shard, cp and tp that have the same experts, and shard them."""
-        return self.dp_shard * self.ranks_per_stage // self.ep
-
-    @property
     def ranks_per_sample(self) -> int:
         """Ranks that share the work on one sample: all of them read it."""
         return self.pp * self.ranks_per_stage
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that shard the same experts (FSDP): those along dp_shard, cp and tp, but for ep."""
+        return self.dp_shard * self.cp * self.tp // self.ep
 
     def describe(self) -> str:
         """Return the layout in words, for the start-up line."""
@@ -84,7 +81,7 @@ class Degrees:
             f"{sharded} ranks": sharded,
             f"context parallel: {self.cp} ranks share each sequence": self.cp,
             f"tensor parallel: {self.tp} ranks share each matrix product": self.tp,
-            f"expert parallel: {self.ep} ranks share the experts": self.ep,
+            f"expert parallel: {self.ep} ranks share the experts of a layer": self.ep,
         }
         texts = [text for text, degree in parts.items() if degree > 1]
         return "; ".join(texts) or "one process"
@@ -116,8 +113,7 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     """Return the degrees, with a shard degree of -1 resolved to the ranks that are left.
 
     Raises:
-        UserError: the degrees do not multiply to the world size, or the experts' does not divide
-            the ranks that it is taken of.
+        UserError: the degrees do not multiply to the world size.
     """
     degrees = {key: getattr(parallelism, key.partition(".")[2]) for key in DEGREE_KEYS}
     factors = {key: degree for key, degree in degrees.items() if degree > 1}
@@ -137,7 +133,7 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
             f"{given or 'parallelism.data_parallel_shard_degree = 1'} gives {product} ranks, but "
             f"the world size is {world_size}; a shard degree of -1 takes what is left"
         )
-    found = Degrees(
+    resolved = Degrees(
         pp=parallelism.pipeline_parallel_degree,
         dp_replicate=parallelism.data_parallel_replicate_degree,
         dp_shard=shard,
@@ -145,15 +141,23 @@ def plan_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
         tp=parallelism.tensor_parallel_degree,
         ep=parallelism.expert_parallel_degree,
     )
-    ranks = found.dp_shard * found.ranks_per_stage
-    if ranks % found.ep:
+    check_expert_degree(resolved)
+    return resolved
+
+
+def check_expert_degree(degrees: Degrees) -> None:
+    """Check that the ranks which share the experts can be taken out of the others.
+
+    Raises:
+        UserError: their number does not divide that of the ranks to take them out of.
+    """
+    ranks = degrees.dp_shard * degrees.cp * degrees.tp
+    if ranks % degrees.ep:
         allowed = ", ".join(str(divisor) for divisor in find_divisors(ranks))
         raise UserError(
-            f"{EXPERT_KEY} = {found.ep} must divide the {ranks} ranks along data shard "
-            f"({found.dp_shard}), context ({found.cp}) and tensor parallelism ({found.tp}) "
-            f"together; allowed: {allowed}"
+            f"parallelism.expert_parallel_degree = {degrees.ep} must divide the {ranks} ranks of "
+            f"the data-shard, context and tensor degrees together; allowed: {allowed}"
         )
-    return found
 
 
 def plan_batch(
@@ -261,6 +265,16 @@ def check_batch(parallelism: Parallelism, batch_size: int, stages: int) -> None:
             f"parallelism.pipeline_parallel_schedule: {fault} (a rank's batch is {batch_size}, "
             f"pipeline_parallel_microbatch_size = {size}; training.local_batch_size allows more)"
         ) from None
+
+
+def overlaps_exchanges(parallelism: Parallelism) -> bool:
+    """Return whether a pipeline's forwards and backwards hide each other's exchanges of tokens."""
+    return (
+        parallelism.pipeline_parallel_degree > 1
+        and parallelism.pipeline_parallel_schedule == "DualPipeV"
+        and parallelism.expert_parallel_degree > 1
+        and parallelism.pipeline_parallel_expert_parallel_overlap
+    )
 
 
 def count_sequence_shards(parallelism: Parallelism) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from torchtrain.catalog.models import EXPERT_DETAILS, ModelShape
-from torchtrain.config.layout import EXPERT_KEY, PIPELINE_KEYS
+from torchtrain.config.layout import PIPELINE_KEYS
 from torchtrain.config.options import options
 from torchtrain.config.plans import plan_shape
 from torchtrain.config.schema import Config, Router
@@ -25,6 +25,9 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "parallelism.enable_async_tensor_parallel",  # it overlaps sequence parallelism's exchanges
     ),
     ("parallelism.pipeline_parallel_degree", 1): PIPELINE_KEYS,
+    ("parallelism.expert_parallel_degree", 1): (
+        "parallelism.pipeline_parallel_expert_parallel_overlap",
+    ),
     ("parallelism.module_fqns_per_model_part", SET): (
         "parallelism.pipeline_parallel_layers_per_stage",
         "parallelism.pipeline_parallel_first_stage_less_layers",
@@ -77,13 +80,13 @@ def find_idle_options(config: Config) -> list[str]:
 
 
 def _find_idle_balance(config: Config, shape: ModelShape) -> dict[str, str]:
-    """Return why options of the experts and their balance have no effect, by their names."""
+    """Return why options that spread tokens over experts have no effect, by their names."""
     found = {}
     if not shape.router_bias:
         found["router.bias_update_rate"] = "has no effect while the model's router_bias = false"
     if shape.n_sparse_layers == 0:
         names = [f"router.{key}" for key in Router.model_fields]
-        for name in (*names, "debug.moe_force_load_balance", EXPERT_KEY):
+        for name in (*names, "debug.moe_force_load_balance"):
             found[name] = "has no effect: the model has no sparse layer"
     return {
         name: text

@@ -38,13 +38,16 @@ class PipelinePlan:
     """Tokens of a sequence in what a rank passes from stage to stage."""
     whole_backward: bool
     """Whether inputs' and weights' gradients come together even where the schedule splits them."""
+    overlaps: bool
+    """Whether a forward and a backward that the schedule pairs hide each other's exchanges."""
 
     def describe(self) -> str:
         """Return the plan in words, for the start-up line."""
         whole = ", backwards whole (recomputation or compile)" if self.whole_backward else ""
+        overlap = ", forwards overlapped with backwards" if self.overlaps else ""
         return (
             f"pipeline schedule {self.schedule}: {self.stages} stages, "
-            f"{plural(self.microbatches, 'microbatch')} of {self.microbatch_size}{whole}"
+            f"{plural(self.microbatches, 'microbatch')} of {self.microbatch_size}{whole}{overlap}"
         )
 
 
@@ -134,8 +137,6 @@ def plan_run(
     if tokenizer_size is not None:
         shape = replace(shape, vocab_size=plan_vocabulary(config.model, shape, tokenizer_size))
     degrees = layout.plan_degrees(parallelism, world_size)
-    if shape.n_sparse_layers == 0:
-        degrees = replace(degrees, ep=1)
     stages = layout.plan_stages(parallelism, shape.layer_names)
     batch = layout.plan_batch(config.training, degrees.data_parallel, global_batch_size)
     if degrees.pp > 1:
@@ -182,6 +183,7 @@ def plan_pipeline(
         seq_len=seq_len // degrees.cp,
         activation_len=seq_len // degrees.cp // layout.count_sequence_shards(config.parallelism),
         whole_backward=SCHEDULES[schedule].splits_backward and (compiled or recomputes),
+        overlaps=layout.overlaps_exchanges(config.parallelism),
     )
 
 

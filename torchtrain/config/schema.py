@@ -263,7 +263,7 @@ class Data(Section):
 
 
 class Parallelism(Section):
-    """How the model is split over ranks. Degrees multiply to the world size, the experts' aside."""
+    """How the model is split over ranks; the degrees multiply to the world size."""
 
     data_parallel_replicate_degree: Count = 1
     """Replicas of the (sharded) model."""
@@ -291,8 +291,12 @@ class Parallelism(Section):
     """Layers that the embedding counts for: the first stage has that many fewer."""
     pipeline_parallel_last_stage_less_layers: CountOrZero = 1
     """Layers that norm and output count for: the last stage has that many fewer."""
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """Under DualPipeV with expert parallelism, compute while experts' exchanges are under way."""
     module_fqns_per_model_part: ListOfNames | None = None
     """Layer names per stage: tok_embeddings, layers.0, ..., norm, output; unset: even split."""
+    expert_parallel_degree: Count = 1
+    """Ranks that share the experts of a layer; among those along data shard, context, tensor."""
     context_parallel_degree: Count = 1
     """Ranks that share each sequence."""
     context_parallel_method: Literal["ring", "ulysses"] = "ring"
@@ -301,8 +305,6 @@ class Parallelism(Section):
     """How keys and values travel in the ring: all at once, or shard by shard."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
     """headtail gives each rank a chunk from both ends of the sequence, to balance causal work."""
-    expert_parallel_degree: Count = 1
-    """Ranks that share a sparse layer's experts, of the data-shard, context and tensor ranks."""
 
 
 class Checkpoint(Section):

@@ -19,7 +19,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "training.dataloader": ANY_VALUE,  # no process reads ahead here, so none is to be set up
     "validation.dataloader": ANY_VALUE,
     "parallelism.pipeline_parallel_schedule_csv": ("",),
-    "parallelism.pipeline_parallel_expert_parallel_overlap": ANY_VALUE,  # needs experts
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.expert_parallel_comm_backend": ANY_VALUE,  # needs a degree
     "checkpoint.enable_ft_dataloader_checkpoints": ANY_VALUE,  # needs [fault_tolerance]

@@ -20,12 +20,17 @@ from torchtrain.errors import UserError
 from torchtrain.models.rotary import RotaryPositions
 from torchtrain.utils import load_attribute
 
-Role = Literal["embedding", "norm", "columns", "rows", "logits"]
+Role = Literal[
+    "embedding", "norm", "columns", "rows", "logits", "head_norm", "shard_norm", "sparse", "whole"
+]
 """How the tensor-parallel ranks split a module.
 
 A norm stays whole; the column-wise weights that read it give each rank a share of the result;
 row-wise weights take such shares, and their results are summed. Embedding and logits are split
-over the vocabulary.
+over the vocabulary. A norm of heads sees those of the rank.
+
+Of a sparse feed-forward each rank computes its shard of the sequence: the norm before it does not
+gather, and the weights in it that are no expert's are whole.
 """
 
 aten = torch.ops.aten
@@ -44,6 +49,9 @@ class Decoder(nn.Module):
 
     tensor_parallel_plan: ClassVar[dict[str, Role]]
     """The role of each module with weights, by its name; "*" stands for any layer's number."""
+
+    sparse_plan: ClassVar[dict[str, Role]] = {}
+    """The same of a sparse layer's modules, where their role differs from a dense layer's."""
 
     ops_worth_saving: ClassVar[frozenset[Any]] = frozenset(
         {

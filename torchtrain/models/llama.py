@@ -39,6 +39,8 @@ class Transformer(Decoder):
         "layers.*.attention.wq": "columns",
         "layers.*.attention.wk": "columns",
         "layers.*.attention.wv": "columns",
+        "layers.*.attention.q_norm": "head_norm",
+        "layers.*.attention.k_norm": "head_norm",
         "layers.*.attention.wo": "rows",
         "layers.*.ffn_norm": "norm",
         "layers.*.feed_forward.w1": "columns",
@@ -46,6 +48,15 @@ class Transformer(Decoder):
         "layers.*.feed_forward.w2": "rows",
         "norm": "norm",
         "output": "logits",
+    }
+
+    sparse_plan: ClassVar[dict[str, Role]] = {
+        "layers.*.ffn_norm": "shard_norm",
+        "layers.*.moe": "sparse",
+        "layers.*.moe.router.gate": "whole",
+        "layers.*.moe.shared_experts.w1": "whole",
+        "layers.*.moe.shared_experts.w2": "whole",
+        "layers.*.moe.shared_experts.w3": "whole",
     }
 
     def __init__(self, shape: ModelShape) -> None:

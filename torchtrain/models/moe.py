@@ -187,15 +187,15 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(into))
         self.w2 = nn.Parameter(torch.empty(out_of))
         self.w3 = nn.Parameter(torch.empty(into))
-        self.own_share: Callable[[Tensor], Tensor] = lambda weight: weight
-        """Gives of a weight [E, ...] the experts that this rank has."""
+        self.own: Callable[[Tensor], Tensor] = lambda weight: weight
+        """From a weight to that of the experts which this rank has."""
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Take rows [N, D], the first counts[0] of them for the first expert, to [N, D].
 
         Under expert parallelism the experts are those that this rank has.
         """
-        w1, w2, w3 = (self.own_share(weight) for weight in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = self.own(self.w1), self.own(self.w2), self.own(self.w3)
         gate = self.multiply(rows, w1, counts)
         up = self.multiply(rows, w3, counts)
         return self.multiply(F.silu(gate) * up, w2, counts)

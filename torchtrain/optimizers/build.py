@@ -1,7 +1,6 @@
 """The optimizer of the run, built from the weights by their names in the whole model."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,25 +24,7 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         UserError: the catalog has no such name, or its entry cannot be imported.
     """
     build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
-    optimizer: Optimizer = build(weights, config)
-    optimizer.param_groups = [
-        {**group, "params": parameters}
-        for group in optimizer.param_groups
-        for parameters in split_by_mesh(group["params"])
-    ]
-    return optimizer
-
-
-def split_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters by the ranks they are sharded over; a list at least, which may be empty.
-
-    An implementation that updates a whole group at once, as foreach and fused do, cannot mix them.
-    """
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        by_mesh[mesh].append(parameter)
-    return list(by_mesh.values()) or [[]]
+    return build(weights, config)
 
 
 def split_by_decay(
@@ -56,7 +37,17 @@ def split_by_decay(
     """
     matrices = [weight for weight in weights.values() if weight.ndim > 1]
     vectors = [weight for weight in weights.values() if weight.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": group, "weight_decay": weight_decay} for group in split_by_mesh(matrices)]
+    return [*groups, {"params": vectors, "weight_decay": 0.0}]
+
+
+def split_by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Split the weights by the ranks that share them: one update takes DTensors of one mesh.
+
+    Experts may have another mesh than the rest of the model.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for weight in weights:
+        mesh = weight.device_mesh if isinstance(weight, DTensor) else None
+        groups.setdefault(mesh, []).append(weight)
+    return list(groups.values())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch._functorch.config
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -19,6 +20,11 @@ from torch.utils.checkpoint import (
 from torchtrain.config.schema import ActivationCheckpoint
 from torchtrain.models.decoder import Decoder
 
+PROFILER_MARKS = (
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
+
 
 def apply_within_blocks(model: Decoder, config: ActivationCheckpoint) -> None:
     """Apply the modes that choose operations, before compilation, which traces them."""
@@ -26,6 +32,8 @@ def apply_within_blocks(model: Decoder, config: ActivationCheckpoint) -> None:
     uses_budget = config.mode == "memory_budget"
     torch._functorch.config.activation_memory_budget = config.memory_budget if uses_budget else 1.0
     if config.mode == "selective" and config.selective_ac_option == "op":
+        # FSDP's marks for the profiler, of experts within the block: the recomputation has others.
+        SAC_IGNORED_OPS.update(PROFILER_MARKS)
         policy = save_only(model.ops_worth_saving)
         contexts = partial(create_selective_checkpoint_contexts, policy)
         for block in model.layers.values():

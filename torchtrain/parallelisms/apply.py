@@ -97,8 +97,7 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
         apply_emulated_bf16(model)
     if mesh.has("tp"):
         apply_tensor_parallel(model, mesh.get("tp"), parallelism)
-    if mesh.has("ep"):
-        apply_expert_parallel(model, mesh.get("ep"))
+    apply_expert_parallel(model, mesh)
     apply_within_blocks(model, techniques.activation_checkpoint)
     if techniques.compile.enable and "model" in techniques.compile.components:
         apply_compile(model, techniques.compile.backend)
@@ -109,7 +108,7 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
         # where the backward is split, PyTorch's FSDP then trains wrongly, so that the config check
         # refuses "always" there.
         reshard = "never"
-    apply_fsdp(model, mesh.fsdp, training, reshard, mesh.expert_fsdp)
+    apply_fsdp(model, mesh, training, reshard)
 
 
 def collect_weights(parts: Iterable[Decoder]) -> dict[str, nn.Parameter]:

@@ -1,19 +1,34 @@
 """torch.compile, one block at a time.
 
-The blocks share one program, so a deep model compiles as fast as a shallow one.
+The blocks share one program, so a deep model compiles as fast as a shallow one. Of a sparse block
+the attention, the norms and the shared experts are compiled: how many rows an expert has is known
+only when a router has decided.
 """
 
 import torch
+from torch import nn
 
 from torchtrain.models.decoder import Decoder
+from torchtrain.models.moe import SparseFeedForward
 
 
 def apply_compile(model: Decoder, backend: str) -> None:
-    """Compile each block's forward in place.
+    """Compile the forward of each block, or of the parts of a sparse one, in place.
 
     FSDP's hooks run around it, outside the graph; parameter names are unchanged.
     """
     for block in model.layers.values():
-        block.forward = torch.compile(  # type: ignore[method-assign]
-            block.forward, backend=backend, fullgraph=True, dynamic=False
-        )
+        for module in find_compilable(block):
+            module.forward = torch.compile(  # type: ignore[method-assign]
+                module.forward, backend=backend, fullgraph=True, dynamic=False
+            )
+
+
+def find_compilable(module: nn.Module) -> list[nn.Module]:
+    """Return the largest modules whose programs do not depend on what a router decides."""
+    is_fixed = not any(isinstance(each, SparseFeedForward) for each in module.modules())
+    if is_fixed:
+        return [module]
+    if isinstance(module, SparseFeedForward):
+        return [] if module.shared_experts is None else [module.shared_experts]
+    return [found for child in module.children() for found in find_compilable(child)]

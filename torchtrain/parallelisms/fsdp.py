@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -18,35 +17,28 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from torchtrain.config.schema import Training
 from torchtrain.models.decoder import Decoder
-from torchtrain.models.moe import Experts
+from torchtrain.parallelisms.expert_parallel import find_sparse
+from torchtrain.parallelisms.mesh import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def apply_fsdp(
-    model: Decoder,
-    mesh: DeviceMesh,
-    training: Training,
-    reshard_after_forward: str,
-    expert_mesh: DeviceMesh | None = None,
-) -> None:
+def apply_fsdp(model: Decoder, mesh: Mesh, training: Training, reshard_after_forward: str) -> None:
     """Shard the model in place, one group of parameters per block, also on a mesh of one rank.
 
     Args:
         model: on the meta device or materialized.
-        mesh: one dimension shards; of two, the first replicates (HSDP).
+        mesh: the ranks of the run; those of experts may be arranged in another way.
         training: the precision of compute, into which gathered parameters and block inputs are
             cast, that of the gradient reduction and accumulation, and whether the shards, their
             gradients and so the optimizer's states are kept in the host's memory.
         reshard_after_forward: "always" frees gathered parameters after the forward and gathers
             them again for the backward; "never" keeps them; "default" frees all but the last
             group, which the backward needs first.
-        expert_mesh: of the experts, which are then groups of their own; None: they are a part of
-            their block's.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[training.mixed_precision_param],
@@ -58,10 +50,15 @@ def apply_fsdp(
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     shard = partial(
         fully_shard,
-        mesh=mesh,
+        mesh=mesh.fsdp,
         mp_policy=policy,
         offload_policy=offload,
-        shard_placement_fn=partial(choose_dimension, ranks=mesh.size(-1)),
+        shard_placement_fn=partial(place, ranks=mesh.fsdp.size(-1)),
+    )
+    shard_experts = partial(
+        shard,
+        mesh=mesh.fsdp_experts,
+        shard_placement_fn=partial(place, ranks=mesh.fsdp_experts.size(-1)),
     )
     frees_blocks = reshard_after_forward != "never"
     frees_last = reshard_after_forward == "always"
@@ -72,16 +69,10 @@ def apply_fsdp(
         head = [model.get_submodule(name) for name in ("norm", "output") if model.keeps(name)]
         if head:
             shard(head, reshard_after_forward=frees_last)
+    for sparse in find_sparse(model):
+        if mesh.fsdp_experts is not mesh.fsdp:
+            shard_experts(sparse.experts, reshard_after_forward=frees_blocks)
     for block in model.layers.values():
-        if expert_mesh is not None:
-            choose = partial(choose_dimension, ranks=expert_mesh.size(-1))
-            for experts in find_experts(block):
-                shard(
-                    experts,
-                    mesh=expert_mesh,
-                    shard_placement_fn=choose,
-                    reshard_after_forward=frees_blocks,
-                )
         shard(block, reshard_after_forward=frees_blocks)
     shard(model, reshard_after_forward=frees_last)
     for module in find_fsdp_modules(model):
@@ -91,22 +82,13 @@ def apply_fsdp(
         module.set_force_sum_reduction_for_comms(True)
 
 
-def choose_dimension(parameter: nn.Parameter, ranks: int) -> Shard | None:
-    """Return where to cut a parameter; None cuts rows, the last of which may be fewer or none.
+def place(parameter: nn.Parameter, ranks: int) -> Shard:
+    """Return the dimension that is sharded: the first, or, of experts too few for that, the second.
 
-    Experts may be fewer than the ranks, so that many ranks would have none: their weights are cut
-    where it comes out even.
+    FSDP fills a first dimension up, any other must be divisible.
     """
-    if parameter.ndim < 3:
-        return None
-    sizes = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
-    even = [dim for dim, size in enumerate(sizes) if size % ranks == 0]
-    return Shard(even[0]) if even else None
-
-
-def find_experts(block: nn.Module) -> list[Experts]:
-    """Return the experts of a block, if it has any."""
-    return [module for module in block.modules() if isinstance(module, Experts)]
+    is_uneven = parameter.ndim == 3 and parameter.shape[0] % ranks > 0
+    return Shard(1) if is_uneven and parameter.shape[1] % ranks == 0 else Shard(0)
 
 
 def find_fsdp_modules(model: nn.Module) -> list[FSDPModule]:

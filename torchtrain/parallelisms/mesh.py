@@ -9,10 +9,7 @@ from torchtrain.config.layout import Degrees
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The outermost first; their degrees multiply to the world size. A technique that uses the ranks of
-these in another way has a mesh of its own: FSDP's is made from them, the experts' beside them."""
-EXPERT_DIMENSIONS = ("pp", "dp_replicate", "expert_shard", "ep")
-"""The ranks along "dp_shard", "cp" and "tp" in another grid: neighbors share the experts, and FSDP
-shards each of them over "expert_shard"."""
+these in another way has a mesh of its own, made from them as FSDP's is."""
 
 
 class Mesh:
@@ -21,14 +18,7 @@ class Mesh:
     A dimension of degree 1 has no group, but "dp_shard" always has: FSDP also runs on one rank.
     """
 
-    def __init__(
-        self,
-        degrees: Degrees,
-        device_type: str,
-        *,
-        sequence_shards: int = 1,
-        has_experts: bool = False,
-    ) -> None:
+    def __init__(self, degrees: Degrees, device_type: str, *, sequence_shards: int = 1) -> None:
         """Build the mesh; a collective call.
 
         Args:
@@ -36,7 +26,6 @@ class Mesh:
             device_type: of the computation.
             sequence_shards: into how many shards sequence parallelism splits a rank's sequences
                 between the blocks.
-            has_experts: whether any layer of the model is sparse.
         """
         self.degrees = degrees
         self.device_type = device_type
@@ -45,7 +34,7 @@ class Mesh:
         sizes = [self._degree(name) for name in kept]
         self._mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(kept))
         self.fsdp = self._build_fsdp()
-        self._expert_mesh = self._build_expert_mesh() if has_experts else None
+        self._experts = self._build_experts()
 
     def _build_fsdp(self) -> DeviceMesh:
         """Return FSDP's mesh: one dimension that shards, before it one that replicates."""
@@ -55,35 +44,49 @@ class Mesh:
             self._mesh["dp_shard", "cp"]._flatten(shard)
         return self._mesh["dp_replicate", shard] if self.has("dp_replicate") else self._mesh[shard]
 
-    def _build_expert_mesh(self) -> DeviceMesh | None:
-        """Return the experts' own mesh; None where the dense layers' FSDP serves them as well."""
-        if not (self.has("ep") or self.has("tp")):
+    def _build_experts(self) -> DeviceMesh | None:
+        """Return the mesh of the experts, where the ranks that shard or share them are others.
+
+        Under tensor parallelism they always are: its ranks have different tokens there.
+        """
+        degrees = self.degrees
+        if degrees.ep == 1 and degrees.tp == 1:
             return None
-        kept = [name for name in EXPERT_DIMENSIONS if self.has(name) or name == "expert_shard"]
-        sizes = [self._degree(name) for name in kept]
-        return init_device_mesh(self.device_type, tuple(sizes), mesh_dim_names=tuple(kept))
+        sizes = (degrees.pp, degrees.dp_replicate, degrees.expert_shard, degrees.ep)
+        names = ("pp", "dp_replicate", "expert_shard", "ep")
+        return init_device_mesh(self.device_type, sizes, mesh_dim_names=names)
 
     @property
-    def expert_fsdp(self) -> DeviceMesh | None:
-        """FSDP's mesh of the experts where they have one of their own, like `fsdp`."""
-        if self._expert_mesh is None:
+    def fsdp_experts(self) -> DeviceMesh:
+        """FSDP's mesh for the experts: one dimension that shards, before it one that replicates."""
+        if self._experts is None:
+            return self.fsdp
+        if self.has("dp_replicate"):
+            return self._experts["dp_replicate", "expert_shard"]
+        return self._experts["expert_shard"]
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """The one-dimensional mesh of the ranks that share the experts; None: each has them all."""
+        if self._experts is None or self.degrees.ep == 1:
             return None
-        shard = "expert_shard"
-        names = ("dp_replicate", shard) if self.has("dp_replicate") else shard
-        return self._expert_mesh[names]
+        return self._experts["ep"]
+
+    @property
+    def sequence_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of ranks that share the sequences of a sparse layer."""
+        groups = [self.group("cp"), self.group("tp")]
+        return [group for group in groups if group is not None]
 
     def has(self, name: str) -> bool:
         """Check whether several ranks share this dimension."""
         return self._degree(name) > 1
 
     def _degree(self, name: str) -> int:
-        return self.degrees.expert_shard if name == "expert_shard" else asdict(self.degrees)[name]
+        return asdict(self.degrees)[name]
 
     def get(self, name: str) -> DeviceMesh:
         """Return the one-dimensional mesh of the ranks along this dimension."""
-        if name == "ep":
-            assert self._expert_mesh is not None
-            return self._expert_mesh[name]
         return self._mesh[name]
 
     def group(self, name: str) -> dist.ProcessGroup | None:
@@ -102,7 +105,5 @@ class Mesh:
 
     def all_groups(self) -> list[dist.ProcessGroup]:
         """Return every process group that this rank communicates in while training."""
-        meshes = [self._mesh, self.fsdp]
-        if self._expert_mesh is not None:
-            meshes.append(self._expert_mesh)
-        return [group for mesh in meshes for group in mesh.get_all_groups()]
+        groups = [*self._mesh.get_all_groups(), *self.fsdp.get_all_groups()]
+        return groups if self._experts is None else [*groups, *self._experts.get_all_groups()]

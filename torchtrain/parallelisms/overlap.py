@@ -15,12 +15,15 @@ too, and repeats the forward's exchanges.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
 from torch.distributed.pipelining import schedules
+
+from torchtrain.parallelisms.expert_parallel import ExchangedDispatch
 
 Lane = Literal["forward", "backward"]
 OTHER: dict[Lane, Lane] = {"forward": "backward", "backward": "forward"}
@@ -94,6 +97,14 @@ class Lanes:
             self._running.discard(lane)
             self._turn = OTHER[lane]
             self._changed.notify_all()
+
+
+def let_lanes_take_turns(parts: Iterable[nn.Module], lanes: Lanes) -> None:
+    """Let each lane hand over whenever an exchange of the experts' rows is under way."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, ExchangedDispatch):
+                module.exchange.between = lanes.hand_over
 
 
 def overlap_pairs(runtime: schedules._PipelineScheduleRuntime, lanes: Lanes) -> None:

@@ -29,6 +29,7 @@ from torchtrain.models.decoder import Decoder
 from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.fsdp import find_fsdp_modules, free_gathered
 from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.parallelisms.overlap import Lanes, let_lanes_take_turns, overlap_pairs
 
 
 class StagePositions(RotaryPositions):
@@ -83,6 +84,9 @@ class Pipeline:
         self.sequence_losses = sequence_losses
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
+        self.lanes = Lanes(device) if self.plan.overlaps else None
+        if self.lanes is not None:
+            let_lanes_take_turns(parts.values(), self.lanes)
         self.schedule = self._build_schedule()
         # With stages of its own: buffers belong to a stage, and differ between the two.
         self.forward_only = self._build_forward_only(plan.validation.pipeline, mesh.degrees.pp)
@@ -171,12 +175,14 @@ class Pipeline:
             loss_fn=self._loss,
             scale_grads=False,
         )
-        if not plan.whole_backward:
-            return schedule
-        orders = {
-            rank: merge_backwards(actions) for rank, actions in schedule.pipeline_order.items()
-        }
-        return self._build_runtime(plan, orders)
+        if plan.whole_backward:
+            orders = {
+                rank: merge_backwards(actions) for rank, actions in schedule.pipeline_order.items()
+            }
+            schedule = self._build_runtime(plan, orders)
+        if self.lanes is not None:
+            overlap_pairs(schedule, self.lanes)
+        return schedule
 
     def _build_forward_only(self, plan: PipelinePlan, ranks: int) -> _PipelineScheduleRuntime:
         runtime = self._build_runtime(

@@ -68,12 +68,12 @@ def apply_tensor_parallel(model: Decoder, tp_mesh: DeviceMesh, parallelism: Para
         "columns": ColwiseParallel(),
         "rows": RowwiseParallel(output_layouts=between),
         "logits": ColwiseParallel(use_local_output=False),
+        "head_norm": WholeWeight(Shard(2)),
+        "shard_norm": WholeWeight(between),
+        "sparse": ShardOfTokens(between),
+        "whole": WholeWeight(Shard(1)),
     }
-    plan = {}
-    for name, role in model.tensor_parallel_plan.items():
-        is_here = len(model.layers) > 0 if "*" in name else model.keeps(name)
-        if is_here:
-            plan[name] = styles[role]
+    plan = {name: styles[role] for name, role in find_roles(model).items()}
     parallelize_module(model, tp_mesh, plan)
     model.tie()
     if model.keeps("tok_embeddings"):
@@ -88,17 +88,34 @@ def apply_tensor_parallel(model: Decoder, tp_mesh: DeviceMesh, parallelism: Para
         )
 
 
+def find_roles(model: Decoder) -> dict[str, Role]:
+    """Return the role of each module of this part of the model, by its name."""
+    here = dict(model.named_modules())
+    roles: dict[str, Role] = {}
+    for pattern, role in model.tensor_parallel_plan.items():
+        if "*" not in pattern and model.keeps(pattern):
+            roles[pattern] = role
+    for layer in model.layers:
+        plan = model.tensor_parallel_plan
+        if model.shape.is_sparse(int(layer)):
+            plan = plan | model.sparse_plan
+        for pattern, role in plan.items():
+            name = pattern.replace("*", layer)
+            if "*" in pattern and name in here:
+                roles[name] = role
+    return roles
+
+
 def loss_context(*, vocabulary_sharded: bool) -> AbstractContextManager[None]:
     """Return the context for the loss and its backward; it changes nothing for whole logits."""
     return vocabulary_sharded_loss() if vocabulary_sharded else nullcontext()
 
 
-class NormThenGather(ParallelStyle):
-    """A norm with its whole weight on every rank, on the rank's shard of the sequence; then all.
+class WholeWeight(ParallelStyle):
+    """A module with its whole weight on every rank, on the rank's shard of what it reads.
 
-    The result is a DTensor [B, S, D], the same on all ranks: gathered once, and in the backward
-    summed and scattered once, for all products that read it. The weight's gradient, which sees a
-    shard of the sequence alone, is a partial sum that FSDP reduces over this mesh before its own.
+    From the rank's plain tensor to a plain tensor. The weight's gradient, which sees a shard alone,
+    is a partial sum that FSDP reduces over this mesh before its own.
     """
 
     def __init__(self, layout: Placement) -> None:
@@ -107,14 +124,51 @@ class NormThenGather(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         # torch's annotation of the two functions does not say that their results are used.
         wrap: Any = self._wrap
-        gather: Any = self._gather
-        return distribute_module(module, device_mesh, input_fn=wrap, output_fn=gather)
+        hand_on: Any = self._hand_on
+        return distribute_module(module, device_mesh, input_fn=wrap, output_fn=hand_on)
 
     def _wrap(self, module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(inputs[0], mesh, [self.layout], run_check=False)
 
-    def _gather(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> DTensor:
+    def _hand_on(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        return output.to_local()
+
+
+class NormThenGather(WholeWeight):
+    """A norm with its whole weight on every rank, on the rank's shard of the sequence; then all.
+
+    The result is a DTensor [B, S, D], the same on all ranks: gathered once, and in the backward
+    summed and scattered once, for all products that read it.
+    """
+
+    def _hand_on(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
         return output.redistribute(mesh, [Replicate()])
+
+
+class ShardOfTokens(ParallelStyle):
+    """A module that computes the rank's shard of the sequence, whatever lies around it.
+
+    Without sequence parallelism the rank takes its shard of what it has whole, and gathers the
+    results.
+    """
+
+    def __init__(self, layout: Placement) -> None:
+        self.layout = layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def convert(x: Tensor, given: Placement, wanted: Placement) -> Tensor:
+            whole = DTensor.from_local(x, device_mesh, [given], run_check=False)
+            return whole.redistribute(device_mesh, [wanted]).to_local()
+
+        def take(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            return convert(inputs[0], self.layout, Shard(1))
+
+        def give(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return convert(output, Shard(1), self.layout)
+
+        module.register_forward_pre_hook(take)
+        module.register_forward_hook(give)
+        return module
 
 
 def _check_vocabulary(vocab_size: int, ranks: int) -> None:

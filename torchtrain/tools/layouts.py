@@ -31,30 +31,25 @@ DOCUMENTS = {
     "training.dataset": "short-documents",
     "training.dataset_path": None,
 }
+EXPERTS = {
+    "model.n_experts": 4,
+    "model.expert_hidden_dim": 64,
+    "model.n_shared_experts": 1,
+    "model.n_dense_layers": 1,
+    "model.qk_norm": True,
+    "model.router_bias": True,
+    "router.balance_loss_weight": 0.01,
+    "router.z_loss_weight": 0.001,
+}
 TASKS = {
     "plain": Task(),
     "tied": Task({"model.tied_embeddings": True}),
     "labels": Task(hide_labels=True),
     "labels-tied": Task({"model.tied_embeddings": True}, hide_labels=True),
+    "experts": Task(EXPERTS),
     "documents": Task(DOCUMENTS),
     "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
     "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
-}
-
-EXPERTS = {
-    "model.n_experts": 8,
-    "model.experts_per_token": 2,
-    "model.expert_hidden_dim": 48,
-    "model.n_shared_experts": 1,
-    "model.n_dense_layers": 1,
-    "model.qk_norm": True,
-    "router.balance_loss_weight": 0.01,
-    "router.z_loss_weight": 1e-3,
-}
-TASKS |= {
-    "experts": Task(EXPERTS),
-    "experts-documents": Task(EXPERTS | DOCUMENTS),
-    "experts-labels": Task(EXPERTS, hide_labels=True),
 }
 
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
@@ -63,6 +58,8 @@ TP_2 = {"parallelism.tensor_parallel_degree": 2}
 TP_4 = {"parallelism.tensor_parallel_degree": 4}
 NO_SEQUENCE = {"parallelism.disable_sequence_parallel": True}
 NO_LOSS = {"parallelism.disable_loss_parallel": True}
+EP_2 = {"parallelism.expert_parallel_degree": 2}
+EP_4 = {"parallelism.expert_parallel_degree": 4}
 CP_2 = {"parallelism.context_parallel_degree": 2}
 CP_4 = {"parallelism.context_parallel_degree": 4}
 ALL_TO_ALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
@@ -99,9 +96,6 @@ UNEVEN = {
         ["layers.3", "norm", "output"],
     ]
 }
-
-EP_2 = {"parallelism.expert_parallel_degree": 2}
-EP_4 = {"parallelism.expert_parallel_degree": 4}
 
 LAYOUTS = {
     "accumulate": Layout(1, MICROBATCH_1),
@@ -225,9 +219,24 @@ LAYOUTS = {
     "fsdp2-tp2-pp2-1f1b-full-ac-compile": Layout(8, PP_2 | TP_2 | FULL | COMPILE),
     "tp2-pp2-zbv-documents": Layout(4, ZBV | TP_2, "documents"),
     "cp2-pp2-1f1b-documents": Layout(4, PP_2 | CP_2 | ULYSSES | IN_ORDER, "documents"),
-    "experts-ep2": Layout(2, EP_2, "experts"),
-    "experts-ep4": Layout(4, EP_4, "experts"),
-    "experts-fsdp2-ep2": Layout(4, EP_2, "experts"),
+    "experts-full-ac": Layout(1, FULL, "experts"),
+    "experts-selective-op-ac": Layout(1, SELECTIVE_OP, "experts"),
+    "experts-compile": Layout(1, COMPILE, "experts"),
+    "experts-fsdp2": Layout(2, MICROBATCH_1, "experts"),
+    "experts-tp2": Layout(2, TP_2, "experts"),
+    "experts-tp2-no-sequence": Layout(2, TP_2 | NO_SEQUENCE, "experts"),
+    "experts-cp2": Layout(2, CP_2, "experts"),
+    "ep2": Layout(2, EP_2, "experts"),
+    "ep2-full-ac": Layout(2, EP_2 | FULL | MICROBATCH_1, "experts"),
+    "ep2-tp2": Layout(2, EP_2 | TP_2, "experts"),
+    "ep2-cp2": Layout(2, EP_2 | CP_2, "experts"),
+    "ep4": Layout(4, EP_4, "experts"),
+    "ep2-fsdp2": Layout(4, EP_2, "experts"),
+    "ep2-hsdp": Layout(4, EP_2 | REPLICATE_2, "experts"),
+    "ep2-pp2-1f1b": Layout(4, EP_2 | PP_2, "experts"),
+    "ep2-pp2-zbv": Layout(4, EP_2 | ZBV, "experts"),
+    "ep2-pp2-dualpipev": Layout(4, EP_2 | DUAL_PIPE, "experts"),
+    "ep2-pp2-dualpipev-full-ac": Layout(4, EP_2 | DUAL_PIPE | FULL, "experts"),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }
