@@ -402,7 +402,7 @@ MUTANTS = {
         ),
         ("tensor ranks read different samples", "return self.cp * self.tp\n", "return self.cp\n"),
     ],
-    "torchtrain/config/checks.py": [
+    "torchtrain/config/model_checks.py": [
         (
             "an odd head width is accepted",
             "if shape.width_per_head % 2 and",
@@ -421,13 +421,25 @@ MUTANTS = {
         ("equal RoPE factors are accepted", "high <= low", "high < low"),
         (
             "tensor parallelism may cut the feed-forward anyhow",
-            '_must_divide("parallelism.tensor_parallel_degree", tp, shared)',
-            '_must_divide("parallelism.tensor_parallel_degree", tp, heads)',
+            'must_divide("parallelism.tensor_parallel_degree", tp, shared)',
+            'must_divide("parallelism.tensor_parallel_degree", tp, heads)',
         ),
         (
             "ulysses may cut heads anyhow",
             "            heads,\n",
             "            {},\n",
+        ),
+        (
+            "experts may be shared unevenly",
+            '"parallelism.expert_parallel_degree", parallelism.expert_parallel_degree, experts',
+            '"parallelism.expert_parallel_degree", 1, experts',
+        ),
+    ],
+    "torchtrain/config/checks.py": [
+        (
+            "other exchanges may go on within a pair",
+            "if layout.overlaps_exchanges(parallelism) and degree > 1:",
+            "if layout.overlaps_exchanges(parallelism) and degree > 2:",
         ),
         (
             "the sequence need not be cut in two per rank",
@@ -757,7 +769,51 @@ MUTANTS = {
             "        super()._apply(fn, recurse)\n",
         ),
     ],
+    "torchtrain/parallelisms/expert_parallel.py": [
+        (
+            "rows are not sorted by expert",
+            "rows = Permute.apply(rows, order, inverse, 1)\n        rows = experts",
+            "rows = experts",
+        ),
+        (
+            "gradients of rows are not sent back",
+            "return ctx.exchange.run(gradient, sent, received), None, None, None",
+            "return ctx.exchange.run(gradient, received, received), None, None, None",
+        ),
+        (
+            "loads of a sequence are those of a shard",
+            "        dist.all_reduce(total, group=group)\n",
+            "        pass\n",
+        ),
+    ],
+    "torchtrain/parallelisms/overlap.py": [
+        (
+            "both lanes run at once",
+            "        self._changed.wait_for(lambda: self._turn == lane or self._fault is not None)\n",
+            "",
+        ),
+        (
+            "a lane that has failed leaves the other one waiting",
+            "lambda: self._turn == lane or self._fault is not None",
+            "lambda: self._turn == lane",
+        ),
+        (
+            "the second fault is raised",
+            "self._fault = self._fault or fault",
+            "self._fault = fault or self._fault",
+        ),
+        (
+            "exchanges are not handed over",
+            "                module.exchange.between = lanes.hand_over\n",
+            "                pass\n",
+        ),
+    ],
     "torchtrain/optimizers/build.py": [
+        (
+            "weights of several meshes are updated together",
+            "for group in split_by_mesh(matrices)",
+            "for group in [matrices]",
+        ),
         (
             "norms decay too",
             '"params": vectors, "weight_decay": 0.0',

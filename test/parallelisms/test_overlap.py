@@ -109,8 +109,8 @@ MODES = {
     "selective": {RECOMPUTE: "selective"},
     "op": {RECOMPUTE: "selective", "activation_checkpoint.selective_ac_option": "op"},
 }
-STEPS = 4
-"""Of each mode: 200 in all."""
+STEPS = 5
+"""Of each mode; `stress_overlap.py` does many."""
 
 
 def test_the_plan_overlaps_where_dualpipev_meets_shared_experts(data) -> None:
@@ -158,7 +158,6 @@ class Recorded:
         def held_up() -> None:
             time.sleep(self.generator.random() * 2e-3)
             between()
-            time.sleep(self.generator.random() * 2e-3)
 
         exchange.run, exchange.between = recorded, held_up
 
