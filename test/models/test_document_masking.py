@@ -17,6 +17,7 @@ from torchtrain.errors import ConfigError, UserError
 from torchtrain.loss import sequence_losses
 from torchtrain.models import document_masking
 from torchtrain.models.llama import Transformer
+from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.emulated_bf16 import WidenedAttention
 
@@ -103,6 +104,14 @@ def test_one_document_is_the_plain_model():
         torch.testing.assert_close(
             model(tokens, documents_of((16,), 2)), model(tokens), rtol=1e-5, atol=1e-6
         )
+
+
+def test_positions_restart_in_each_document():
+    """No logit tells it, since only differences of positions count within a document."""
+    rotary = RotaryPositions(ModelShape(32, 1, 4, 4, 64, 50))
+    documents = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5], [0, 1, 1, 1, 1, 1, 6, 6]])
+    restarted = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0, 1]])
+    assert torch.equal(rotary(torch.zeros_like(documents), documents), rotary.at(restarted))
 
 
 def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
