@@ -295,6 +295,9 @@ def test_pieces_are_documents_and_long_ones_are_cut_with_an_overlap(monkeypatch,
     tokens = np.array([9, 2, 1, 7, 7, 7, 7, 7, 2, 1, 8, 2], dtype=np.uint16)
     pieces = np.concatenate(list(find_segments(tokens, 4, BOS, EOS)))
     assert pieces.tolist() == [[0, 2], [2, 5], [6, 3], [9, 3]]
+    # A document of a BOS alone predicts nothing, at the end neither.
+    empty = np.array([1, 1, 7, 2, 1], dtype=np.uint16)
+    assert np.concatenate(list(find_segments(empty, 4, BOS, EOS))).tolist() == [[1, 3]]
     shared = np.array([2, 7, 2, 2, 8, 8, 2], dtype=np.uint16)
     assert np.concatenate(list(find_segments(shared, 8, EOS, EOS))).tolist() == [[0, 3], [3, 4]]
     alone = np.array([2, 7, 2, 8, 8, 2, 9], dtype=np.uint16)
