@@ -549,7 +549,7 @@ def test_torchtitans_section_is_accepted_when_disabled():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["one"], "fewer than two distinct documents"),
+        (["one"], "fewer than two distinct documents, so none can be held out for validation: add"),
         (["same", "same", ""], "fewer than two distinct documents"),
         (["a", "b"], r"without 0\.1 held out has 3 tokens, but training\.seq_len = 32"),
     ],

@@ -190,7 +190,7 @@ HOSTILE = {
         ":",
         "the gzip data is broken",
     ),
-    "no gzip": ("x.jsonl.gz", FINE, "broken gzip", ":1", "the gzip data is broken"),
+    "no gzip": ("x.jsonl.gz", FINE, "broken gzip", ":1", "the rest is not read"),
     "cut zstd": (
         "x.jsonl.zst",
         zstd(MANY)[:-20_000],

@@ -92,7 +92,7 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
     except OSError as error:
         raise UserError(
             f"cannot write in {str(folder)!r}: {error.strerror or error}. Make room there, or set "
-            "data.cache_folder"
+            "data.cache_folder to a folder that can be written"
         ) from error
     finally:
         clear_progress()
