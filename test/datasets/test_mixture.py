@@ -182,7 +182,7 @@ def test_entries_that_are_none_are_refused(entry):
 
 
 def test_weights_too_fine_are_refused_with_ones_that_do():
-    with pytest.raises(UserError, match=r"Weights that are near, and do: (\d+), (\d+)") as caught:
+    with pytest.raises(UserError, match=r"Nearby weights that do not: (\d+), (\d+)") as caught:
         planned("a = 123456789", "b = 987654321")
     near = str(caught.value).rpartition(": ")[2].split(", ")
     shares = [
@@ -202,7 +202,7 @@ def refused(*options: str) -> str:
 
 def test_config_names_every_fault_of_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "named twice" in refused("--data.mixture", "text .=1,text . = 2")
+    assert "listed twice" in refused("--data.mixture", "text .=1,text . = 2")
     report = refused(
         "--data.mixture", "text nowhere=1,jsnl x=1,text=1", "--training.dataset_path", "x"
     )

@@ -123,7 +123,9 @@ def test_files_of_a_hub_are_dealt_out_if_they_come_out_even(tmp_path, streams, f
         )
     said = dataset.describe(1)
     assert (
-        f"to each {files_each} of its files" if files_each else f"to each 1 document in {streams}"
+        f"each with {files_each} of its files"
+        if files_each
+        else f"each with 1 document in {streams}"
     ) in said
 
 

@@ -92,7 +92,7 @@ class Checkpointer:
         target = self._path(progress.step)
         temporary = self._on_rank_zero(lambda: self._begin(target))
         if temporary is None:
-            logger.info(f"{target} is already there, complete: not written again")
+            logger.info(f"{target} exists already and is complete; not written again")
             return
         try:
             tensors = self._together(
@@ -190,8 +190,8 @@ class Checkpointer:
             logger.info(f"{source.path}: weights are converted: {state.first_few(converted)}")
         if not random and optimizer is not None:
             logger.info(
-                f"random states are not restored: {source.marker.world_size} ranks or other "
-                "devices saved them"
+                f"random states are not restored: they were saved by "
+                f"{source.marker.world_size} ranks, or on other devices"
             )
         what = "model alone" if optimizer is None else "model and optimizer"
         seconds = time.monotonic() - started
@@ -336,7 +336,7 @@ class Checkpointer:
     def _reject(self, path: Path, fault: str) -> None:
         """Set a damaged checkpoint aside, or only pass it over where nothing may be written."""
         if self.config.load_only:
-            logger.warning(f"the checkpoint {path} is passed over: {fault}")
+            logger.warning(f"the checkpoint {path} is skipped: {fault}")
         else:
             self._on_rank_zero(lambda: commit.set_aside_unusable(path, fault))
 

@@ -76,7 +76,7 @@ def _parse_mixture(mixture: list[str]) -> dict[tuple[str, str | None], Fraction]
         dataset, path, weight = _parse_entry(entry)
         if (dataset, path) in weights:
             name = entry.rpartition("=")[0].strip()
-            raise UserError(f"data.mixture: {quoted(name)} is named twice; add its weights up")
+            raise UserError(f"data.mixture: {quoted(name)} is listed twice; add up its weights")
         weights[dataset, path] = weight
     total = sum(weights.values())
     shares = {source: weight / total for source, weight in weights.items()}
@@ -105,7 +105,7 @@ def _check_period(shares: Sequence[Fraction]) -> None:
     near = [max(1, round(share * MIXTURE_PERIOD / 10)) for share in shares]
     raise UserError(
         f"data.mixture: these weights need more than {MIXTURE_PERIOD:,} samples to come out "
-        f"exactly. Weights that are near, and do: {', '.join(str(weight) for weight in near)}"
+        f"exactly. Nearby weights that do not: {', '.join(str(weight) for weight in near)}"
     )
 
 

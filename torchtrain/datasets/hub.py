@@ -165,7 +165,7 @@ def _find_revision(source: HubSource, option: str) -> str | None:
         close = nearest(repository, [name for name in DATASETS if "/" in name])
         hint = f"; did you mean {close}?" if close else ""
         raise UserError(
-            f"{given} does not exist, or is not open to you (see `hf auth login`){hint}"
+            f"{given} does not exist, or you have no access (see `hf auth login`){hint}"
         ) from error
     except Exception as error:  # its HTTP library has changed before, and the errors with it
         first_line = str(error).partition("\n")[0]

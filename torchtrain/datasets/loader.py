@@ -292,7 +292,7 @@ class DataLoader:
         if not accept_changes:
             raise UserError(
                 f"{text}\nGive the run what it had, start a new one in another job.dump_folder, "
-                "or resume all the same with checkpoint.accept_changed_data = true"
+                "or resume anyway with checkpoint.accept_changed_data = true"
             )
         self._origin_step = step
         self._origin_sample = consumed

@@ -62,8 +62,8 @@ def encode_in_workers(
             ahead.extend(islice(work, 1))
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenizing processes was killed, as happens when memory runs out. "
-            "What is finished is kept: start again, with fewer --workers if need be"
+            f"one of {workers} tokenizing processes was killed, probably for lack of memory. "
+            "Finished work is kept: start again, with fewer --workers if needed"
         ) from error
     finally:
         # First the shards in progress are finished: a worker that ends while it hands one over
@@ -131,7 +131,7 @@ def prepare(config: JobConfig, workers: int) -> None:
     sources += plan_validation_sources(config)
     if not sources:
         raise UserError(
-            "data.streaming = true: the run tokenizes documents as it reads them; none to prepare"
+            "data.streaming = true: the run tokenizes while it reads; there is nothing to prepare"
         )
     tokenizer_file = find_tokenizer(config.model)
     tokenizer = load_tokenizer(tokenizer_file)

@@ -81,7 +81,7 @@ class StreamDataset(Dataset):
         share = f"1 document in {count}"
         if self._by_part:
             share = f"{len(self.streams[0].parts)} of its files"
-        return f"{self.name}: read as it comes, in {plural(count, 'stream')}, to each {share}"
+        return f"{self.name}: tokenized as read, by {plural(count, 'stream')}, each with {share}"
 
 
 def _corpus_identity(corpus: Corpus) -> str:

@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"tokenizer {name!r} is damaged, or not a SentencePiece model. What can be read: "
+                f"tokenizer {name!r} is damaged, or not a SentencePiece model. Supported: "
                 "SentencePiece models (Llama 2's tokenizer.model) and Hugging Face's "
                 "tokenizer.json; `python -m torchtrain.tools.train_tokenizer` makes one of your "
                 "own text"

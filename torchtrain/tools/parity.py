@@ -181,7 +181,7 @@ def main(arguments: list[str]) -> int:
         print(fault, file=sys.stderr)
         return 2
     wrong = [row.layout for row in rows if row.verdict != "same"]
-    summary = f"{len(rows) - len(wrong)} of {len(rows)} layouts are the same"
+    summary = f"{len(rows) - len(wrong)} of {len(rows)} layouts agree"
     print("\n" + "; ".join([summary, *(f"not {name}" for name in wrong)]))
     if asked.json is not None:
         write_json(asked.json, plan, rows)
