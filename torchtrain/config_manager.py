@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtrain.config_manager",
         usage="%(prog)s [--world-size N] -- [--SECTION.KEY VALUE ...]",
-        description="Check a config, given as to train.py, without running it.",
+        description="Check a config, given by train.py's options, without running it.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers",
         type=int,
         default=count_cores(),
-        help="processes (default: %(default)s, the cores of this machine)",
+        help="worker processes (default: %(default)s, the cores of this machine)",
     )
     own, of_run = parser.parse_known_args(arguments)
     if own.workers < 1:
