@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, plural, write_durably
+from torchtrain.utils import METRICS_FILE, plural, user_errors, write_durably
 
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DESCRIPTION_FILES = ("config.toml", "run.json")
@@ -34,13 +34,9 @@ class RunFolder:
 
     def _lock(self) -> TextIO:
         """Lock the folder; the lock is held until the file that is returned is closed."""
-        try:
+        with user_errors(f"job.dump_folder = {str(self.path)!r} cannot be written", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as fault:
-            raise UserError(
-                f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}"
-            ) from fault
         lock = os.fdopen(descriptor, "r+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

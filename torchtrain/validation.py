@@ -30,7 +30,7 @@ from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
 from torchtrain.loss import count_valid
-from torchtrain.utils import IGNORE_INDEX
+from torchtrain.utils import IGNORE_INDEX, user_errors
 
 
 class ValidationSet:
@@ -57,12 +57,10 @@ class ValidationSet:
         self.seq_len = plan.seq_len
         self.separators = separators
         self.datasets = []
-        try:
+        with user_errors("validation", UserError):
             for source in plan.sources:
                 cache = open_tokens(source, data, tokenizer)
                 self.datasets.append(PackedDataset(cache, self.seq_len, seed=0, keep_rest=True))
-        except UserError as fault:
-            raise UserError(f"validation: {fault}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
         # What made a token file, and from what text, only its owner can know.
         sizes = [dataset.manifest.bytes for dataset in self.datasets]

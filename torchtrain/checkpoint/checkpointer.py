@@ -22,7 +22,7 @@ from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import expand_user, fsync_folder, write_durably
+from torchtrain.utils import expand_user, fsync_folder, user_errors, write_durably
 
 TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
@@ -235,15 +235,11 @@ class Checkpointer:
 
     def _write_probe(self, needed: int) -> Path:
         """Write a file for the other ranks to see, and require room for `needed` bytes."""
-        try:
+        with user_errors(f"checkpoints cannot be written to {self.folder}", OSError):
             self._make_folder()
             probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
             write_durably(probe, "")
             free = shutil.disk_usage(self.folder).free
-        except OSError as fault:
-            raise UserError(
-                f"checkpoints cannot be written to {self.folder}: {fault.strerror}"
-            ) from fault
         if free < needed:
             raise UserError(
                 f"{self.folder} has {free / 2**30:.2f} GiB free, but two checkpoints need "

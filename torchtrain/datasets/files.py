@@ -29,7 +29,7 @@ from torchtrain.datasets.corpora import (
     not_utf8,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import user_errors_when_reading
+from torchtrain.utils import user_errors
 
 # Tests and what is installed beside the library are not prose worth learning; encodings and
 # lib2to3 are tables.
@@ -153,7 +153,7 @@ def _distinct_sources(files: Iterable[Path]) -> Rows:
 
 
 def _whole_file(file: Path) -> Rows:
-    with user_errors_when_reading(repr(str(file))):
+    with user_errors(f"cannot read {str(file)!r}", OSError):
         content = file.read_bytes()
     yield as_row(content, str(file), "the file")
 

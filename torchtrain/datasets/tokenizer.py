@@ -25,7 +25,7 @@ from torchtrain.datasets.tokenizer_formats import (
     require_unicode,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user, user_errors_when_reading
+from torchtrain.utils import expand_user, user_errors
 
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
@@ -194,7 +194,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _find_file(path)
     name = str(file)
-    with user_errors_when_reading(f"model.tokenizer_path = {name!r}"):
+    with user_errors(f"cannot read model.tokenizer_path = {name!r}", OSError):
         content = file.read_bytes()
     if not content:
         raise UserError(f"tokenizer {name!r} is an empty file")

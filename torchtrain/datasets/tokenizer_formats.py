@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtrain.errors import UserError
+from torchtrain.utils import user_errors
 
 SPACE_MARK = "\u2581"
 """How SentencePiece, and what is made of its models, writes a space inside pieces."""
@@ -60,12 +61,9 @@ class HuggingFaceTokenizer:
         """
         import tokenizers
 
-        try:
+        message = f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json"
+        with user_errors(message, Exception):  # the package raises nothing more special
             self._model = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the package raises nothing more special
-            raise UserError(
-                f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json: {error}"
-            ) from error
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True
