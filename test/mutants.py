@@ -975,12 +975,12 @@ MUTANTS = {
     "torchtrain/datasets/loader.py": [
         (
             "steps overlap by a batch",
-            "(step - 1 - self._origin_step) * self.global_batch_size",
-            "max(0, step - 2 - self._origin_step) * self.global_batch_size",
+            'steps = step - 1 - self._origin["step"]',
+            'steps = max(0, step - 2 - self._origin["step"])',
         ),
         (
             "every data rank reads the first share",
-            "slice(data_rank * share, (data_rank + 1) * share)",
+            "slice(self.data_rank * share, (self.data_rank + 1) * share)",
             "slice(0, share)",
         ),
         (
@@ -1012,8 +1012,8 @@ MUTANTS = {
     "torchtrain/datasets/read_ahead.py": [
         (
             "a stream that stalls is waited for",
-            ">= self._stall_timeout_s:",
-            ">= 1000 * self._stall_timeout_s:",
+            ">= self.stall_timeout_s:",
+            ">= 1000 * self.stall_timeout_s:",
         ),
         (
             "ranks wait until one is ready",
@@ -1063,7 +1063,7 @@ MUTANTS = {
         ),
         (
             "validation.steps may ask for more than there is",
-            "self.sequences = min(self.sequences, plan.max_sequences)",
+            "self.sequences = min(self.sequences, self.plan.max_sequences)",
             "self.sequences = plan.max_sequences",
         ),
         (
@@ -1282,13 +1282,13 @@ MUTANTS = {
     "torchtrain/datasets/token_stream.py": [
         (
             "a stream's samples overlap by two tokens",
-            "self._drop(self._seq_len)",
-            "self._drop(self._seq_len - 1)",
+            "self._drop(self.seq_len)",
+            "self._drop(self.seq_len - 1)",
         ),
         (
             "streams all read the first document",
-            "(rows_before + row - self._number) % self._count == 0",
-            "(rows_before + row) % self._count == 0",
+            "(rows_before + row - self.number) % self.count == 0",
+            "(rows_before + row) % self.count == 0",
         ),
         (
             "a resumed stream forgets where in its document it was",
