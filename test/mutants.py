@@ -1315,8 +1315,8 @@ MUTANTS = {
         ),
         (
             "a tensor that ranks share counts once per rank",
-            "            sizes.update(of_rank)",
-            "            sizes.update({f'{name}{len(sizes)}': size for name, size in of_rank.items()})",
+            "return {name: entry for of_rank in by_rank",
+            "return {f'{name}{id(of_rank)}': entry for of_rank in by_rank",
         ),
         (
             "a failed save leaves its folder",
@@ -1637,8 +1637,8 @@ MUTANTS = {
         ("a torn line stays", '        return float("inf")\n', "        return 0.0\n"),
         (
             "earlier outputs go to a folder that is taken",
-            "newest = max(newest, int(number))",
-            "newest = int(number)",
+            "newest = max((int(number) for number in numbers if number.isdigit()), default=0)",
+            "newest = int(numbers[-1]) if numbers else 0",
         ),
         (
             "earlier superseded lines stay",
@@ -1676,7 +1676,11 @@ MUTANTS = {
             "    ordinary.addFilter(lambda record: record.levelno < logging.ERROR)\n",
             "",
         ),
-        ("progress stays before a line", "        clear_progress()\n        try", "        try"),
+        (
+            "progress stays before a line",
+            "        clear_progress()\n        super",
+            "        super",
+        ),
         (
             "the prefix is not counted",
             "    return columns - max(map(len, prefixes), default=0)",

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,7 @@ def find_peak_flops(
     if device.type == "cpu" or dtype != torch.bfloat16:
         return None
     device_name = torch.get_device_module(device).get_device_name(device)
-    for known, peak in PEAK_BF16_FLOPS:
-        if known in device_name:
-            return peak
-    return None
+    return next((peak for known, peak in PEAK_BF16_FLOPS if known in device_name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -247,14 +244,9 @@ class MetricsLogger:
             tokens_per_second = self.tokens_per_step * len(steps) / total_time
             if self.peak_flops is not None:
                 mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        record = {
-            "step": summary.step,
-            "loss": summary.loss,
-            "max_loss": summary.max_loss,
-            "grad_norm": summary.grad_norm,
-            "lr": summary.lr,
-            "tokens_seen": summary.tokens_seen,
-            "memory_gib": summary.memory_gib,
+        record = asdict(summary)
+        del record["data_time_s"], record["added"]
+        record |= {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_time_pct": 100 * data_time / total_time,

@@ -78,11 +78,8 @@ class RunFolder:
 
     def _next_previous(self) -> Path:
         """Return the first `previous-<n>` that comes after all that are there."""
-        newest = 0
-        for folder in self.path.glob(f"{PREVIOUS}*"):
-            number = folder.name.removeprefix(PREVIOUS)
-            if number.isdigit():
-                newest = max(newest, int(number))
+        numbers = [path.name.removeprefix(PREVIOUS) for path in self.path.glob(f"{PREVIOUS}*")]
+        newest = max((int(number) for number in numbers if number.isdigit()), default=0)
         return self.path / f"{PREVIOUS}{newest + 1}"
 
     def resume_at(self, step: int) -> None:

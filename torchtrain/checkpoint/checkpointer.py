@@ -66,10 +66,7 @@ class Checkpointer:
         """
         if not self.config.enable or self.config.load_only:
             return
-        measured = self._together(lambda: state.measure(weights, optimizer))
-        sizes: dict[str, int] = {}
-        for of_rank in gathered(measured, self.group):
-            sizes.update(of_rank)  # a tensor that several ranks share counts once
+        sizes = self._merge(self._together(lambda: state.measure(weights, optimizer)))
         needed = 2 * sum(sizes.values())
         probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
@@ -96,16 +93,13 @@ class Checkpointer:
             return
         try:
             tensors = self._together(
-                lambda: {
-                    **state.list_weights(weights),
-                    **state.list_states(weights, optimizer),
-                    **state.list_random_states(weights),
-                }
+                lambda: (
+                    state.list_weights(weights)
+                    | state.list_states(weights, optimizer)
+                    | state.list_random_states(weights)
+                )
             )
-            written = write_tensors(temporary, tensors, self.group)
-            files = {}
-            for records in gathered(written, self.group):
-                files.update(records)
+            files = self._merge(write_tensors(temporary, tensors, self.group))
             self._on_rank_zero(lambda: commit.commit(temporary, target, progress, files))
         except BaseException:
             if dist.get_rank() == 0:
@@ -206,6 +200,11 @@ class Checkpointer:
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
         return on_rank_zero(action, self.group)
+
+    def _merge(self, entries: dict[str, T]) -> dict[str, T]:
+        """Return the entries of all ranks; one that several ranks have comes once."""
+        by_rank = gathered(entries, self.group)
+        return {name: entry for of_rank in by_rank for name, entry in of_rank.items()}
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"

@@ -140,7 +140,7 @@ class DataLoader:
     """Which share of the batch this rank reads."""
     separators: tuple[int, int] | None = None
     """The ids of BOS and EOS under document masking."""
-    stall_timeout_s: float = math.inf
+    stall_timeout_seconds: float = math.inf
     """How long a stream may give no document."""
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class DataLoader:
         self._origin = {"step": 0, "sample": 0}
         # Of the streams: at the start, and after the last step read.
         self._first_positions = self._positions = self._find_positions()
-        self._ahead = ReadAhead(self._read_step, self.dataset.streams, self.stall_timeout_s)
+        self._ahead = ReadAhead(self._read_step, self.dataset.streams, self.stall_timeout_seconds)
 
     def samples_before(self, step: int) -> int:
         """Return the number of samples before `step`, which is the first one of `step`."""

@@ -128,15 +128,13 @@ def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
         for bos, eos in WELL_KNOWN:
             if bos in vocabulary and eos in vocabulary:
                 return bos, eos
-    faults = []
-    for key in SPECIAL_KEYS:
-        if given.get(key) not in vocabulary:
-            faults.append(f"{key} = {given.get(key)!r}")
-    if faults:
+    unknown = [key for key in SPECIAL_KEYS if given.get(key) not in vocabulary]
+    if unknown:
+        faults = ", ".join(f"{key} = {given.get(key)!r}" for key in unknown)
         config = str(file.with_name("tokenizer_config.json"))
         raise UserError(
             f"tokenizer {str(file)!r} and the files beside it do not say what separates "
-            f"documents: {', '.join(faults)} is not in its vocabulary. Name two tokens in "
+            f"documents: {faults} is not in its vocabulary. Name two tokens in "
             f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same'
         )
     return given["bos_token"], given["eos_token"]
