@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import forking
 from helpers.launching import metrics, options, write_corpus
+from helpers.tokens import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,7 +182,7 @@ def by_hand(trainer, texts, seq_len):
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     ids = []
     for text in texts:
-        ids += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        ids += [tokenizer.bos_id, *encode(tokenizer, text), tokenizer.eos_id]
     ids = torch.tensor(ids)
     model = Transformer(trainer.plan.shape)
     model.load_state_dict(

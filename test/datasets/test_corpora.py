@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tokens import encode
 
 from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.cache_folder import cache_root
@@ -213,7 +214,7 @@ def test_cache_holds_each_document_between_bos_and_eos(tmp_path, tokenizer):
     )
     expected = []
     for text in ("def f():\r\n\treturn 1\n", "\u2581 \U0001f600"):
-        expected += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        expected += [tokenizer.bos_id, *encode(tokenizer, text), tokenizer.eos_id]
     assert cache.tokens.tolist() == expected
     assert cache.tokens.dtype == np.uint16
     assert not cache.tokens.flags.writeable

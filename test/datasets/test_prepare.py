@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.launching import ROOT, options, write_corpus
+from helpers.tokens import encode
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
@@ -49,7 +50,7 @@ def whole(corpus, tokenizer) -> list[int]:
     """The tokens, put together by hand."""
     ids = []
     for file in sorted(corpus.iterdir()):
-        ids += [tokenizer.bos_id, *tokenizer.encode(file.read_text()), tokenizer.eos_id]
+        ids += [tokenizer.bos_id, *encode(tokenizer, file.read_text()), tokenizer.eos_id]
     return ids
 
 

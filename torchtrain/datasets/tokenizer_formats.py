@@ -75,12 +75,11 @@ class HuggingFaceTokenizer:
         self.eos_id: int = vocabulary[eos]
         self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
-        return self.encode_batch([text])[0].tolist()
-
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Return the ids of each text, int32 `[tokens]`; several `threads` mean all cores."""
+        """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
+
+        Several `threads` mean all cores. UserError at a lone surrogate.
+        """
         for text in texts:
             require_unicode(text)
         if threads == 1:
@@ -88,10 +87,6 @@ class HuggingFaceTokenizer:
         else:
             encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; BOS and EOS have none."""
-        return self._model.decode([int(id_) for id_ in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
