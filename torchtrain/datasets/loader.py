@@ -259,7 +259,7 @@ class DataLoader:
             UserError: the state is not of `step`, or something has changed; names every difference.
         """
         saved = upgrade(saved)
-        origin = saved["origin"]
+        origin = saved.get("origin", {"step": 0, "sample": 0})
         consumed = origin["sample"] + (step - origin["step"]) * saved["global_batch_size"]
         if saved["samples_consumed"] != consumed:
             raise UserError(
