@@ -1616,8 +1616,8 @@ MUTANTS = {
     "torchtrain/run_folder.py": [
         (
             "an absolute output is moved",
-            "            if not output.is_absolute():\n",
-            "            if True:\n",
+            " for output in outputs if not output.is_absolute()}",
+            " for output in outputs}",
         ),
         (
             "the holder is not named",

@@ -64,9 +64,7 @@ class RunFolder:
             outputs: the folders that a run writes to; the relative ones are in this folder.
         """
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
-        for output in outputs:
-            if not output.is_absolute():
-                names.add(output.parts[0])
+        names |= {output.parts[0] for output in outputs if not output.is_absolute()}
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
             return

@@ -125,7 +125,7 @@ class Checkpointer:
             return None
         steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
-            return self._find_step(self.config.load_step, steps)
+            return self._find_step(self.config.load_step)
         for step in steps:
             found = self._verify(self._path(step))
             if isinstance(found, Source):
@@ -287,10 +287,10 @@ class Checkpointer:
 
     # Finding
 
-    def _find_step(self, step: int, steps: list[int]) -> Source:
+    def _find_step(self, step: int) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
         path = self._path(step)
-        found = self._verify(path) if step in steps else "it is not there"
+        found = self._verify(path)
         if isinstance(found, Source):
             return found
         complete = self._on_rank_zero(self._list_complete)

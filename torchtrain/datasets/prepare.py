@@ -20,8 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from itertools import islice
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import get_context, parent_process
 
 from torchtrain.installation import exit_without_dependencies
 
@@ -51,9 +50,7 @@ def encode_in_workers(
     Raises:
         UserError: a worker was killed, or an error of its own.
     """
-    context = get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_work, initargs=(watched,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_work)
     work = (pool.submit(_work, tokenizer_file, texts) for texts in shards)
     ahead = deque(islice(work, AHEAD * workers))
     try:
@@ -69,17 +66,18 @@ def encode_in_workers(
         # First the shards in progress are finished: a worker that ends while it hands one over
         # leaves the pool waiting.
         pool.shutdown(cancel_futures=True)
-        held.close()  # ends the workers, whatever they do, as does the end of this process
 
 
-def _begin_work(watched: Connection) -> None:
-    """Leave Ctrl-C to the process that has started this one, and end when it lets go."""
+def _begin_work() -> None:
+    """Leave Ctrl-C to the process that has started this one, and end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(watched,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_after(watched: Connection) -> None:
-    watched.poll(None)
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
