@@ -18,13 +18,14 @@ from helpers.tokens import encode
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import cache_folder, prepare, token_cache
+from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.files import read_files
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.prepare import encode_in_workers, main
 from torchtrain.datasets.token_cache import encode_here, open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
+from torchtrain.tools import prepare
+from torchtrain.tools.prepare import encode_in_workers, main
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,8 @@ def command(corpus: Path, cache: Path, *more: str) -> list[str]:
 # cannot be done before the test's signal comes, however fast the machine is.
 IN_SMALL_SHARDS = """
 import sys, time
-from torchtrain.datasets import prepare, token_cache
+from torchtrain.datasets import token_cache
+from torchtrain.tools import prepare
 
 in_batches, last = token_cache.in_batches, int(sys.argv.pop(1))
 
