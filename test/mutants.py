@@ -1544,8 +1544,8 @@ MUTANTS = {
         ),
         (
             "added metrics stand last",
-            "for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):",
-            "for column in (*FIRST_COLUMNS, *LAST_COLUMNS, *added):",
+            "in (FIRST_METRICS | added | LAST_METRICS).items():",
+            "in (FIRST_METRICS | LAST_METRICS | added).items():",
         ),
         (
             "the rate is printed between lines unasked",

@@ -38,54 +38,41 @@ PEAK_BF16_FLOPS = (
 """Dense bf16 peaks in FLOP/s, from the makers' data sheets, by part of the device's name. The first
 that matches counts."""
 
-GROUPS = {
-    "loss": "loss",
-    "max_loss": "loss",
-    "val_loss": "validation",
-    "val_bits_per_byte": "validation",
-    "grad_norm": "optimizer",
-    "lr": "optimizer",
-    "tokens_seen": "throughput",
-    "tokens_per_second": "throughput",
-    "mfu": "throughput",
-    "step_time_s": "throughput",
-    "data_time_pct": "throughput",
-    "memory_gib": "memory",
-}
-"""The group of each of the trainer's own metrics in TensorBoard and Weights & Biases.
-
-An added metric is named group/name.
-"""
-
 
 @dataclass(frozen=True)
-class Column:
-    """One metric in the line on the screen."""
+class Metric:
+    """Where a metric is shown."""
 
-    label: str
-    key: str
-    """In metrics.jsonl."""
-    form: str
-    """How its value is formatted."""
+    group: str
+    """In TensorBoard and Weights & Biases. An added metric is named group/name."""
+    label: str = ""
+    """In the line on the screen; empty: it is not there."""
+    form: str = "{:.4g}"
+    """How its value is formatted there."""
     color: str = ""
 
 
-# From the most important to the least: where the line gets too long, its last columns are dropped.
-FIRST_COLUMNS = (
-    Column("loss", "loss", "{:.4f}", Color.GREEN),
-    Column("val_loss", "val_loss", "{:.4f}", Color.GREEN),
-    Column("bits/byte", "val_bits_per_byte", "{:.4f}", Color.GREEN),
-    Column("norm", "grad_norm", "{:.3f}", Color.YELLOW),
-    Column("lr", "lr", "{:.2e}"),
-    Column("tok/s", "tokens_per_second", "{:,.0f}", Color.BLUE),
-    Column("mfu", "mfu", "{:.1%}"),
-)
+# The trainer's own, in the order of the line on the screen: where that gets too long, its last
+# columns are dropped, so the most important stand first.
+FIRST_METRICS = {
+    "loss": Metric("loss", "loss", "{:.4f}", Color.GREEN),
+    "val_loss": Metric("validation", "val_loss", "{:.4f}", Color.GREEN),
+    "val_bits_per_byte": Metric("validation", "bits/byte", "{:.4f}", Color.GREEN),
+    "grad_norm": Metric("optimizer", "norm", "{:.3f}", Color.YELLOW),
+    "lr": Metric("optimizer", "lr", "{:.2e}"),
+    "tokens_per_second": Metric("throughput", "tok/s", "{:,.0f}", Color.BLUE),
+    "mfu": Metric("throughput", "mfu", "{:.1%}"),
+}
 # Added metrics stand here.
-LAST_COLUMNS = (
-    Column("eta", "eta", "{}"),
-    Column("mem", "memory_gib", "{:.2f}GiB"),
-    Column("data", "data_time_pct", "{:.0f}%"),
-)
+LAST_METRICS = {
+    "eta": Metric("throughput", "eta", "{}"),
+    "memory_gib": Metric("memory", "mem", "{:.2f}GiB"),
+    "data_time_pct": Metric("throughput", "data", "{:.0f}%"),
+    "max_loss": Metric("loss"),
+    "tokens_seen": Metric("throughput"),
+    "step_time_s": Metric("throughput"),
+}
+OWN_METRICS = FIRST_METRICS | LAST_METRICS
 
 
 def find_peak_flops(
@@ -223,7 +210,7 @@ class MetricsLogger:
         scalars = {}
         for name, value in record.items():
             if name != "step" and value is not None:
-                tag = f"{GROUPS[name]}/{name}" if name in GROUPS else name
+                tag = f"{OWN_METRICS[name].group}/{name}" if name in OWN_METRICS else name
                 scalars[tag] = value
         if self.tensorboard is not None:
             for tag, value in scalars.items():
@@ -262,12 +249,12 @@ class MetricsLogger:
         if record["tokens_per_second"] is not None:
             seconds = (self.total_steps - record["step"]) * record["step_time_s"]
             values["eta"] = timedelta(seconds=round(seconds))
-        added = [Column(key, key, "{:.4g}") for key in record if "/" in key]
+        added = {key: Metric("added", label=key) for key in record if "/" in key}
         cells = [self._format_progress(record["step"])]
-        for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):
-            value = values.get(column.key)
-            if value is not None:
-                cells.append((column.label, column.form.format(value), column.color))
+        for key, metric in (FIRST_METRICS | added | LAST_METRICS).items():
+            value = values.get(key)
+            if value is not None and metric.label:
+                cells.append((metric.label, metric.form.format(value), metric.color))
         return self._format_line(cells)
 
     def _format_progress(self, step: int) -> tuple[str, str, str]:
