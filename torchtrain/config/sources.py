@@ -58,13 +58,7 @@ def plan_sources(
         option = "data.mixture"
         shares = _parse_mixture(data.mixture)
     return [
-        DataSource(
-            dataset=dataset,
-            path=path,
-            share=share,
-            held_out_share=held_out_share,
-            option=option,
-        )
+        DataSource(dataset, path, share, held_out_share, option=option)
         for (dataset, path), share in shares.items()
     ]
 
@@ -119,12 +113,7 @@ def plan_validation_sources(config: Config) -> list[DataSource]:
     if not validation.enable:
         return []
     if validation.dataset is not None:
-        source = DataSource(
-            dataset=validation.dataset,
-            path=validation.dataset_path,
-            share=Fraction(1),
-            option="validation.dataset",
-        )
-        return [source]
+        path, all_of_it = validation.dataset_path, Fraction(1)
+        return [DataSource(validation.dataset, path, all_of_it, option="validation.dataset")]
     sources = plan_sources(config.training, config.data, validation)
     return [replace(source, side="validation") for source in sources]
