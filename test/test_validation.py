@@ -21,7 +21,6 @@ from torchtrain import ranks
 from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
 from torchtrain.config.sources import plan_validation_sources
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -30,6 +29,7 @@ from torchtrain.logging_utils import init_logging
 from torchtrain.metrics import Stopwatch
 from torchtrain.models.llama import Transformer
 from torchtrain.set_up import set_up
+from torchtrain.tools import prepare
 from torchtrain.validation import ValidationSet
 
 ON = {"validation.enable": True, "validation.held_out_share": 0.1}

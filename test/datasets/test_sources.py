@@ -474,7 +474,9 @@ def test_hub_is_asked_for_its_revision_which_stands_for_the_files(monkeypatch):
     assert (corpus.files, corpus.revision) == ([], f"someone/something@{commit}")
     assert texts(corpus) == ["one", "two"]
     (table,) = asked
-    assert (table.where, table.revision, table.streaming) == ("someone/something", commit, False)
+    source = table.source
+    expected = ("someone/something", commit, False)
+    assert (source.repository, source.revision, table.streaming) == expected
     assert (table.source.config, table.source.split) == ("config", "train")
 
 

@@ -449,13 +449,13 @@ def test_bytes_of_the_ids_are_those_of_the_text(tokenizer, tmp_path):
         assert sizes.shape == (kind.vocab_size,)
         assert sizes[kind.bos_id] == sizes[kind.eos_id] == 0
         for text in SPELLED:
-            assert sizes[kind.encode(text)].sum() == len(text.encode("utf-8")), ascii(text)
+            assert sizes[encode(kind, text)].sum() == len(text.encode("utf-8")), ascii(text)
 
 
 def test_bytes_with_a_space_put_before_the_text_and_without_bytes_to_fall_back_on():
     llama2 = foreign_model()
     for text in ("The quick brown fox", "\u00e9\u6f22", "a\n  b"):
-        assert llama2.token_bytes()[llama2.encode(text)].sum() == 1 + len(text.encode("utf-8"))
+        assert llama2.token_bytes()[encode(llama2, text)].sum() == 1 + len(text.encode("utf-8"))
     lossy = foreign_model(byte_fallback=False, vocab_size=60)
     assert lossy.token_bytes()[encode(lossy, "fox")].sum() == 4
     assert np.isnan(lossy.token_bytes()[encode(lossy, "\u6f22")].sum())
