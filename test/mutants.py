@@ -1103,12 +1103,12 @@ MUTANTS = {
     "torchtrain/datasets/loader.py": [
         (
             "steps overlap by a batch",
-            "(step - 1 - self._origin_step) * self.global_batch_size",
-            "max(0, step - 2 - self._origin_step) * self.global_batch_size",
+            'steps = step - 1 - self._origin["step"]',
+            'steps = max(0, step - 2 - self._origin["step"])',
         ),
         (
             "every data rank reads the first share",
-            "slice(data_rank * share, (data_rank + 1) * share)",
+            "slice(self.data_rank * share, (self.data_rank + 1) * share)",
             "slice(0, share)",
         ),
         (
@@ -1140,8 +1140,8 @@ MUTANTS = {
     "torchtrain/datasets/read_ahead.py": [
         (
             "a stream that stalls is waited for",
-            ">= self._stall_timeout_s:",
-            ">= 1000 * self._stall_timeout_s:",
+            ">= self.stall_timeout_s:",
+            ">= 1000 * self.stall_timeout_s:",
         ),
         (
             "ranks wait until one is ready",
@@ -1191,7 +1191,7 @@ MUTANTS = {
         ),
         (
             "validation.steps may ask for more than there is",
-            "self.sequences = min(self.sequences, plan.max_sequences)",
+            "self.sequences = min(self.sequences, self.plan.max_sequences)",
             "self.sequences = plan.max_sequences",
         ),
         (
@@ -1410,13 +1410,13 @@ MUTANTS = {
     "torchtrain/datasets/token_stream.py": [
         (
             "a stream's samples overlap by two tokens",
-            "self._drop(self._seq_len)",
-            "self._drop(self._seq_len - 1)",
+            "self._drop(self.seq_len)",
+            "self._drop(self.seq_len - 1)",
         ),
         (
             "streams all read the first document",
-            "(rows_before + row - self._number) % self._count == 0",
-            "(rows_before + row) % self._count == 0",
+            "(rows_before + row - self.number) % self.count == 0",
+            "(rows_before + row) % self.count == 0",
         ),
         (
             "a resumed stream forgets where in its document it was",
@@ -1443,8 +1443,8 @@ MUTANTS = {
         ),
         (
             "a tensor that ranks share counts once per rank",
-            "            sizes.update(of_rank)",
-            "            sizes.update({f'{name}{len(sizes)}': size for name, size in of_rank.items()})",
+            "return {name: entry for of_rank in by_rank",
+            "return {f'{name}{id(of_rank)}': entry for of_rank in by_rank",
         ),
         (
             "a failed save leaves its folder",
@@ -1672,8 +1672,8 @@ MUTANTS = {
         ),
         (
             "added metrics stand last",
-            "for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):",
-            "for column in (*FIRST_COLUMNS, *LAST_COLUMNS, *added):",
+            "in (FIRST_METRICS | added | LAST_METRICS).items():",
+            "in (FIRST_METRICS | LAST_METRICS | added).items():",
         ),
         (
             "the rate is printed between lines unasked",
@@ -1744,8 +1744,8 @@ MUTANTS = {
     "torchtrain/run_folder.py": [
         (
             "an absolute output is moved",
-            "            if not output.is_absolute():\n",
-            "            if True:\n",
+            " for output in outputs if not output.is_absolute()}",
+            " for output in outputs}",
         ),
         (
             "the holder is not named",
@@ -1765,8 +1765,8 @@ MUTANTS = {
         ("a torn line stays", '        return float("inf")\n', "        return 0.0\n"),
         (
             "earlier outputs go to a folder that is taken",
-            "newest = max(newest, int(number))",
-            "newest = int(number)",
+            "newest = max((int(number) for number in numbers if number.isdigit()), default=0)",
+            "newest = int(numbers[-1]) if numbers else 0",
         ),
         (
             "earlier superseded lines stay",
@@ -1804,7 +1804,11 @@ MUTANTS = {
             "    ordinary.addFilter(lambda record: record.levelno < logging.ERROR)\n",
             "",
         ),
-        ("progress stays before a line", "        clear_progress()\n        try", "        try"),
+        (
+            "progress stays before a line",
+            "        clear_progress()\n        super",
+            "        super",
+        ),
         (
             "the prefix is not counted",
             "    return columns - max(map(len, prefixes), default=0)",

@@ -38,6 +38,7 @@ ROOMS = {
         "test/test_training.py",
         "test/test_validation.py",
         "test/checkpoint/test_resume.py",
+        "test/config/test_options.py",
     ),
     "torchtrain/set_up.py": (
         "test/test_set_up.py",
@@ -52,9 +53,17 @@ ROOMS = {
         "test/config",
         "test/parallelisms",
     ),
-    "torchtrain/catalog": ("test/config", "test/models", "test/datasets", "test/parallelisms"),
+    "torchtrain/catalog": (
+        "test/catalog",
+        "test/config",
+        "test/models",
+        "test/datasets",
+        "test/parallelisms",
+    ),
+    "torchtrain/catalog/identity.py": ("test/catalog", "test/checkpoint/test_changed_model.py"),
     "torchtrain/checkpoint": ("test/checkpoint",),
     "torchtrain/datasets": ("test/datasets",),
+    "torchtrain/datasets/packing.py": ("test/models/test_document_masking.py", "test/datasets"),
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
     "torchtrain/validation.py": ("test/test_validation.py", "test/test_training_by_hand.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
@@ -68,6 +77,7 @@ ROOMS = {
         "test/test_training_by_hand.py",
         "test/tools/test_parity.py",
     ),
+    "torchtrain/parallelisms/fsdp.py": ("test/config/test_options.py", "test/parallelisms"),
     "torchtrain/tools": ("test/tools",),
 }
 WHOLE_RUNS = ("test/test_training_by_hand.py", "test/test_training.py")
@@ -131,6 +141,7 @@ def stages_of(file: str) -> list[Stage]:
     ]
     if (ROOT / own_tests(file)).exists():
         stages.insert(0, Stage(1, "quick tests of the file", (own_tests(file),), "not slow"))
+        stages.insert(2, Stage(2, "slow tests of the file", (own_tests(file),), "slow"))
     return stages
 
 

@@ -17,6 +17,7 @@ from torchtrain.installation import NEEDED, PROGRAM
         ["-m", "torchtrain.tools.parity"],
         ["-m", "torchtrain.tools.train_tokenizer"],
         ["-m", "torchtrain.tools.bench_data"],
+        ["-m", "torchtrain.tools.prepare"],
         ["-m", "torchtrain.datasets.prepare"],
         ["-m", "torchtrain.config_manager"],
     ],

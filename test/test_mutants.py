@@ -26,6 +26,7 @@ def test_the_tests_of_a_room_run_first():
     assert [(stage.paths, stage.marker) for stage in stages] == [
         (("test/datasets/test_mixture.py",), "not slow"),
         (("test/datasets",), "not slow"),
+        (("test/datasets/test_mixture.py",), "slow"),
         (("test/datasets",), "slow"),
         (("test",), "not slow"),
         (("test",), "slow"),

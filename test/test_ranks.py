@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.forking import in_group, on_ranks
 from helpers.launching import options
@@ -18,6 +19,7 @@ from torchtrain.ranks import (
     patient_group,
     require_equal,
     require_equal_config,
+    set_timeout,
     together,
 )
 
@@ -89,12 +91,22 @@ def compare_configs():
     ]
 
 
+def shorten_timeouts():
+    groups = [dist.group.WORLD, dist.new_group([0, 1]), dist.new_group([2, 3])]
+    own = [group for group in groups if dist.get_rank(group) >= 0]
+    assert len(own) == 2
+    set_timeout(7, own[1:])
+    for group in own:
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7
+
+
 def agree_and_fail(folder):
     fail_together()
     decide_on_rank_zero()
     take_turns(folder)
     compare()
     compare_configs()
+    shorten_timeouts()
 
 
 @pytest.mark.slow

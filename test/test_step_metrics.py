@@ -26,8 +26,8 @@ def reduce_by_hand():
     reductions = ["sum", "max", "min", "mean"]
     for reduce in reductions[rank:] + reductions[:rank]:
         metrics.add(f"test/{reduce}", by_rank[rank], reduce=reduce)
-    # Rank r adds r + 1 values.
-    for value in range(rank + 1):
+    # Rank r adds r + 1 values; the largest and the smallest stand neither first nor last.
+    for value in [1, 3, 0, 2][: rank + 1]:
         metrics.add("several/sum", value, reduce="sum")
         metrics.add("several/max", torch.tensor([10 * rank + value]), reduce="max")
         metrics.add("several/min", torch.tensor(-value, dtype=torch.bfloat16), reduce="min")
@@ -37,7 +37,7 @@ def reduce_by_hand():
         "test/max": 8.0,
         "test/min": -4.0,
         "test/mean": 1.875,
-        "several/sum": 0 + (0 + 1) + (0 + 1 + 2) + (0 + 1 + 2 + 3),
+        "several/sum": 1 + (1 + 3) + (1 + 3 + 0) + (1 + 3 + 0 + 2),
         "several/max": 33.0,
         "several/min": -3.0,
         # One value 0, two values 1, three values 2, four values 3.

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.launching import metrics, options, write_corpus
+from helpers.tokens import encode
 from torch.distributed.tensor import DTensor
 
 import train
@@ -348,7 +349,7 @@ def test_what_validation_computes(given, data, device, tmp_path, masking):
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     ids = []
     for text in texts:
-        ids += [BOS, *tokenizer.encode(text), EOS]
+        ids += [BOS, *encode(tokenizer, text), EOS]
     weights = {name: weight.double() for name, weight in whole(trainer).items()}
     total, count = 0.0, 0
     for start in range(0, len(ids) - 1, SEQ_LEN):

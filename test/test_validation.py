@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import forking
 from helpers.launching import metrics, options, write_corpus
+from helpers.tokens import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from torchtrain import ranks
 from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
 from torchtrain.config.sources import plan_validation_sources
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import prepare
 from torchtrain.datasets.corpora import BadRow, Corpus, Document, split_corpus
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from torchtrain.logging_utils import init_logging
 from torchtrain.metrics import Stopwatch
 from torchtrain.models.llama import Transformer
 from torchtrain.set_up import set_up
+from torchtrain.tools import prepare
 from torchtrain.validation import ValidationSet
 
 ON = {"validation.enable": True, "validation.held_out_share": 0.1}
@@ -181,7 +182,7 @@ def by_hand(trainer, texts, seq_len):
     tokenizer = load_tokenizer(DEBUG_TOKENIZER)
     ids = []
     for text in texts:
-        ids += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        ids += [tokenizer.bos_id, *encode(tokenizer, text), tokenizer.eos_id]
     ids = torch.tensor(ids)
     model = Transformer(trainer.plan.shape)
     model.load_state_dict(
@@ -549,7 +550,7 @@ def test_torchtitans_section_is_accepted_when_disabled():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["one"], "fewer than two distinct documents"),
+        (["one"], "fewer than two distinct documents, so none can be held out for validation: add"),
         (["same", "same", ""], "fewer than two distinct documents"),
         (["a", "b"], r"without 0\.1 held out has 3 tokens, but training\.seq_len = 32"),
     ],

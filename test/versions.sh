@@ -26,8 +26,8 @@ run_tests() {
 run_pair() {
     local venv=$scratch/venv outcome
     rm -rf "$venv"
-    "$1" -m venv "$venv" || return
-    if ! "$venv/bin/python" -m pip install --quiet "$2" --editable "$root[dev]"; then
+    if ! { "$1" -m venv "$venv" &&
+        "$venv/bin/python" -m pip install --quiet "$2" --editable "$root[dev]"; }; then
         outcome="cannot be installed"
         failed=1
     elif run_tests "$venv/bin/python"; then

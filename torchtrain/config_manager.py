@@ -2,12 +2,10 @@
 
     config = JobConfig().parse_args()          # default < TOML < command line
 
-As a command it checks a config without running it; the status is 0, or 2 with a report:
-
-    python -m torchtrain.config_manager [--world-size N] -- --job.config_file FILE ...
+As a command it is `torchtrain.tools.check_config`.
 """
 
-import argparse
+import runpy
 import sys
 
 from torchtrain.installation import exit_without_dependencies
@@ -17,10 +15,8 @@ if __name__ == "__main__":
 
 from pydantic import PrivateAttr
 
-from torchtrain.config.plans import plan_run
 from torchtrain.config.reading import read_config
 from torchtrain.config.schema import SECTIONS, Config
-from torchtrain.config.summary import summarize
 from torchtrain.errors import ConfigError
 
 
@@ -53,26 +49,5 @@ def parse_or_exit(args_list: list[str] | None = None, world_size: int | None = N
         raise SystemExit(2) from None
 
 
-def main(arguments: list[str]) -> None:
-    """Check the config of a run of so many ranks, and print what follows from it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.config_manager",
-        usage="%(prog)s [--world-size N] -- [--SECTION.KEY VALUE ...]",
-        description="Check a config, given as to train.py, without running it.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--world-size", type=int, default=1, metavar="N", help="ranks of the run (default: 1)"
-    )
-    given, rest = parser.parse_known_args(arguments)
-    if given.world_size < 1:
-        parser.error(f"--world-size {given.world_size}: must be at least 1")
-    trainer_options = [argument for argument in rest if argument != "--"]
-    config = parse_or_exit(trainer_options, given.world_size)
-    lines = summarize(config, plan_run(config, given.world_size))
-    lines += [f"note       {note}" for note in config.notes]
-    print("\n".join(["The configuration is good.", *lines]))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    runpy.run_module("torchtrain.tools.check_config", run_name="__main__", alter_sys=True)

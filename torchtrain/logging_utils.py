@@ -56,21 +56,17 @@ def use_color(stream: TextIO, *, disabled: bool = False) -> bool:
     return not disabled and stream.isatty() and "NO_COLOR" not in os.environ
 
 
-class _Handler(logging.Handler):
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """Writes `[rank r] text`; warnings and errors say what they are."""
 
     def __init__(self, stream: TextIO, prefix: str, *, color: bool) -> None:
-        super().__init__()
-        self.stream = stream
+        super().__init__(stream)
         self.prefix = prefix
         self.color = color
 
     def emit(self, record: logging.LogRecord) -> None:
         clear_progress()
-        try:
-            print(self.format(record), file=self.stream, flush=True)
-        except (OSError, ValueError):  # a closed output does not end the run
-            self.handleError(record)
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         text = self.prefix + record.getMessage()
@@ -100,8 +96,6 @@ def init_logging(rank: int = 0, world_size: int = 1, *, disable_color: bool = Fa
 
 
 def _shown_ranks(world_size: int) -> set[int]:
-    shown = set()
-    for number in os.environ.get("LOG_RANK", "0").split(","):
-        if number.strip().isdigit() and int(number) < world_size:
-            shown.add(int(number))
-    return shown or {0}
+    named = os.environ.get("LOG_RANK", "0").split(",")
+    ranks = {int(number) for number in named if number.strip().isdigit()}
+    return {rank for rank in ranks if rank < world_size} or {0}

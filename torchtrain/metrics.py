@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,54 +38,41 @@ PEAK_BF16_FLOPS = (
 """Dense bf16 peaks in FLOP/s, from the makers' data sheets, by part of the device's name. The first
 that matches counts."""
 
-GROUPS = {
-    "loss": "loss",
-    "max_loss": "loss",
-    "val_loss": "validation",
-    "val_bits_per_byte": "validation",
-    "grad_norm": "optimizer",
-    "lr": "optimizer",
-    "tokens_seen": "throughput",
-    "tokens_per_second": "throughput",
-    "mfu": "throughput",
-    "step_time_s": "throughput",
-    "data_time_pct": "throughput",
-    "memory_gib": "memory",
-}
-"""The group of each of the trainer's own metrics in TensorBoard and Weights & Biases.
-
-An added metric is named group/name.
-"""
-
 
 @dataclass(frozen=True)
-class Column:
-    """One metric in the line on the screen."""
+class Metric:
+    """Where a metric is shown."""
 
-    label: str
-    key: str
-    """In metrics.jsonl."""
-    form: str
-    """How its value is formatted."""
+    group: str
+    """In TensorBoard and Weights & Biases. An added metric is named group/name."""
+    label: str = ""
+    """In the line on the screen; empty: it is not there."""
+    form: str = "{:.4g}"
+    """How its value is formatted there."""
     color: str = ""
 
 
-# From the most important to the least: where the line gets too long, its last columns are dropped.
-FIRST_COLUMNS = (
-    Column("loss", "loss", "{:.4f}", Color.GREEN),
-    Column("val_loss", "val_loss", "{:.4f}", Color.GREEN),
-    Column("bits/byte", "val_bits_per_byte", "{:.4f}", Color.GREEN),
-    Column("norm", "grad_norm", "{:.3f}", Color.YELLOW),
-    Column("lr", "lr", "{:.2e}"),
-    Column("tok/s", "tokens_per_second", "{:,.0f}", Color.BLUE),
-    Column("mfu", "mfu", "{:.1%}"),
-)
+# The trainer's own, in the order of the line on the screen: where that gets too long, its last
+# columns are dropped, so the most important stand first.
+FIRST_METRICS = {
+    "loss": Metric("loss", "loss", "{:.4f}", Color.GREEN),
+    "val_loss": Metric("validation", "val_loss", "{:.4f}", Color.GREEN),
+    "val_bits_per_byte": Metric("validation", "bits/byte", "{:.4f}", Color.GREEN),
+    "grad_norm": Metric("optimizer", "norm", "{:.3f}", Color.YELLOW),
+    "lr": Metric("optimizer", "lr", "{:.2e}"),
+    "tokens_per_second": Metric("throughput", "tok/s", "{:,.0f}", Color.BLUE),
+    "mfu": Metric("throughput", "mfu", "{:.1%}"),
+}
 # Added metrics stand here.
-LAST_COLUMNS = (
-    Column("eta", "eta", "{}"),
-    Column("mem", "memory_gib", "{:.2f}GiB"),
-    Column("data", "data_time_pct", "{:.0f}%"),
-)
+LAST_METRICS = {
+    "eta": Metric("throughput", "eta", "{}"),
+    "memory_gib": Metric("memory", "mem", "{:.2f}GiB"),
+    "data_time_pct": Metric("throughput", "data", "{:.0f}%"),
+    "max_loss": Metric("loss"),
+    "tokens_seen": Metric("throughput"),
+    "step_time_s": Metric("throughput"),
+}
+OWN_METRICS = FIRST_METRICS | LAST_METRICS
 
 
 def find_peak_flops(
@@ -100,10 +87,7 @@ def find_peak_flops(
     if device.type == "cpu" or dtype != torch.bfloat16:
         return None
     device_name = torch.get_device_module(device).get_device_name(device)
-    for known, peak in PEAK_BF16_FLOPS:
-        if known in device_name:
-            return peak
-    return None
+    return next((peak for known, peak in PEAK_BF16_FLOPS if known in device_name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -226,7 +210,7 @@ class MetricsLogger:
         scalars = {}
         for name, value in record.items():
             if name != "step" and value is not None:
-                tag = f"{GROUPS[name]}/{name}" if name in GROUPS else name
+                tag = f"{OWN_METRICS[name].group}/{name}" if name in OWN_METRICS else name
                 scalars[tag] = value
         if self.tensorboard is not None:
             for tag, value in scalars.items():
@@ -247,14 +231,9 @@ class MetricsLogger:
             tokens_per_second = self.tokens_per_step * len(steps) / total_time
             if self.peak_flops is not None:
                 mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        record = {
-            "step": summary.step,
-            "loss": summary.loss,
-            "max_loss": summary.max_loss,
-            "grad_norm": summary.grad_norm,
-            "lr": summary.lr,
-            "tokens_seen": summary.tokens_seen,
-            "memory_gib": summary.memory_gib,
+        record = asdict(summary)
+        del record["data_time_s"], record["added"]
+        record |= {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_time_pct": 100 * data_time / total_time,
@@ -271,12 +250,12 @@ class MetricsLogger:
             seconds = (self.total_steps - record["step"]) * record["step_time_s"]
             values["eta"] = timedelta(seconds=round(seconds))
         # Those of single layers, group/layer/name, are too many for the screen.
-        added = [Column(key, key, "{:.4g}") for key in record if key.count("/") == 1]
+        added = {key: Metric("added", label=key) for key in record if key.count("/") == 1}
         cells = [self._format_progress(record["step"])]
-        for column in (*FIRST_COLUMNS, *added, *LAST_COLUMNS):
-            value = values.get(column.key)
-            if value is not None:
-                cells.append((column.label, column.form.format(value), column.color))
+        for key, metric in (FIRST_METRICS | added | LAST_METRICS).items():
+            value = values.get(key)
+            if value is not None and metric.label:
+                cells.append((metric.label, metric.form.format(value), metric.color))
         return self._format_line(cells)
 
     def _format_progress(self, step: int) -> tuple[str, str, str]:

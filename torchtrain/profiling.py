@@ -34,7 +34,7 @@ class Profiler:
         self.run_folder = run_folder
         self.rank = rank
         self.step_number = 0
-        self.trace: torch.profiler.profile | None = None
+        self.trace = self._make_trace() if config.enable_profiling else None
         if config.enable_memory_snapshot:
             if device.type != "cuda":
                 raise UserError(
@@ -42,8 +42,6 @@ class Profiler:
                     f"{device.type}"
                 )
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
-        if config.enable_profiling:
-            self.trace = self._make_trace()
 
     def _make_trace(self) -> torch.profiler.profile:
         """Return the profiler of the CPU and, where there is one, of the accelerator."""
@@ -69,14 +67,17 @@ class Profiler:
         """Write the history of allocations; after an out-of-memory error it is wanted most."""
         if not self.config.enable_memory_snapshot:
             return
-        folder = self.run_folder / self.config.save_memory_snapshot_folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._make_folder(self.config.save_memory_snapshot_folder, name)
         torch.cuda.memory._dump_snapshot(str(folder / f"rank{self.rank}.pickle"))
         logger.info(f"memory snapshot: {folder}")
 
-    def _write_trace(self, trace: torch.profiler.profile) -> None:
-        folder = self.run_folder / self.config.save_traces_folder / f"step-{self.step_number}"
+    def _make_folder(self, kind: str, name: str) -> Path:
+        folder = self.run_folder / kind / name
         folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _write_trace(self, trace: torch.profiler.profile) -> None:
+        folder = self._make_folder(self.config.save_traces_folder, f"step-{self.step_number}")
         started = time.perf_counter()
         trace.export_chrome_trace(str(folder / f"rank{self.rank}.json.gz"))
         logger.info(f"profiler trace: {folder} ({time.perf_counter() - started:.1f} s to write)")

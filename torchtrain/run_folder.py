@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, plural, write_durably
+from torchtrain.utils import METRICS_FILE, plural, user_errors, write_durably
 
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DESCRIPTION_FILES = ("config.toml", "run.json")
@@ -34,13 +34,9 @@ class RunFolder:
 
     def _lock(self) -> TextIO:
         """Lock the folder; the lock is held until the file that is returned is closed."""
-        try:
+        with user_errors(f"job.dump_folder = {str(self.path)!r} cannot be written", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as fault:
-            raise UserError(
-                f"job.dump_folder = {str(self.path)!r} cannot be written: {fault.strerror}"
-            ) from fault
         lock = os.fdopen(descriptor, "r+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,9 +64,7 @@ class RunFolder:
             outputs: the folders that a run writes to; the relative ones are in this folder.
         """
         names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
-        for output in outputs:
-            if not output.is_absolute():
-                names.add(output.parts[0])
+        names |= {output.parts[0] for output in outputs if not output.is_absolute()}
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
             return
@@ -82,11 +76,8 @@ class RunFolder:
 
     def _next_previous(self) -> Path:
         """Return the first `previous-<n>` that comes after all that are there."""
-        newest = 0
-        for folder in self.path.glob(f"{PREVIOUS}*"):
-            number = folder.name.removeprefix(PREVIOUS)
-            if number.isdigit():
-                newest = max(newest, int(number))
+        numbers = [path.name.removeprefix(PREVIOUS) for path in self.path.glob(f"{PREVIOUS}*")]
+        newest = max((int(number) for number in numbers if number.isdigit()), default=0)
         return self.path / f"{PREVIOUS}{newest + 1}"
 
     def resume_at(self, step: int) -> None:

@@ -47,12 +47,9 @@ def load_attribute(path: str, what: str) -> Any:
         UserError: there is no such module or attribute; names `what` asked for it.
     """
     module, _, name = path.partition(":")
-    try:
+    message = f"{what} is registered as {path!r}, which cannot be imported"
+    with user_errors(message, ImportError, AttributeError):
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{what} is registered as {path!r}, which cannot be imported: {error}"
-        ) from error
 
 
 def count_cores() -> int:
@@ -61,12 +58,13 @@ def count_cores() -> int:
 
 
 @contextmanager
-def user_errors_when_reading(what: str) -> Iterator[None]:
-    """Turn an OSError while reading `what` into a UserError."""
+def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn an error of these kinds into a UserError: `message`, and what the error says."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot read {what}: {error.strerror or error}") from error
+    except kinds as error:
+        cause = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{message}: {cause or error}") from error
 
 
 def fsync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ Letters: B sequences that a rank evaluates together, S sequence, V vocabulary.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from torchtrain.datasets.samples import PackedDataset
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
 from torchtrain.loss import count_valid
-from torchtrain.utils import IGNORE_INDEX
+from torchtrain.utils import IGNORE_INDEX, user_errors
 
 
 class ValidationSet:
@@ -57,12 +58,10 @@ class ValidationSet:
         self.seq_len = plan.seq_len
         self.separators = separators
         self.datasets = []
-        try:
+        with user_errors("validation", UserError):
             for source in plan.sources:
                 cache = open_tokens(source, data, tokenizer)
                 self.datasets.append(PackedDataset(cache, self.seq_len, seed=0, keep_rest=True))
-        except UserError as fault:
-            raise UserError(f"validation: {fault}") from fault
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
         # What made a token file, and from what text, only its owner can know.
         sizes = [dataset.manifest.bytes for dataset in self.datasets]
@@ -99,34 +98,25 @@ class ValidationSet:
         return batch
 
 
+@dataclass
 class Validator:
     """Says when to validate, and validates. All ranks call it together."""
 
-    def __init__(
-        self,
-        plan: ValidationPlan,
-        samples: ValidationSet,
-        degrees: Degrees,
-        data_rank: int,
-        device: torch.device,
-    ) -> None:
-        """Take the sequences to validate on, and this rank's place among those that read others.
+    plan: ValidationPlan
+    """When, and on how many sequences."""
+    samples: ValidationSet
+    """The sequences to validate on."""
+    degrees: Degrees
+    """Of the mesh."""
+    data_rank: int
+    """Which of the `degrees.data_parallel` shares of a batch this rank reads."""
+    device: torch.device
+    """Of the computation."""
 
-        Args:
-            plan: when, and on how many sequences.
-            samples: the sequences.
-            degrees: of the mesh.
-            data_rank: which of the `degrees.data_parallel` shares of a batch this rank reads.
-            device: of the computation.
-        """
-        self.plan = plan
-        self.samples = samples
-        self.degrees = degrees
-        self.data_rank = data_rank
-        self.device = device
-        self.sequences = samples.n_samples
-        if plan.max_sequences is not None:
-            self.sequences = min(self.sequences, plan.max_sequences)
+    def __post_init__(self) -> None:
+        self.sequences = self.samples.n_samples
+        if self.plan.max_sequences is not None:
+            self.sequences = min(self.sequences, self.plan.max_sequences)
 
     def is_due(self, step: int) -> bool:
         """Check whether to validate after `step`."""

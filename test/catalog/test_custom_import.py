@@ -93,8 +93,8 @@ def test_without_the_file_no_name_is_judged(tmp_path):
 def test_an_optimizers_name_is_taken_once():
     register_optimizer("Mine", "my_optimizers:build")
     register_optimizer("Mine", "my_optimizers:build")
-    with pytest.raises(UserError, match="there is an optimizer of this name"):
+    with pytest.raises(UserError, match="this optimizer exists already"):
         register_optimizer("Mine", "my_optimizers:build_another")
-    with pytest.raises(UserError, match="there is an optimizer of this name"):
+    with pytest.raises(UserError, match="this optimizer exists already"):
         register_optimizer("AdamW", "my_optimizers:build")
     assert OPTIMIZERS["AdamW"] == "torchtrain.optimizers.adam:build_adamw"

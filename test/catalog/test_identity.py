@@ -178,7 +178,7 @@ def test_a_refusal_names_both_values_and_what_to_set():
         "  model.n_heads: 16 in the checkpoint, 8 now\n"
         "  model.norm_eps: 1e-05 in the checkpoint, 1e-06 now\n"
         "For the checkpoint's model set model.n_heads = 16, model.norm_eps = 1e-05. To load its "
-        "weights into this one all the same, set checkpoint.accept_changed_model = true"
+        "weights into this one anyway, set checkpoint.accept_changed_model = true"
     )
     require_same_model(Path("there"), identity(), current, accept_changes=True)
 

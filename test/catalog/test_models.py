@@ -162,7 +162,7 @@ def test_a_family_and_a_flavor_are_added(families):
 def test_what_is_there_is_not_replaced(families):
     with pytest.raises(UserError, match=r"this family is torchtrain\.models\.llama:Transformer"):
         register_model("llama3", {"tiny": TINY}, "my_models:Mine")
-    with pytest.raises(UserError, match="there is another flavor '8B'"):
+    with pytest.raises(UserError, match="flavor '8B' exists already"):
         register_model("llama3", {"8B": TINY}, LLAMA)
     assert families["llama3"].flavors["8B"].dim == 4096
 

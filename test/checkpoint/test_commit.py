@@ -29,8 +29,8 @@ from helpers.checkpoints import (
 from helpers.forking import in_group
 
 from torchtrain.checkpoint import Checkpointer
-from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Marker, find_altered
-from torchtrain.errors import UserError
+from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Marker, commit, find_altered
+from torchtrain.errors import CheckpointError, UserError
 
 # Damage
 
@@ -135,6 +135,15 @@ def test_a_state_of_another_step_is_refused(tmp_path, alone):
     shutil.copy(first / STATE, second / STATE)
     with pytest.raises(UserError, match="are of different checkpoints"):
         Checkpointer(section(), tmp_path).find()
+
+
+def test_what_rank_0_does_not_find_of_another_ranks_files_is_not_committed(tmp_path):
+    (tmp_path / "there").write_bytes(b"abc")
+    for name, found in (("gone", "nothing"), ("there", "3")):
+        files = {name: {"bytes": 4, "sha256": "0"}}
+        with pytest.raises(CheckpointError, match=f"^{name} was .* 4 bytes, .* finds {found}: is"):
+            commit(tmp_path, tmp_path / "step-1", progress(1), files)
+        assert not (tmp_path / MARKER).exists()
 
 
 def test_a_later_format_is_refused_and_left_alone(tmp_path, alone):

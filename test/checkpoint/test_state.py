@@ -243,6 +243,7 @@ def refused(load_into, model, optimizer) -> str:
 def test_another_shape_is_refused_by_name(load_into):
     said = refused(load_into, *build(width=9))
     assert "it has in another shape model/layers.0.bias [5] instead of [9]" in said
+    assert "(a vocab_size of 0 is the tokenizer's)" in said
 
 
 def test_a_tensor_too_few_or_too_many_is_refused_by_name(load_into):

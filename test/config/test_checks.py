@@ -120,7 +120,7 @@ BAD_COMBINATIONS = {
     ),
     "source named twice": (
         '[data]\nmixture = ["python_stdlib = 1", "python_stdlib=2"]',
-        ['data.mixture: "python_stdlib" is named twice; add its weights up'],
+        ['data.mixture: "python_stdlib" is listed twice; add up its weights'],
     ),
     "source of no weight": (
         '[data]\nmixture = ["python_stdlib = 0"]',

@@ -8,7 +8,8 @@ import pytest
 from helpers.launching import ROOT
 
 from torchtrain.config.schema import SECTIONS
-from torchtrain.config_manager import JobConfig, main, parse_or_exit
+from torchtrain.config_manager import JobConfig, parse_or_exit
+from torchtrain.tools.check_config import main
 
 DEBUG = str(ROOT / "train_configs" / "debug_model.toml")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -782,8 +782,11 @@ def test_compile_options(data, device, monkeypatch):
         first_loss(setting_up(data, device, **compiled | {"compile.backend": "no such backend"}))
 
 
-def test_timeouts_reach_the_process_group(monkeypatch):
+def test_timeouts_reach_the_process_group(run, monkeypatch):
     given = {}
+    monkeypatch.setattr(train, "set_timeout", lambda seconds, _: given.update(in_training=seconds))
+    run(**{"comm.train_timeout_seconds": 23})
+    assert given == {"in_training": 23}
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **arguments: given.update(arguments))
     ranks.join_process_group(17)
     assert given["timeout"].total_seconds() == 17

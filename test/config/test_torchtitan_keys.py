@@ -75,7 +75,7 @@ def test_what_asks_for_nothing_is_taken_and_named(name):
     _, idle = ASKING[name]
     config = parse(as_toml(name, idle))
     (note,) = config.notes
-    assert note.startswith("options of torchtitan that have nothing to do here: ")
+    assert note.startswith("torchtitan options that have no effect here: ")
     assert name in note
 
 
@@ -217,7 +217,7 @@ def test_a_llama3_file_starts(flavor):
     config = parse(text, world_size=ranks)
     assert (config.model.flavor, config.training.steps) == (flavor, 1000)
     assert config.notes == [
-        "options of torchtitan that have nothing to do here: job.custom_config_module, "
+        "torchtitan options that have no effect here: job.custom_config_module, "
         "model.converters, training.dataloader, "
         "parallelism.expert_tensor_parallel_degree, checkpoint.last_save_model_only, "
         "checkpoint.export_dtype, checkpoint.async_mode, quantize.linear, validation.dataloader",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tokens import encode
 
 from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.cache_folder import cache_root
@@ -213,7 +214,7 @@ def test_cache_holds_each_document_between_bos_and_eos(tmp_path, tokenizer):
     )
     expected = []
     for text in ("def f():\r\n\treturn 1\n", "\u2581 \U0001f600"):
-        expected += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        expected += [tokenizer.bos_id, *encode(tokenizer, text), tokenizer.eos_id]
     assert cache.tokens.tolist() == expected
     assert cache.tokens.dtype == np.uint16
     assert not cache.tokens.flags.writeable
@@ -403,7 +404,7 @@ def test_empty_corpus_is_refused(tmp_path, tokenizer):
 def test_folder_that_cannot_be_written_is_named_with_its_option(tmp_path, tokenizer):
     corpus = read_files("text", write(tmp_path / "corpus", a="text"), "")
     write(tmp_path, file="in the way")
-    with pytest.raises(UserError, match=r"file/tokens'.*data\.cache_folder"):
+    with pytest.raises(UserError, match=r"file/tokens'.*data\.cache_folder to a folder that can"):
         open_token_cache(corpus, tokenizer, tmp_path / "file")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.launching import data_loader
+from helpers.tokens import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,7 +265,7 @@ def test_built_dataset_reads_the_documents_packed(tmp_path):
     dataset = build_dataset(training, data, tokenizer, seed=0)
     stream = []
     for text in texts:
-        stream += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        stream += [tokenizer.bos_id, *encode(tokenizer, text), tokenizer.eos_id]
     assert dataset.n_samples == (len(stream) - 1) // 16
     tokens, labels = dataset.read(np.arange(dataset.n_samples))
     expected = {tuple(stream[at : at + 17]) for at in range(0, dataset.n_samples * 16, 16)}

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from helpers.launching import data_loader
+from helpers.tokens import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,7 +183,7 @@ def test_entries_that_are_none_are_refused(entry):
 
 
 def test_weights_too_fine_are_refused_with_ones_that_do():
-    with pytest.raises(UserError, match=r"Weights that are near, and do: (\d+), (\d+)") as caught:
+    with pytest.raises(UserError, match=r"Nearby weights that do not: (\d+), (\d+)") as caught:
         planned("a = 123456789", "b = 987654321")
     near = str(caught.value).rpartition(": ")[2].split(", ")
     shares = [
@@ -202,7 +203,7 @@ def refused(*options: str) -> str:
 
 def test_config_names_every_fault_of_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "named twice" in refused("--data.mixture", "text .=1,text . = 2")
+    assert "listed twice" in refused("--data.mixture", "text .=1,text . = 2")
     report = refused(
         "--data.mixture", "text nowhere=1,jsnl x=1,text=1", "--training.dataset_path", "x"
     )
@@ -226,5 +227,5 @@ def test_built_mixture_reads_each_source_by_its_weight(tmp_path):
     dataset = build_dataset(Training(seq_len=8), data, tokenizer, seed=0)
     assert isinstance(dataset, Mixture)
     tokens, _ = dataset.read(np.arange(30))
-    of_a = [tokenizer.decode(row.tolist()).count("a") > 2 for row in tokens]
+    of_a = [decode(tokenizer, row.tolist()).count("a") > 2 for row in tokens]
     assert sum(of_a) == 20

@@ -12,11 +12,12 @@ from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
 from torchtrain.config.schema import Data
 from torchtrain.config.sources import DataSource
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import cache_folder, prepare
+from torchtrain.datasets import cache_folder
 from torchtrain.datasets.loader import build_dataset
 from torchtrain.datasets.open import open_corpus, open_source, open_tokens
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
+from torchtrain.tools import prepare
 from torchtrain.validation import ValidationSet
 
 TOKENIZER = load_tokenizer(DEBUG_TOKENIZER)

@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.launching import ROOT, options, write_corpus
+from helpers.tokens import encode
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets import cache_folder, prepare, token_cache
+from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.files import read_files
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.prepare import encode_in_workers, main
 from torchtrain.datasets.token_cache import encode_here, open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
+from torchtrain.tools import prepare
+from torchtrain.tools.prepare import encode_in_workers, main
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def whole(corpus, tokenizer) -> list[int]:
     """The tokens, put together by hand."""
     ids = []
     for file in sorted(corpus.iterdir()):
-        ids += [tokenizer.bos_id, *tokenizer.encode(file.read_text()), tokenizer.eos_id]
+        ids += [tokenizer.bos_id, *encode(tokenizer, file.read_text()), tokenizer.eos_id]
     return ids
 
 
@@ -176,7 +178,8 @@ def command(corpus: Path, cache: Path, *more: str) -> list[str]:
 # cannot be done before the test's signal comes, however fast the machine is.
 IN_SMALL_SHARDS = """
 import sys, time
-from torchtrain.datasets import prepare, token_cache
+from torchtrain.datasets import token_cache
+from torchtrain.tools import prepare
 
 in_batches, last = token_cache.in_batches, int(sys.argv.pop(1))
 

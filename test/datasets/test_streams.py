@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.forking import train
 from helpers.launching import data_loader, metrics, write_corpus
+from helpers.tokens import encode
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
@@ -37,7 +38,7 @@ def no_lines_after_the_test():
 def tokens_of(texts) -> list[int]:
     tokens = []
     for text in texts:
-        tokens += [TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id]
+        tokens += [TOKENIZER.bos_id, *encode(TOKENIZER, text), TOKENIZER.eos_id]
     return tokens
 
 
@@ -123,7 +124,9 @@ def test_files_of_a_hub_are_dealt_out_if_they_come_out_even(tmp_path, streams, f
         )
     said = dataset.describe(1)
     assert (
-        f"to each {files_each} of its files" if files_each else f"to each 1 document in {streams}"
+        f"each with {files_each} of its files"
+        if files_each
+        else f"each with 1 document in {streams}"
     ) in said
 
 

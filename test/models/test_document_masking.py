@@ -17,6 +17,7 @@ from torchtrain.errors import ConfigError, UserError
 from torchtrain.loss import sequence_losses
 from torchtrain.models import document_masking
 from torchtrain.models.llama import Transformer
+from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.emulated_bf16 import WidenedAttention
 
@@ -103,6 +104,14 @@ def test_one_document_is_the_plain_model():
         torch.testing.assert_close(
             model(tokens, documents_of((16,), 2)), model(tokens), rtol=1e-5, atol=1e-6
         )
+
+
+def test_positions_restart_in_each_document():
+    """No logit tells it, since only differences of positions count within a document."""
+    rotary = RotaryPositions(ModelShape(32, 1, 4, 4, 64, 50))
+    documents = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5], [0, 1, 1, 1, 1, 1, 6, 6]])
+    restarted = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0, 1]])
+    assert torch.equal(rotary(torch.zeros_like(documents), documents), rotary.at(restarted))
 
 
 def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
@@ -286,6 +295,9 @@ def test_pieces_are_documents_and_long_ones_are_cut_with_an_overlap(monkeypatch,
     tokens = np.array([9, 2, 1, 7, 7, 7, 7, 7, 2, 1, 8, 2], dtype=np.uint16)
     pieces = np.concatenate(list(find_segments(tokens, 4, BOS, EOS)))
     assert pieces.tolist() == [[0, 2], [2, 5], [6, 3], [9, 3]]
+    # A document of a BOS alone predicts nothing, at the end neither.
+    empty = np.array([1, 1, 7, 2, 1], dtype=np.uint16)
+    assert np.concatenate(list(find_segments(empty, 4, BOS, EOS))).tolist() == [[1, 3]]
     shared = np.array([2, 7, 2, 2, 8, 8, 2], dtype=np.uint16)
     assert np.concatenate(list(find_segments(shared, 8, EOS, EOS))).tolist() == [[0, 3], [3, 4]]
     alone = np.array([2, 7, 2, 8, 8, 2, 9], dtype=np.uint16)

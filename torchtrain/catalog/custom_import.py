@@ -40,7 +40,7 @@ def import_custom(given: str) -> None:
         raise UserError(f"{option}: {where}: {type(error).__name__}: {error}") from error
     if path and (spec is None or Path(str(spec.origin)).resolve() != path.resolve()):
         raise UserError(
-            f"{option}: Python knows another module of the name {path.stem!r}; rename the file"
+            f"{option}: Python already has a module named {path.stem!r}; rename the file"
         )
 
 

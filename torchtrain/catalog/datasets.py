@@ -171,7 +171,7 @@ def register_corpus(
         known = DATASETS.get(name)
         if known and (known.texts is None or source_file(known.texts) != source_file(texts)):
             raise UserError(
-                f"register_corpus({name!r}): there is a dataset of this name; choose another"
+                f"register_corpus({name!r}): this dataset exists already; choose another name"
             )
         DATASETS[name] = DatasetSpec(description, texts=texts)
         return texts

@@ -196,7 +196,7 @@ def require_same_model(
     settings = ", ".join(f"{each.key} = {show(each.saved)}" for each in differences)
     raise SharedUserError(
         f"{text}\nFor the checkpoint's model set {settings}. To load its weights into this one "
-        "all the same, set checkpoint.accept_changed_model = true"
+        "anyway, set checkpoint.accept_changed_model = true"
     )
 
 

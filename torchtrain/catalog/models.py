@@ -171,7 +171,7 @@ def register_model(name: str, flavors: Mapping[str, ModelShape], model: str) -> 
     for flavor, shape in flavors.items():
         if family.flavors.setdefault(flavor, shape) != shape:
             raise UserError(
-                f"register_model({name!r}): there is another flavor {flavor!r}; rename yours"
+                f"register_model({name!r}): flavor {flavor!r} exists already; rename yours"
             )
 
 

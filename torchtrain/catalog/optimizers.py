@@ -24,7 +24,7 @@ def register_optimizer(name: str, build: str) -> None:
     """
     if OPTIMIZERS.setdefault(name, build) != build:
         raise UserError(
-            f"register_optimizer({name!r}): there is an optimizer of this name; choose another"
+            f"register_optimizer({name!r}): this optimizer exists already; choose another name"
         )
 
 

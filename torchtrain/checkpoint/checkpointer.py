@@ -22,7 +22,7 @@ from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import expand_user, fsync_folder, write_durably
+from torchtrain.utils import expand_user, fsync_folder, user_errors, write_durably
 
 TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
@@ -66,10 +66,7 @@ class Checkpointer:
         """
         if not self.config.enable or self.config.load_only:
             return
-        measured = self._together(lambda: state.measure(weights, optimizer))
-        sizes: dict[str, int] = {}
-        for of_rank in gathered(measured, self.group):
-            sizes.update(of_rank)  # a tensor that several ranks share counts once
+        sizes = self._merge(self._together(lambda: state.measure(weights, optimizer)))
         needed = 2 * sum(sizes.values())
         probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
@@ -92,20 +89,17 @@ class Checkpointer:
         target = self._path(progress.step)
         temporary = self._on_rank_zero(lambda: self._begin(target))
         if temporary is None:
-            logger.info(f"{target} is already there, complete: not written again")
+            logger.info(f"{target} exists already and is complete; not written again")
             return
         try:
             tensors = self._together(
-                lambda: {
-                    **state.list_weights(weights),
-                    **state.list_states(weights, optimizer),
-                    **state.list_random_states(weights),
-                }
+                lambda: (
+                    state.list_weights(weights)
+                    | state.list_states(weights, optimizer)
+                    | state.list_random_states(weights)
+                )
             )
-            written = write_tensors(temporary, tensors, self.group)
-            files = {}
-            for records in gathered(written, self.group):
-                files.update(records)
+            files = self._merge(write_tensors(temporary, tensors, self.group))
             self._on_rank_zero(lambda: commit.commit(temporary, target, progress, files))
         except BaseException:
             if dist.get_rank() == 0:
@@ -131,7 +125,7 @@ class Checkpointer:
             return None
         steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
-            return self._find_step(self.config.load_step, steps)
+            return self._find_step(self.config.load_step)
         for step in steps:
             found = self._verify(self._path(step))
             if isinstance(found, Source):
@@ -190,8 +184,8 @@ class Checkpointer:
             logger.info(f"{source.path}: weights are converted: {state.first_few(converted)}")
         if not random and optimizer is not None:
             logger.info(
-                f"random states are not restored: {source.marker.world_size} ranks or other "
-                "devices saved them"
+                f"random states are not restored: they were saved by "
+                f"{source.marker.world_size} ranks, or on other devices"
             )
         what = "model alone" if optimizer is None else "model and optimizer"
         seconds = time.monotonic() - started
@@ -206,6 +200,11 @@ class Checkpointer:
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
         return on_rank_zero(action, self.group)
+
+    def _merge(self, entries: dict[str, T]) -> dict[str, T]:
+        """Return the entries of all ranks; one that several ranks have comes once."""
+        by_rank = gathered(entries, self.group)
+        return {name: entry for of_rank in by_rank for name, entry in of_rank.items()}
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -235,15 +234,11 @@ class Checkpointer:
 
     def _write_probe(self, needed: int) -> Path:
         """Write a file for the other ranks to see, and require room for `needed` bytes."""
-        try:
+        with user_errors(f"checkpoints cannot be written to {self.folder}", OSError):
             self._make_folder()
             probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
             write_durably(probe, "")
             free = shutil.disk_usage(self.folder).free
-        except OSError as fault:
-            raise UserError(
-                f"checkpoints cannot be written to {self.folder}: {fault.strerror}"
-            ) from fault
         if free < needed:
             raise UserError(
                 f"{self.folder} has {free / 2**30:.2f} GiB free, but two checkpoints need "
@@ -292,10 +287,10 @@ class Checkpointer:
 
     # Finding
 
-    def _find_step(self, step: int, steps: list[int]) -> Source:
+    def _find_step(self, step: int) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
         path = self._path(step)
-        found = self._verify(path) if step in steps else "it is not there"
+        found = self._verify(path)
         if isinstance(found, Source):
             return found
         complete = self._on_rank_zero(self._list_complete)
@@ -336,7 +331,7 @@ class Checkpointer:
     def _reject(self, path: Path, fault: str) -> None:
         """Set a damaged checkpoint aside, or only pass it over where nothing may be written."""
         if self.config.load_only:
-            logger.warning(f"the checkpoint {path} is passed over: {fault}")
+            logger.warning(f"the checkpoint {path} is skipped: {fault}")
         else:
             self._on_rank_zero(lambda: commit.set_aside_unusable(path, fault))
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import fsync_folder, write_durably
+from torchtrain.utils import fsync_folder, user_errors, write_durably
 
 FORMAT = 1
 MARKER = "complete.json"
@@ -167,10 +167,8 @@ def read_progress(path: Path) -> Progress:
     Raises:
         UserError: it is not what torchtrain writes.
     """
-    try:
+    with user_errors(f"{path / STATE} is not what torchtrain writes", ValueError, TypeError):
         return Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as fault:
-        raise UserError(f"{path / STATE} is not what torchtrain writes: {fault}") from fault
 
 
 def set_aside(path: Path, word: str) -> Path:

@@ -203,7 +203,7 @@ def check_tensors(
     if found:
         raise UserError(
             f"{source.path} is not a checkpoint of this model: {'; '.join(found)}. Compare "
-            "[model], [optimizer] and training.dtype."
+            "[model] (a vocab_size of 0 is the tokenizer's), [optimizer] and training.dtype."
         )
     return converted
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from torchtrain.checkpoint.commit import INDEX, FileRecord, Source
 from torchtrain.errors import CheckpointError, UserError
+from torchtrain.utils import user_errors
 
 
 def write_tensors(
@@ -202,12 +203,11 @@ def read_index(source: Source) -> Metadata:
     """
     path = source.path / INDEX
     content = path.read_bytes()
-    try:
+    # A pickle that was tampered with can raise anything.
+    with user_errors(f"{path} is refused, and nothing in it was run", Exception):
         metadata: Metadata = IndexUnpickler(io.BytesIO(content)).load()
         list_entries(metadata)
         files = {info.relative_path for info in metadata.storage_data.values()}
-    except Exception as fault:  # a pickle that was tampered with can raise anything
-        raise UserError(f"{path} is refused, and nothing in it was run: {fault}") from fault
     outside = sorted(files - source.marker.files.keys())
     if outside:
         raise UserError(

@@ -97,7 +97,7 @@ def read_config(
     foreign = [name for source in sources for name in source.values if name not in options()]
     if foreign:
         names = ", ".join(dict.fromkeys(foreign))
-        notes.insert(0, f"options of torchtitan that have nothing to do here: {names}")
+        notes.insert(0, f"torchtitan options that have no effect here: {names}")
     return config, notes
 
 

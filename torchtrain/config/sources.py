@@ -58,13 +58,7 @@ def plan_sources(
         option = "data.mixture"
         shares = _parse_mixture(data.mixture)
     return [
-        DataSource(
-            dataset=dataset,
-            path=path,
-            share=share,
-            held_out_share=held_out_share,
-            option=option,
-        )
+        DataSource(dataset, path, share, held_out_share, option=option)
         for (dataset, path), share in shares.items()
     ]
 
@@ -76,7 +70,7 @@ def _parse_mixture(mixture: list[str]) -> dict[tuple[str, str | None], Fraction]
         dataset, path, weight = _parse_entry(entry)
         if (dataset, path) in weights:
             name = entry.rpartition("=")[0].strip()
-            raise UserError(f"data.mixture: {quoted(name)} is named twice; add its weights up")
+            raise UserError(f"data.mixture: {quoted(name)} is listed twice; add up its weights")
         weights[dataset, path] = weight
     total = sum(weights.values())
     shares = {source: weight / total for source, weight in weights.items()}
@@ -105,7 +99,7 @@ def _check_period(shares: Sequence[Fraction]) -> None:
     near = [max(1, round(share * MIXTURE_PERIOD / 10)) for share in shares]
     raise UserError(
         f"data.mixture: these weights need more than {MIXTURE_PERIOD:,} samples to come out "
-        f"exactly. Weights that are near, and do: {', '.join(str(weight) for weight in near)}"
+        f"exactly. Nearby weights that do not: {', '.join(str(weight) for weight in near)}"
     )
 
 
@@ -119,12 +113,7 @@ def plan_validation_sources(config: Config) -> list[DataSource]:
     if not validation.enable:
         return []
     if validation.dataset is not None:
-        source = DataSource(
-            dataset=validation.dataset,
-            path=validation.dataset_path,
-            share=Fraction(1),
-            option="validation.dataset",
-        )
-        return [source]
+        path, all_of_it = validation.dataset_path, Fraction(1)
+        return [DataSource(validation.dataset, path, all_of_it, option="validation.dataset")]
     sources = plan_sources(config.training, config.data, validation)
     return [replace(source, side="validation") for source in sources]

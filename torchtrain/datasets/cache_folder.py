@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import clear_progress, draw_progress, logger
-from torchtrain.utils import expand_user, user_errors_when_reading, write_durably
+from torchtrain.utils import expand_user, user_errors, write_durably
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again without another time
@@ -92,7 +92,7 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
     except OSError as error:
         raise UserError(
             f"cannot write in {str(folder)!r}: {error.strerror or error}. Make room there, or set "
-            "data.cache_folder"
+            "data.cache_folder to a folder that can be written"
         ) from error
     finally:
         clear_progress()
@@ -169,7 +169,7 @@ def files_state(files: list[Path]) -> tuple[str, int]:
     newest = 0
     states = []
     for file in files:
-        with user_errors_when_reading(repr(str(file))):
+        with user_errors(f"cannot read {str(file)!r}", OSError):
             stat = os.stat(file)
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
         states.append(

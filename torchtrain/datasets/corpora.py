@@ -223,8 +223,8 @@ def _find_border(corpus: Corpus, share: float) -> int:
                 return wanted
     if lowest >= highest:
         raise UserError(
-            f"{corpus.name} has fewer than two distinct documents, so none can be held out: add "
-            "some, or name others in validation.dataset"
+            f"{corpus.name} has fewer than two distinct documents, so none can be held out for "
+            "validation: add some, or name others in validation.dataset"
         )
     return lowest + 1 if wanted <= lowest else highest
 

@@ -29,7 +29,7 @@ from torchtrain.datasets.corpora import (
     not_utf8,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import user_errors_when_reading
+from torchtrain.utils import user_errors
 
 # Tests and what is installed beside the library are not prose worth learning; encodings and
 # lib2to3 are tables.
@@ -53,7 +53,8 @@ def read_stdlib(root: Path | None = None) -> Corpus:
     files = files_under(root, (".py",), leave_out=NOT_LIBRARY) if root.is_dir() else []
     if not files:
         raise UserError(
-            f"this Python has no library source in {root}; give training.dataset text of your own"
+            f'this Python has no library source in {root}; set training.dataset = "text" and '
+            "training.dataset_path to text of your own"
         )
     return Corpus("python_stdlib", files, [partial(_distinct_sources, files)])
 
@@ -152,7 +153,7 @@ def _distinct_sources(files: Iterable[Path]) -> Rows:
 
 
 def _whole_file(file: Path) -> Rows:
-    with user_errors_when_reading(repr(str(file))):
+    with user_errors(f"cannot read {str(file)!r}", OSError):
         content = file.read_bytes()
     yield as_row(content, str(file), "the file")
 
@@ -229,5 +230,5 @@ def _broken(compression: str | None, file: Path, row: int, error: Exception) -> 
     """
     if isinstance(error, OSError) and error.errno is not None:
         raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    problem = f"the {compression} data is broken from here on ({error})"
+    problem = f"the {compression} data is broken from here on ({error}); the rest is not read"
     return BadRow(f"broken {compression}", f"{file}:{row}", problem)

@@ -5,7 +5,7 @@ https://huggingface.co/docs/datasets/package_reference/loading_methods
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,7 @@ class _Table:
     """A table of the hub or of a local folder, and how it is read."""
 
     source: HubSource
-    where: str
-    """The folder, or the name of the repository."""
-    is_local: bool
-    revision: str | None
+    """The repository at a known revision, or the folder of a local copy."""
     text_key: str
     streaming: bool
 
@@ -39,7 +36,7 @@ class _Table:
     @property
     def name(self) -> str:
         """Name in messages."""
-        return f"{self.where} {self.kind}"
+        return f"{self.source.repository} {self.kind}"
 
 
 def read_hub(
@@ -63,26 +60,21 @@ def read_hub(
         )
     given = expand_user(source.repository)
     local = path or (given if given.is_dir() else None)
-    table = _Table(
-        source=source,
-        where=str(local or source.repository),
-        is_local=local is not None,
-        revision=None if local else _find_revision(source, option),
-        text_key=text_key,
-        streaming=streaming,
-    )
+    revision = None if local else _find_revision(source, option)
+    source = replace(source, repository=str(local or source.repository), revision=revision)
+    table = _Table(source=source, text_key=text_key, streaming=streaming)
     return Corpus(
         name=table.name,
         files=files_under(local) if local else [],
         parts=_parts(table),
         even_parts=streaming,
         kind=table.kind,
-        revision=None if table.revision is None else f"{table.where}@{table.revision}",
+        revision=None if revision is None else f"{source.repository}@{revision}",
     )
 
 
 def _parts(table: _Table) -> list[Part]:
-    where = f"{table.where} {table.source.split}"
+    where = f"{table.source.repository} {table.source.split}"
     if not table.streaming:
         return [partial(_rows, table, partial(_open, table), where)]
     with _faults_named(table):
@@ -119,7 +111,7 @@ def _open(table: _Table) -> Any:
     if not fields:  # a stream may not know them
         fields = list(next(iter(dataset), [table.text_key]))
     if table.text_key not in fields:
-        problem = no_field(table.text_key, table.where, fields).problem
+        problem = no_field(table.text_key, table.name, fields).problem
         raise UserError(f"{table.name}: {problem}")
     return dataset.select_columns([table.text_key])
 
@@ -127,21 +119,21 @@ def _open(table: _Table) -> Any:
 def _load(table: _Table) -> Any:
     import datasets
 
-    source, folder = table.source, Path(table.where)
+    source, folder = table.source, Path(table.source.repository)
     saved_files = (folder / "state.json", folder / "dataset_dict.json")
-    if table.is_local and any(file.exists() for file in saved_files):
-        saved = datasets.load_from_disk(table.where)
+    if any(file.exists() for file in saved_files):
+        saved = datasets.load_from_disk(source.repository)
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[source.split]
         return saved.to_iterable_dataset() if table.streaming else saved
     config = source.config
-    if table.is_local and config not in datasets.get_dataset_config_names(table.where):
+    if folder.is_dir() and config not in datasets.get_dataset_config_names(source.repository):
         config = None  # files of one split, copied without the description that names configs
     return datasets.load_dataset(
-        table.where,
+        source.repository,
         config,
         split=source.split,
-        revision=table.revision,
+        revision=source.revision,
         streaming=table.streaming,
     )
 
@@ -165,7 +157,7 @@ def _find_revision(source: HubSource, option: str) -> str | None:
         close = nearest(repository, [name for name in DATASETS if "/" in name])
         hint = f"; did you mean {close}?" if close else ""
         raise UserError(
-            f"{given} does not exist, or is not open to you (see `hf auth login`){hint}"
+            f"{given} does not exist, or you have no access (see `hf auth login`){hint}"
         ) from error
     except Exception as error:  # its HTTP library has changed before, and the errors with it
         first_line = str(error).partition("\n")[0]

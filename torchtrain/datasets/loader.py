@@ -85,15 +85,12 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same with its tensors on this device."""
-        documents = self.documents
-        if documents is not None:
-            documents = documents.to(device, non_blocking=True)
-        return Microbatch(
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            sample_ids=self.sample_ids,
-            documents=documents,
-        )
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        documents = None if self.documents is None else move(self.documents)
+        return Microbatch(move(self.tokens), move(self.labels), self.sample_ids, documents)
 
 
 def microbatches(
@@ -123,6 +120,7 @@ def microbatches(
     return batches
 
 
+@dataclass
 class DataLoader:
     """A rank's share of every step, which is a pure function of the step.
 
@@ -132,41 +130,31 @@ class DataLoader:
     step and the sample at which it did, its origin.
 
     Streams are read by a thread, ahead and in order, so their steps must be read in order too.
+    Nothing is read at first.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch: BatchPlan,
-        data_rank: int,
-        separators: tuple[int, int] | None = None,
-        stall_timeout_seconds: float = math.inf,
-    ) -> None:
-        """Prepare to read; nothing is read yet.
+    dataset: Dataset
+    batch: BatchPlan
+    """Sizes of global batch and microbatch."""
+    data_rank: int
+    """Which share of the batch this rank reads."""
+    separators: tuple[int, int] | None = None
+    """The ids of BOS and EOS under document masking."""
+    stall_timeout_seconds: float = math.inf
+    """How long a stream may give no document."""
 
-        Args:
-            dataset: what to read.
-            batch: sizes of global batch and microbatch.
-            data_rank: which share of the batch this rank reads.
-            separators: the ids of BOS and EOS under document masking.
-            stall_timeout_seconds: how long a stream may give no document.
-        """
-        self.dataset = dataset
-        self.global_batch_size = batch.global_batch_size
-        self._microbatch_size = batch.microbatch_size
-        self._separators = separators
-        share = batch.microbatch_size * batch.accumulation_steps
-        self._own = slice(data_rank * share, (data_rank + 1) * share)
-        self._origin_step = 0
-        self._origin_sample = 0
+    def __post_init__(self) -> None:
+        share = self.batch.microbatch_size * self.batch.accumulation_steps
+        self._own = slice(self.data_rank * share, (self.data_rank + 1) * share)
+        self._origin = {"step": 0, "sample": 0}
         # Of the streams: at the start, and after the last step read.
-        self._first_positions = self._find_positions()
-        self._positions = self._first_positions
-        self._ahead = ReadAhead(self._read_step, dataset.streams, stall_timeout_seconds)
+        self._first_positions = self._positions = self._find_positions()
+        self._ahead = ReadAhead(self._read_step, self.dataset.streams, self.stall_timeout_seconds)
 
     def samples_before(self, step: int) -> int:
         """Return the number of samples before `step`, which is the first one of `step`."""
-        return self._origin_sample + (step - 1 - self._origin_step) * self.global_batch_size
+        steps = step - 1 - self._origin["step"]
+        return self._origin["sample"] + steps * self.batch.global_batch_size
 
     def read(
         self, step: int, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -208,7 +196,7 @@ class DataLoader:
         streams = self.dataset.stream_of(sample_ids)
         own = sample_ids[np.argsort(streams, kind="stable")][self._own]
         tokens, labels = self.dataset.read(own)
-        batches = microbatches(tokens, labels, own, self._microbatch_size, self._separators)
+        batches = microbatches(tokens, labels, own, self.batch.microbatch_size, self.separators)
         return batches, self._find_positions()
 
     def _find_positions(self) -> list[Position]:
@@ -251,8 +239,8 @@ class DataLoader:
                 positions[number] = max(position, positions[number])
         return {
             "samples_consumed": self.samples_before(step + 1),
-            "origin": {"step": self._origin_step, "sample": self._origin_sample},
-            "global_batch_size": self.global_batch_size,
+            "origin": self._origin,
+            "global_batch_size": self.batch.global_batch_size,
             "name": self.dataset.name,
             "dataset": self.dataset.identity(),
             "positions": [position._asdict() for position in positions],
@@ -279,8 +267,7 @@ class DataLoader:
                 f"far are {saved['samples_consumed']} in the checkpoint, {consumed} by its "
                 "step and batch"
             )
-        self._origin_step = origin["step"]
-        self._origin_sample = origin["sample"]
+        self._origin = origin
         positions = [Position(**position) for position in saved["positions"]]
         self.dataset.resume(saved["dataset"], positions, consumed)
         self._first_positions = self._positions = self._find_positions()
@@ -292,10 +279,9 @@ class DataLoader:
         if not accept_changes:
             raise UserError(
                 f"{text}\nGive the run what it had, start a new one in another job.dump_folder, "
-                "or resume all the same with checkpoint.accept_changed_data = true"
+                "or resume anyway with checkpoint.accept_changed_data = true"
             )
-        self._origin_step = step
-        self._origin_sample = consumed
+        self._origin = {"step": step, "sample": consumed}
         logger.warning(
             f"{text}\ncheckpoint.accept_changed_data allows it. Step {step + 1} reads on from "
             f"global sample {consumed:,} of the new order ({self.dataset.name}): "

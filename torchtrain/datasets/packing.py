@@ -138,7 +138,8 @@ def find_segments(tokens: np.ndarray, seq_len: int, bos: int, eos: int) -> Itera
         borders = np.concatenate(([begun], borders[borders > begun]))
         begun = borders[-1]
         if start + WINDOW >= len(tokens):
-            borders = np.append(borders, len(tokens))
+            last_is_bos = bos != eos and window[-1] == bos  # of a document that holds no more
+            borders = np.append(borders, len(tokens) - last_is_bos)
         ends = borders[1:]
         if bos == eos:
             ends = np.minimum(ends + (tokens[ends - 1] != eos), len(tokens))

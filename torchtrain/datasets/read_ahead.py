@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -23,25 +24,21 @@ STEPS_AHEAD = 4
 T = TypeVar("T")
 
 
+@dataclass
 class ReadAhead(Generic[T]):
-    """Reads steps in order, and at most STEPS_AHEAD before they are taken."""
+    """Reads steps in order, and at most STEPS_AHEAD before they are taken.
 
-    def __init__(
-        self,
-        read: Callable[[int], T],
-        streams: Sequence[TokenStream],
-        stall_timeout_seconds: float,
-    ) -> None:
-        """Prepare to read; nothing is read before the first step is asked for.
+    Nothing is read before the first step is asked for.
+    """
 
-        Args:
-            read: reads a step from the streams.
-            streams: what it reads from.
-            stall_timeout_seconds: how long a stream may give no document.
-        """
-        self._read = read
-        self._streams = streams
-        self._stall_timeout_s = stall_timeout_seconds
+    read: Callable[[int], T]
+    """Reads a step from the streams."""
+    streams: Sequence[TokenStream]
+    """What it reads from."""
+    stall_timeout_s: float
+    """How long a stream may give no document."""
+
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._ahead: deque[tuple[int, Future[T]]] = deque()
 
@@ -88,7 +85,7 @@ class ReadAhead(Generic[T]):
         """
         while len(self._ahead) <= STEPS_AHEAD:
             coming = step + len(self._ahead)
-            self._ahead.append((coming, self._thread.submit(self._read, coming)))
+            self._ahead.append((coming, self._thread.submit(self.read, coming)))
         number, result = self._ahead[0]
         assert number == step, "streams are read step by step"
         wait([result], timeout=1.0)
@@ -99,9 +96,9 @@ class ReadAhead(Generic[T]):
         return False
 
     def _check_stall(self) -> None:
-        slowest = min(self._streams, key=lambda stream: stream.waiting_since)
-        if time.monotonic() - slowest.waiting_since >= self._stall_timeout_s:
+        slowest = min(self.streams, key=lambda stream: stream.waiting_since)
+        if time.monotonic() - slowest.waiting_since >= self.stall_timeout_s:
             raise UserError(
-                f"{slowest.name}: no document has come for {self._stall_timeout_s:.0f} s "
+                f"{slowest.name}: no document has come for {self.stall_timeout_s:.0f} s "
                 "(data.stall_timeout_seconds allows no more)"
             )

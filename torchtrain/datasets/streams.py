@@ -22,7 +22,7 @@ from torchtrain.datasets.corpora import Corpus, Skipped
 from torchtrain.datasets.samples import Dataset, Identity
 from torchtrain.datasets.token_stream import Position, TokenStream
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.utils import plural, user_errors_when_reading
+from torchtrain.utils import plural, user_errors
 
 
 class StreamDataset(Dataset):
@@ -81,7 +81,7 @@ class StreamDataset(Dataset):
         share = f"1 document in {count}"
         if self._by_part:
             share = f"{len(self.streams[0].parts)} of its files"
-        return f"{self.name}: read as it comes, in {plural(count, 'stream')}, to each {share}"
+        return f"{self.name}: tokenized as read, by {plural(count, 'stream')}, each with {share}"
 
 
 def _corpus_identity(corpus: Corpus) -> str:
@@ -93,6 +93,6 @@ def _corpus_identity(corpus: Corpus) -> str:
         return f"{corpus.name} {corpus.revision or ''}".strip()
     files = [file.absolute() for file in corpus.files]
     root = os.path.commonpath([file.parent for file in files])
-    with user_errors_when_reading(corpus.name):
+    with user_errors(f"cannot read {corpus.name}", OSError):
         sizes = [f"{os.path.relpath(file, root)} {os.stat(file).st_size}" for file in files]
     return short_hash([corpus.kind, *sizes])

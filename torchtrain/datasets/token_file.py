@@ -19,7 +19,7 @@ from torchtrain.datasets.cache_folder import Progress, files_state, find_facts, 
 from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user, user_errors_when_reading
+from torchtrain.utils import expand_user, user_errors
 
 CHUNK = 1 << 24
 """Tokens that are checked at a time."""
@@ -41,7 +41,7 @@ def open_token_file(
     """
     assert path is not None, "the config check asks for it"
     file = expand_user(path)
-    with user_errors_when_reading(f"the token file {path!r}"):
+    with user_errors(f"cannot read the token file {path!r}", OSError):
         tokens = _map(file, dtype, dtype_for(tokenizer))
     folder = root / "tokens"
     key = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
@@ -100,10 +100,8 @@ def _map(file: Path, given: str | None, default: np.dtype) -> np.ndarray:
 
 
 def _map_npy(file: Path) -> np.ndarray:
-    try:
+    with user_errors(f"the token file {str(file)!r} is a damaged .npy file", ValueError):
         tokens: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"the token file {str(file)!r} is a damaged .npy file: {error}") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) == 0:
         raise UserError(
             f"the token file {str(file)!r} holds {tokens.dtype} of shape {list(tokens.shape)}, "

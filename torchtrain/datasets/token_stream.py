@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ Span = tuple[Position, np.ndarray]
 """Tokens, and the position of the first."""
 
 
+@dataclass
 class TokenStream:
     """Stream number `number` of `count`; sample n takes tokens [n·S, n·S+S].
 
@@ -47,27 +49,22 @@ class TokenStream:
     or, with `by_part`, all rows of the parts with these numbers.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        number: int,
-        count: int,
-        *,
-        by_part: bool,
-    ) -> None:
-        self.name = f"{corpus.name}, stream {number} of {count}"
-        self.parts = corpus.parts[number::count] if by_part else corpus.parts
+    corpus: Corpus
+    tokenizer: Tokenizer
+    seq_len: int
+    number: int
+    count: int
+    by_part: bool
+
+    def __post_init__(self) -> None:
         self.start = Position()
         """Where to begin; may be set until the first sample is read."""
         self.waiting_since = math.inf
         """When the row was asked for that has not come yet; infinite if none is awaited."""
-        self._corpus = corpus
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
-        self._number = number
-        self._count = 1 if by_part else count
+        self.name = f"{self.corpus.name}, stream {self.number} of {self.count}"
+        self.parts = self.corpus.parts
+        if self.by_part:
+            self.parts = self.corpus.parts[self.number :: self.count]
         self._documents: Iterator[Span] | None = None
         # The tokens that were read and not yet used, document by document.
         self._held: deque[Span] = deque()
@@ -115,12 +112,12 @@ class TokenStream:
 
     def _read_next(self) -> np.ndarray:
         assert self._documents is not None
-        size = self._seq_len + 1
+        size = self.seq_len + 1
         while self._tokens_held < size:
             self._hold(*next(self._documents))
         sequence = np.concatenate([tokens[:size] for _, tokens in self._held])[:size]
         self._next_sample += 1
-        self._drop(self._seq_len)
+        self._drop(self.seq_len)
         return sequence
 
     def _drop(self, count: int) -> None:
@@ -139,13 +136,13 @@ class TokenStream:
             for part in range(first_part, len(self.parts)):
                 row = -1
                 for row, content in enumerate(self._read_rows(part)):
-                    is_own = (rows_before + row - self._number) % self._count == 0
+                    is_own = self.by_part or (rows_before + row - self.number) % self.count == 0
                     if row < first_row or not is_own:
                         continue
-                    document = self._corpus.accept(content)
+                    document = self.corpus.accept(content)
                     if document is not None:
                         has_document = True
-                        (tokens,) = encode_documents(self._tokenizer, [document.text])
+                        (tokens,) = encode_documents(self.tokenizer, [document.text])
                         yield Position(0, epoch, part, rows_before, row), tokens
                 rows_before += row + 1
                 first_row = 0

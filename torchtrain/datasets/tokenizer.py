@@ -5,8 +5,8 @@ The committed `debug_tokenizer.model` is what `python -m torchtrain.tools.train_
 
 SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) calls the strings of its vocabulary pieces
 and writes a space inside them as U+2581, so by itself it reads a U+2581 of the text as a space.
-Wherever the model allows it, `encode` spells that character in byte pieces instead; with a model
-that puts a space before every text (Llama 2's) it stays a space, as in Meta's own use.
+Wherever the model allows it, `encode_batch` spells that character in byte pieces instead; with a
+model that puts a space before every text (Llama 2's) it stays a space, as in Meta's own use.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torchtrain.datasets.tokenizer_formats import (
     require_unicode,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user, user_errors_when_reading
+from torchtrain.utils import expand_user, user_errors
 
 WORD_BEGINS = re.compile(f"(?<=[^\\s{SPACE_MARK}]) (?!\\Z)")
 LONG_TEXT = 1 << 12
@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"tokenizer {name!r} is damaged, or not a SentencePiece model. What can be read: "
+                f"tokenizer {name!r} is damaged, or not a SentencePiece model. Supported: "
                 "SentencePiece models (Llama 2's tokenizer.model) and Hugging Face's "
                 "tokenizer.json; `python -m torchtrain.tools.train_tokenizer` makes one of your "
                 "own text"
@@ -68,23 +68,17 @@ class SentencePieceTokenizer:
         self._cut_keeps_space = self._rule_for_cuts()
         self._space_mark_ids = self._bytes_of_space_mark()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without BOS and EOS.
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
+
+        `threads` share the work.
 
         Raises:
-            UserError: `text` holds a lone surrogate, which no UTF-8 text can.
+            UserError: a text holds a lone surrogate, which no UTF-8 text can.
         """
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Return the ids of each text, int32 `[tokens]`; `threads` share the work."""
         cuts_by_text = [self._cut_for_encoding(text) for text in texts]
         encoded = self._encode_cuts(chain.from_iterable(cuts_by_text), threads)
         return [np.concatenate([next(encoded) for _ in cuts]) for cuts in cuts_by_text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, BOS and EOS nothing."""
-        return self._model.decode([int(id_) for id_ in ids])
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
@@ -194,7 +188,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _find_file(path)
     name = str(file)
-    with user_errors_when_reading(f"model.tokenizer_path = {name!r}"):
+    with user_errors(f"cannot read model.tokenizer_path = {name!r}", OSError):
         content = file.read_bytes()
     if not content:
         raise UserError(f"tokenizer {name!r} is an empty file")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtrain.errors import UserError
+from torchtrain.utils import user_errors
 
 SPACE_MARK = "\u2581"
 """How SentencePiece, and what is made of its models, writes a space inside pieces."""
@@ -60,12 +61,9 @@ class HuggingFaceTokenizer:
         """
         import tokenizers
 
-        try:
+        message = f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json"
+        with user_errors(message, Exception):  # the package raises nothing more special
             self._model = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the package raises nothing more special
-            raise UserError(
-                f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json: {error}"
-            ) from error
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True
@@ -77,12 +75,11 @@ class HuggingFaceTokenizer:
         self.eos_id: int = vocabulary[eos]
         self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without BOS and EOS; UserError at a lone surrogate."""
-        return self.encode_batch([text])[0].tolist()
-
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Return the ids of each text, int32 `[tokens]`; several `threads` mean all cores."""
+        """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
+
+        Several `threads` mean all cores. UserError at a lone surrogate.
+        """
         for text in texts:
             require_unicode(text)
         if threads == 1:
@@ -90,10 +87,6 @@ class HuggingFaceTokenizer:
         else:
             encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; BOS and EOS have none."""
-        return self._model.decode([int(id_) for id_ in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
@@ -130,15 +123,13 @@ def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
         for bos, eos in WELL_KNOWN:
             if bos in vocabulary and eos in vocabulary:
                 return bos, eos
-    faults = []
-    for key in SPECIAL_KEYS:
-        if given.get(key) not in vocabulary:
-            faults.append(f"{key} = {given.get(key)!r}")
-    if faults:
+    unknown = [key for key in SPECIAL_KEYS if given.get(key) not in vocabulary]
+    if unknown:
+        faults = ", ".join(f"{key} = {given.get(key)!r}" for key in unknown)
         config = str(file.with_name("tokenizer_config.json"))
         raise UserError(
             f"tokenizer {str(file)!r} and the files beside it do not say what separates "
-            f"documents: {', '.join(faults)} is not in its vocabulary. Name two tokens in "
+            f"documents: {faults} is not in its vocabulary. Name two tokens in "
             f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same'
         )
     return given["bos_token"], given["eos_token"]

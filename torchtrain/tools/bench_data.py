@@ -124,7 +124,9 @@ def measure_source(
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.bench_data", allow_abbrev=False
+        prog="python -m torchtrain.tools.bench_data",
+        description="Measure how fast each kind of data source yields tokens.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--megabytes", type=float, default=64, help="size of each source (default: %(default)s)"

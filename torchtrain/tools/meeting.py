@@ -92,7 +92,7 @@ class _Waiting:
         now = time.monotonic()
         if now > self.deadline:
             raise PeerFault(
-                f"{what} did not come to {self.endpoint} within comm.init_timeout_seconds: {detail}"
+                f"{what} did not reach {self.endpoint} within comm.init_timeout_seconds: {detail}"
             )
         is_news = what != self.announced or now - self.announced_at >= ANNOUNCE_S
         if is_news and not self.silent:
@@ -119,7 +119,7 @@ def _serve(nodes: Nodes) -> TCPStore:
         return _open_store(nodes)
     except RuntimeError as error:
         raise UserError(
-            f"MASTER_ADDR = {nodes.address!r}: node 0 does not reach itself at {nodes.endpoint}. "
+            f"MASTER_ADDR = {nodes.address!r}: node 0 cannot reach itself at {nodes.endpoint}. "
             "It must be the address of node 0 as all nodes see it."
         ) from error
 

@@ -15,7 +15,7 @@ lists them) are ignored. Trainer options given here override the FILE, also in t
 they are layout options. A FILE runs as it is but for the number of steps; without one
 debug_model.toml runs, shrunk so that the whole table takes minutes on two cores.
 
-Exit status: 0 all layouts are the same; 1 one is off, failed or was refused; 2 a user error.
+Exit status: 0 all layouts agree; 1 one differs, failed or was refused; 2 a user error.
 """
 
 import argparse
@@ -144,12 +144,14 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", "--job.config_file", metavar="FILE", help="what is trained")
-    parser.add_argument("--layouts", default="all", help="names with commas; default all")
+    parser.add_argument("--config", "--job.config_file", metavar="FILE", help="the config to train")
+    parser.add_argument("--layouts", default="all", help="comma-separated names (default: all)")
     parser.add_argument(
-        "--steps", type=int, default=4, help="optimizer steps of each run; default 4"
+        "--steps", type=int, default=4, help="optimizer steps of each run (default: 4)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table to this file"
+    )
     return parser
 
 
@@ -181,7 +183,7 @@ def main(arguments: list[str]) -> int:
         print(fault, file=sys.stderr)
         return 2
     wrong = [row.layout for row in rows if row.verdict != "same"]
-    summary = f"{len(rows) - len(wrong)} of {len(rows)} layouts are the same"
+    summary = f"{len(rows) - len(wrong)} of {len(rows)} layouts agree"
     print("\n" + "; ".join([summary, *(f"not {name}" for name in wrong)]))
     if asked.json is not None:
         write_json(asked.json, plan, rows)
