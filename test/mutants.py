@@ -691,8 +691,43 @@ MUTANTS = {
             "12.0 * shape.n_layers * q_width",
             "6.0 * shape.n_layers * q_width",
         ),
+        (
+            "flops leave out the shared experts",
+            "shape.experts_per_token + shape.n_shared_experts",
+            "shape.experts_per_token",
+        ),
+        (
+            "flops count all experts",
+            "experts * 3 * shape.width",
+            "shape.n_experts * 3 * shape.width",
+        ),
     ],
     "torchtrain/models/moe.py": [
+        (
+            "the router decides in the compute precision",
+            "F.linear(x.float(), self.weight.float())",
+            "F.linear(x, self.weight).float()",
+        ),
+        ("scores are always softmax", 'shape.router_scores == "softmax"', "True"),
+        ("scores are always divided by their sum", "if shape.router_renormalize:", "if True:"),
+        ("the router's scale is forgotten", "weights * shape.router_scale", "weights * 1.0"),
+        ("shared experts compute nothing", "mixed + self.shared_experts(x)", "mixed"),
+        (
+            "the copies of a token share a gradient",
+            "-1, ctx.copies)).sum(dim=1)",
+            "-1, ctx.copies)).mean(dim=1)",
+        ),
+        (
+            "an idle expert keeps the kernel's gradient",
+            "gradient.masked_fill((counts == 0).view(-1, 1, 1), 0.0), None",
+            "gradient, None",
+        ),
+        ("widths of any bytes go to the kernel", "% 16 == 0 for width", "% 1 == 0 for width"),
+        (
+            "all experts are idle",
+            "(n_experts - self.shape.experts_per_token)",
+            "n_experts",
+        ),
         (
             "the bias is part of the weights",
             "weights = scores.gather(-1, experts)",
@@ -721,6 +756,7 @@ MUTANTS = {
             "rotate(q, rotations), rotate(k, rotations)",
             "rotate(q, rotations), k",
         ),
+        ("keys are not normalized", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
     ],
     "torchtrain/models/rotary.py": [
         (
