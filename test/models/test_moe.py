@@ -289,25 +289,6 @@ def test_the_router_decides_in_fp32_whatever_the_compute_precision():
     assert torch.equal(routing.weights, exact.weights)
 
 
-@pytest.mark.slow
-def test_a_sparse_block_compiles_whole_and_counts_what_it_routes():
-    model, tokens = filled(MIXTRAL).to(torch.bfloat16), tokens_of(MIXTRAL)
-    found = []
-    for compiles in (False, True):
-        for block in model.layers.values():
-            block.moe.router.totals = torch.zeros(4 + 3, dtype=torch.float64)
-            if compiles:
-                block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-        model.zero_grad()
-        logits = model(tokens)
-        logits.float().square().sum().backward()
-        gradients = {name: p.grad.float() for name, p in model.named_parameters()}
-        totals = torch.stack([block.moe.router.totals for block in model.layers.values()])
-        found.append({"logits": logits.float(), "totals": totals, **gradients})
-    for name, eager in found[0].items():
-        assert torch.equal(found[1][name], eager), name
-
-
 def test_keys_alone_make_a_dense_flavor_sparse():
     shape = resolve_shape(
         "llama3",
