@@ -64,10 +64,12 @@ class Decoder(nn.Module):
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             torch.ops.higher_order.flex_attention,
+            torch.ops._c10d_functional.all_to_all_single.default,
         }
     )
-    """The operations that are slow to compute for the size of their result: matrix products and
-    attention. Recomputation of chosen operations saves these results."""
+    """The operations that are slow for the size of their result: matrix products, attention, and
+    the exchanges of rows with other ranks' experts. Recomputation of chosen operations saves these
+    results."""
 
     shape: ModelShape
     tok_embeddings: nn.Module
