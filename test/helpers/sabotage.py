@@ -11,13 +11,17 @@ import torch
 import torch.distributed as dist
 
 import train
+from torchtrain.models.moe import Router
 from torchtrain.models.rotary import RotaryPositions
+from torchtrain.parallelisms.expert_balance import ExpertBalance
 from torchtrain.parallelisms.pipeline_parallel import TiedOutput
 from torchtrain.tools import parity_ranks
 
 forward_backward = train.forward_backward
 optimizer_step = train.optimizer_step
 positions_at = RotaryPositions.at
+choose = Router._choose
+collect = ExpertBalance.collect
 run_case = parity_ranks.run_case
 
 
@@ -38,6 +42,18 @@ def drifting(trainer):
     if trainer.step == trainer.config.training.steps and dist.get_rank() == 1:
         weight = trainer.weights["norm.weight"]
         weight.data.to_local().view(-1)[-1:].mul_(1 + 2**-20)
+
+
+def chosen_anew(router, scores):
+    """Choose others where the forward is run again, which is within a backward."""
+    recomputes = torch._C._current_graph_task_id() != -1
+    return choose(router, -scores if recomputes else scores)
+
+
+def balanced_alone(balance, step):
+    """Leave the other ranks out of the loads that the biases follow."""
+    collect(balance, step)
+    balance.sums.copy_(balance.totals)
 
 
 def forgetting(tied):
@@ -61,6 +77,8 @@ FAULTS = {
     "scaled": patch.object(train, "forward_backward", scaled_by_microbatches),
     "positions": patch.object(RotaryPositions, "at", of_the_first_shard),
     "replica-drifts": patch.object(train, "optimizer_step", drifting),
+    "chosen-anew": patch.object(Router, "_choose", chosen_anew),
+    "bias-alone": patch.object(ExpertBalance, "collect", balanced_alone),
     "copy-forgotten": patch.object(TiedOutput, "hand_in_gradient", forgetting),
     "raises": patch.object(train, "forward_backward", raising),
     "killed": patch.object(train, "forward_backward", killed),

@@ -53,6 +53,12 @@ SUBSET = (
     "tp2-pp2-zbv",
     "cp2-pp2-dualpipev-labels",
     "fsdp2-tp2-pp2-1f1b",
+    "experts-selective-op-ac",
+    "experts-tp2-no-sequence",
+    "ep2-cp2",
+    "ep2-hsdp",
+    "ep2-tp2-pp2-zbv",
+    "ep2-pp2-dualpipev-full-ac",
     "hsdp2x2-accumulate-labels",
     "fsdp2-tp2-tied-full-ac",
     "tp2-cp2-ulysses-tied",
@@ -131,6 +137,8 @@ OFF = {
     "scaled": Layout(2, {"training.local_batch_size": 1}),
     "positions": Layout(2, {"parallelism.context_parallel_degree": 2}),
     "replica-drifts": Layout(2, {"parallelism.data_parallel_replicate_degree": 2}),
+    "bias-alone": Layout(2, {}, "experts"),
+    "chosen-anew": Layout(2, {"activation_checkpoint.mode": "full"}, "experts"),
     "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
 }
 FAILING = {
@@ -167,6 +175,18 @@ def test_gradients_scaled_by_the_microbatch_count_are_seen(off):
 @pytest.mark.slow
 def test_a_tied_outputs_gradient_that_does_not_reach_the_embedding_is_seen(off):
     assert "gradient of tok_embeddings.weight" in off["copy-forgotten"].verdict
+
+
+@pytest.mark.slow
+def test_a_router_that_decides_otherwise_in_the_recomputation_is_seen(off):
+    assert off["chosen-anew"].verdict.startswith(("OFF: ", "failed: CheckpointError: "))
+
+
+@pytest.mark.slow
+def test_biases_that_follow_the_loads_of_their_own_rank_alone_are_seen(off):
+    row = off["bias-alone"]
+    assert row.verdict.startswith("OFF: ")
+    assert row.worst_weights.endswith(".moe.expert_bias")
 
 
 @pytest.mark.slow

@@ -47,6 +47,8 @@ TASKS = {
     "labels": Task(hide_labels=True),
     "labels-tied": Task({"model.tied_embeddings": True}, hide_labels=True),
     "experts": Task(EXPERTS),
+    "experts-labels": Task(EXPERTS, hide_labels=True),
+    "experts-documents": Task(EXPERTS | DOCUMENTS),
     "documents": Task(DOCUMENTS),
     "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
     "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
@@ -95,6 +97,22 @@ UNEVEN = {
         ["tok_embeddings", "layers.0", "layers.1", "layers.2"],
         ["layers.3", "norm", "output"],
     ]
+}
+
+IN_TURN = {"parallelism.pipeline_parallel_expert_parallel_overlap": False}
+SCHEDULES = {
+    "gpipe": pipeline("GPipe"),
+    "1f1b": PP_2,
+    "interleaved": INTERLEAVED,
+    "interleaved-zb": ZERO_BUBBLE,
+    "zbv": ZBV,
+    "dualpipev": DUAL_PIPE,
+}
+RECOMPUTATIONS = {
+    "": {},
+    "-full-ac": FULL,
+    "-selective-ac": SELECTIVE,
+    "-selective-op-ac": SELECTIVE_OP,
 }
 
 LAYOUTS = {
@@ -220,23 +238,43 @@ LAYOUTS = {
     "tp2-pp2-zbv-documents": Layout(4, ZBV | TP_2, "documents"),
     "cp2-pp2-1f1b-documents": Layout(4, PP_2 | CP_2 | ULYSSES | IN_ORDER, "documents"),
     "experts-full-ac": Layout(1, FULL, "experts"),
+    "experts-selective-ac": Layout(1, SELECTIVE, "experts"),
     "experts-selective-op-ac": Layout(1, SELECTIVE_OP, "experts"),
+    "experts-budget-ac": Layout(1, BUDGET, "experts"),
     "experts-compile": Layout(1, COMPILE, "experts"),
+    "experts-bf16": Layout(1, BF16, "experts"),
     "experts-fsdp2": Layout(2, MICROBATCH_1, "experts"),
     "experts-tp2": Layout(2, TP_2, "experts"),
     "experts-tp2-no-sequence": Layout(2, TP_2 | NO_SEQUENCE, "experts"),
+    "experts-tp2-no-loss": Layout(2, TP_2 | NO_LOSS, "experts"),
     "experts-cp2": Layout(2, CP_2, "experts"),
+    "experts-pp2-zbv": Layout(2, ZBV, "experts"),
     "ep2": Layout(2, EP_2, "experts"),
     "ep2-full-ac": Layout(2, EP_2 | FULL | MICROBATCH_1, "experts"),
+    "ep2-selective-ac": Layout(2, EP_2 | SELECTIVE, "experts"),
+    "ep2-selective-op-ac": Layout(2, EP_2 | SELECTIVE_OP, "experts"),
+    "ep2-always": Layout(2, EP_2 | ALWAYS | MICROBATCH_1, "experts"),
+    "ep2-offload": Layout(2, EP_2 | OFFLOAD | MICROBATCH_1, "experts"),
+    "ep2-bf16": Layout(2, EP_2 | BF16, "experts"),
+    "ep2-compile": Layout(2, EP_2 | COMPILE, "experts"),
+    "ep2-labels": Layout(2, EP_2 | MICROBATCH_1, "experts-labels"),
+    "ep2-documents": Layout(2, EP_2, "experts-documents"),
     "ep2-tp2": Layout(2, EP_2 | TP_2, "experts"),
     "ep2-cp2": Layout(2, EP_2 | CP_2, "experts"),
+    "ep2-cp2-ulysses": Layout(2, EP_2 | CP_2 | ULYSSES, "experts"),
     "ep4": Layout(4, EP_4, "experts"),
     "ep2-fsdp2": Layout(4, EP_2, "experts"),
     "ep2-hsdp": Layout(4, EP_2 | REPLICATE_2, "experts"),
-    "ep2-pp2-1f1b": Layout(4, EP_2 | PP_2, "experts"),
-    "ep2-pp2-zbv": Layout(4, EP_2 | ZBV, "experts"),
-    "ep2-pp2-dualpipev": Layout(4, EP_2 | DUAL_PIPE, "experts"),
-    "ep2-pp2-dualpipev-full-ac": Layout(4, EP_2 | DUAL_PIPE | FULL, "experts"),
+    "ep4-tp2": Layout(4, EP_4 | TP_2, "experts"),
+    "ep2-tp2-cp2": Layout(4, EP_2 | TP_2 | CP_2, "experts"),
+    "ep2-tp2-pp2-zbv": Layout(4, EP_2 | TP_2 | ZBV, "experts"),
+    "ep2-cp2-pp2-dualpipev": Layout(4, EP_2 | CP_2 | DUAL_PIPE | IN_TURN, "experts"),
+    **{
+        f"ep2-pp2-{schedule}{recomputation}": Layout(4, EP_2 | order | mode, "experts")
+        for schedule, order in SCHEDULES.items()
+        for recomputation, mode in RECOMPUTATIONS.items()
+    },
+    "ep2-pp2-dualpipev-in-turn": Layout(4, EP_2 | DUAL_PIPE | IN_TURN, "experts"),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
 }
