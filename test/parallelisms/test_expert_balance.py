@@ -137,6 +137,7 @@ def test_metrics_and_biases_are_those_by_hand(data, alone):
 # On layouts
 
 PP = {"parallelism.pipeline_parallel_degree": 2}
+CP = {"parallelism.context_parallel_degree": 2}
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
 FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
@@ -156,6 +157,10 @@ CASES = {
         "1F1B": PP,
         "ZBV": {**PP, SCHEDULE: "ZBVZeroBubble"},
         "ZBV, full": {**PP, SCHEDULE: "ZBVZeroBubble", **FULL},
+        "context": CP,
+        "context, full": {**CP, **FULL},
+        "tensor, full": {"parallelism.tensor_parallel_degree": 2, **FULL},
+        "experts": {"parallelism.expert_parallel_degree": 2},
         "not synchronized": {},
     },
 }
