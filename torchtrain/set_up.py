@@ -124,7 +124,12 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     fingerprints = f"{dataset.fingerprint}; {validation_set.fingerprint}"
     require_equal(fingerprints, "the corpus, as each rank reads it,")
 
-    mesh = Mesh(plan.degrees, device.type, sequence_shards=plan.sequence_shards)
+    mesh = Mesh(
+        plan.degrees,
+        device.type,
+        sequence_shards=plan.sequence_shards,
+        has_experts=plan.shape.n_experts > 0,
+    )
     tag_compiler_cache(mesh)
     parts = build_model(config, plan, mesh, device)
     weights = collect_weights(parts.values())

@@ -3,20 +3,18 @@
 On another layout the state and the data are exact and the losses agree to rounding.
 """
 
-import json
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 from multiprocessing.connection import wait
 
 import pytest
 import torch
 from helpers import forking, launching
 from helpers.forking import train
-from helpers.launching import metrics
+from helpers.launching import metrics, wait_for_step
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 pytestmark = pytest.mark.slow
@@ -54,21 +52,6 @@ def saving(data, folder, **overrides):
         "checkpoint.interval": 4,
         **overrides,
     }
-
-
-def wait_for_step(alive, folder, step, timeout=120):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        assert alive(), f"ended before step {step}"
-        path = folder / "metrics.jsonl"
-        if path.exists() and any(
-            json.loads(line)["step"] >= step
-            for line in path.read_text().splitlines(True)
-            if line.endswith("\n")
-        ):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
 
 
 @pytest.fixture(scope="module")

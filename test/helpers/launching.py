@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -130,3 +131,19 @@ def launched(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
 def metrics(folder: Path) -> list[dict]:
     """Return the logged lines of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(alive, folder: Path, step: int, timeout: int = 120) -> None:
+    """Wait until a run has logged a step; `alive()` says whether it still runs."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert alive(), f"ended before step {step}"
+        path = folder / "metrics.jsonl"
+        if path.exists() and any(
+            json.loads(line)["step"] >= step
+            for line in path.read_text().splitlines(True)
+            if line.endswith("\n")
+        ):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")

@@ -1,7 +1,6 @@
 """The device mesh: which ranks share what, by hand, on a fake process group of many ranks."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch.distributed as dist
@@ -92,23 +91,34 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class WithExperts(Degrees):
-    """Degrees with one that is not a factor of the world size: experts use dp_shard's ranks."""
-
-    ep: int = 2
-
-
-def find_with_experts(results):
-    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
-    mesh = Mesh(WithExperts(pp=1, dp_replicate=1, dp_shard=4, cp=1, tp=2), "cpu")
-    results.write_text(json.dumps([mesh.data_rank, list(mesh.fsdp.shape)]))
+def find_experts(results):
+    """What ranks of pipeline 2, replicas 2, data shard 2, context 2, tensor 2 find of experts."""
+    found = []
+    for rank, ep in ((21, 4), (21, 1), (28, 8)):
+        degrees = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=ep)
+        dist.init_process_group("fake", rank=rank, world_size=32, store=FakeStore())
+        mesh = Mesh(degrees, "cpu", has_experts=True)
+        groups = [dist.get_process_group_ranks(group) for group in mesh.all_groups()]
+        shared = mesh.experts.mesh.tolist() if ep > 1 else [rank]
+        assert ep == 1 or shared in groups
+        fsdp = mesh.fsdp_experts
+        assert fsdp["expert_shard"].mesh.tolist() in groups
+        found.append([shared, list(fsdp.shape), fsdp.mesh.flatten().tolist(), mesh.data_rank])
+        dense = Mesh(degrees, "cpu")
+        assert dense.fsdp_experts is dense.fsdp
+        dist.destroy_process_group()
+    results.write_text(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_a_degree_that_is_not_a_factor_of_the_world_size_changes_nothing(tmp_path):
-    on_ranks(1, find_with_experts, tmp_path / "found.json")
-    assert json.loads((tmp_path / "found.json").read_text()) == [1, [4]]
+def test_experts_use_the_same_ranks_in_another_grid(tmp_path):
+    """Ranks 16 to 23 are stage 1's first replica, 24 to 31 its second."""
+    on_ranks(1, find_experts, tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text()) == [
+        [[20, 21, 22, 23], [2, 2], [17, 21, 25, 29], 1],
+        [[21], [2, 8], list(range(16, 32)), 1],
+        [list(range(24, 32)), [2, 1], [20, 28], 3],
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,14 @@ class Mesh:
     A dimension of degree 1 has no group, but "dp_shard" always has: FSDP also runs on one rank.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str, *, sequence_shards: int = 1) -> None:
+    def __init__(
+        self,
+        degrees: Degrees,
+        device_type: str,
+        *,
+        sequence_shards: int = 1,
+        has_experts: bool = False,
+    ) -> None:
         """Build the mesh; a collective call.
 
         Args:
@@ -26,6 +33,7 @@ class Mesh:
             device_type: of the computation.
             sequence_shards: into how many shards sequence parallelism splits a rank's sequences
                 between the blocks.
+            has_experts: whether the model has layers with experts.
         """
         self.degrees = degrees
         self.device_type = device_type
@@ -34,7 +42,7 @@ class Mesh:
         sizes = [self._degree(name) for name in kept]
         self._mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(kept))
         self.fsdp = self._build_fsdp()
-        self._experts = self._build_experts()
+        self._experts = self._build_experts() if has_experts else None
 
     def _build_fsdp(self) -> DeviceMesh:
         """Return FSDP's mesh: one dimension that shards, before it one that replicates."""
