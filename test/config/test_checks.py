@@ -144,6 +144,23 @@ TP2, CP2 = "--parallelism.tensor_parallel_degree=2", "--parallelism.context_para
 
 # Layouts that cannot be, on 4 ranks.
 BAD_SHARING = {
+    "experts": (
+        ["--model.n_experts=6", "--parallelism.expert_parallel_degree=4"],
+        ["parallelism.expert_parallel_degree = 4 must divide model.n_experts = 6"],
+    ),
+    "no experts": (
+        ["--parallelism.expert_parallel_degree=2"],
+        ["expert_parallel_degree = 2: the model has no experts (model.n_experts = 0)"],
+    ),
+    "tokens of experts": (
+        [
+            "--model.n_experts=4",
+            "--parallelism.tensor_parallel_degree=4",
+            "--parallelism.disable_sequence_parallel",
+            "--training.seq_len=6",
+        ],
+        ["tensor_parallel_degree = 4 (experts compute shards", "divide training.seq_len = 6"],
+    ),
     "product": (
         ["--parallelism.data_parallel_shard_degree=2", TP2, CP2],
         ["tensor_parallel_degree = 2", "gives 8 ranks, but the world size is 4"],
