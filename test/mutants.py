@@ -847,8 +847,8 @@ MUTANTS = {
     "torchtrain/optimizers/build.py": [
         (
             "weights of several meshes are updated together",
-            "for group in split_by_mesh(matrices)",
-            "for group in [matrices]",
+            'for parameters in split_by_mesh(group["params"])',
+            'for parameters in [group["params"]]',
         ),
         (
             "norms decay too",
@@ -857,8 +857,8 @@ MUTANTS = {
         ),
         (
             "matrices do not decay",
-            '"params": group, "weight_decay": weight_decay',
-            '"params": group, "weight_decay": 0.0',
+            '"params": matrices, "weight_decay": weight_decay',
+            '"params": matrices, "weight_decay": 0.0',
         ),
     ],
     "torchtrain/optimizers/adam.py": [
@@ -943,6 +943,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/parallelisms/fsdp.py": [
+        (
+            "experts are cut as if each rank had them all",
+            "parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape",
+            "parameter.shape",
+        ),
         (
             "gradients are averaged over the ranks",
             "set_gradient_divide_factor(1.0)",

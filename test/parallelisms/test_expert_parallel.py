@@ -11,14 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.checkpoints import assert_bitwise
-from helpers.forking import in_group, running, train
+from helpers.forking import in_group, on_ranks, running, train
 from helpers.launching import metrics, wait_for_step
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtrain.catalog.models import ModelShape
+from torchtrain.catalog.optimizers import OPTIMIZERS
 from torchtrain.config.layout import Degrees
+from torchtrain.config.schema import Optimizer as OptimizerConfig
+from torchtrain.config.schema import Training
 from torchtrain.models.llama import Transformer
+from torchtrain.optimizers.build import build_optimizer
 from torchtrain.parallelisms.expert_parallel import apply_expert_parallel, find_sparse
+from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.mesh import Mesh
 
 RANKS = 4
@@ -99,6 +105,38 @@ def check_cases():
 @pytest.mark.slow
 def test_rows_find_their_experts_however_they_are_routed():
     in_group(RANKS, check_cases)
+
+
+def check_shards_of_many_ranks():
+    """Fewer experts on a rank than ranks that shard them; and a user's optimizer, in one group."""
+    shape = replace(SHAPE, expert_hidden_dim=6)  # four shards cut w1 [2, 6, 16] by its last only
+    for rank in (0, 15):
+        dist.init_process_group("fake", rank=rank, world_size=16, store=FakeStore())
+        degrees = Degrees(pp=1, dp_replicate=1, dp_shard=16, cp=1, tp=1, ep=4)
+        mesh = Mesh(degrees, "cpu", has_experts=True)
+        with torch.device("meta"):
+            model = Transformer(shape)
+        apply_expert_parallel(model, mesh)
+        apply_fsdp(model, mesh, Training(), "default")
+        weights = dict(model.named_parameters())
+        sizes = [list(weights[f"layers.0.moe.experts.w{n}"].to_local().shape) for n in (1, 2, 3)]
+        assert sizes == [[2, 6, 4], [2, 4, 6], [2, 6, 4]], sizes
+        OPTIMIZERS["whole"] = f"{__name__}:build_in_one_group"
+        optimizer = build_optimizer(weights, OptimizerConfig(name="whole"))
+        groups = [group["params"] for group in optimizer.param_groups]
+        assert [len({weight.device_mesh for weight in group}) for group in groups] == [1, 1]
+        assert {id(each) for group in groups for each in group} == set(map(id, weights.values()))
+        assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
+        dist.destroy_process_group()
+
+
+def build_in_one_group(weights, config):
+    return torch.optim.SGD(weights.values(), lr=0.5, foreach=True)
+
+
+@pytest.mark.slow
+def test_every_rank_has_a_shard_and_an_update_takes_one_mesh():
+    on_ranks(1, check_shards_of_many_ranks)
 
 
 # Checkpoints go from any layout to any other, biases of the routers included.

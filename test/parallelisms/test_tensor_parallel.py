@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forking import in_group
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.checkpoint import Checkpointer, Progress
+from torchtrain.config.layout import Degrees
 from torchtrain.config.schema import Checkpoint, Parallelism, Training
 from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.errors import UserError
@@ -24,6 +24,7 @@ from torchtrain.optimizers.build import build_optimizer
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.initial_weights import materialize
+from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.tensor_parallel import apply_tensor_parallel, loss_context
 
 LOSS, NORM, GRADIENT = 1e-6, 1e-5, 1e-5  # relative, fp32: only the order of sums differs
@@ -60,9 +61,7 @@ RESUMED = ["fsdp2-tp2-odd-everywhere"]
 
 def build(case):
     """Apply what apply.py applies, in its order, and give the model its initial weights."""
-    degrees = {"dp_shard": case.dp_shard, "tp": case.tp}
-    kept = {name: degree for name, degree in degrees.items() if degree > 1 or name == "dp_shard"}
-    mesh = init_device_mesh("cpu", tuple(kept.values()), mesh_dim_names=tuple(kept))
+    mesh = Mesh(Degrees(pp=1, dp_replicate=1, dp_shard=case.dp_shard, cp=1, tp=case.tp), "cpu")
     with torch.device("meta"):
         model = Transformer(case.shape)
     if case.tp > 1:
@@ -70,10 +69,10 @@ def build(case):
             disable_sequence_parallel=not case.sequence_parallel,
             disable_loss_parallel=not case.loss_parallel,
         )
-        apply_tensor_parallel(model, mesh["tp"], parallelism)
+        apply_tensor_parallel(model, mesh.get("tp"), parallelism)
     apply_fsdp(
         model,
-        mesh["dp_shard"],
+        mesh,
         Training(mixed_precision_param="float32"),
         reshard_after_forward="default",
     )
@@ -235,7 +234,7 @@ def test_a_checkpoint_resumes_on_one_process(results, name):
     compare(one[f"{name}, continued"], four[f"{name}, continued"])
 
 
-class Mesh:
+class RanksAlone:
     """As much of a mesh as a refusal looks at."""
 
     device_type = "cpu"
@@ -252,7 +251,7 @@ def refused(shape, ranks, async_tp):
         model = Transformer(shape)
     with pytest.raises(UserError) as fault:
         apply_tensor_parallel(
-            model, Mesh(ranks), Parallelism(enable_async_tensor_parallel=async_tp)
+            model, RanksAlone(ranks), Parallelism(enable_async_tensor_parallel=async_tp)
         )
     return str(fault.value)
 

@@ -95,7 +95,9 @@ def _check_sharing(config: Config, shape: ModelShape) -> Faults:
     )
     tp = parallelism.tensor_parallel_degree
     heads = {"model.n_heads": shape.n_heads, "model.n_kv_heads": shape.n_kv_heads}
-    shared = {**heads, "model.ffn_hidden_dim": shape.ffn_hidden_dim}
+    shared = dict(heads)
+    if shape.n_sparse_layers < shape.n_layers:
+        shared["model.ffn_hidden_dim"] = shape.ffn_hidden_dim
     yield from must_divide("parallelism.tensor_parallel_degree", tp, shared)
     if shape.n_experts > 0 and parallelism.disable_sequence_parallel:
         yield from must_divide(

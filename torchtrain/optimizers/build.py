@@ -24,7 +24,13 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         UserError: the catalog has no such name, or its entry cannot be imported.
     """
     build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
-    return build(weights, config)
+    optimizer: Optimizer = build(weights, config)
+    optimizer.param_groups = [
+        {**group, "params": parameters}
+        for group in optimizer.param_groups
+        for parameters in split_by_mesh(group["params"])
+    ]
+    return optimizer
 
 
 def split_by_decay(
@@ -37,17 +43,20 @@ def split_by_decay(
     """
     matrices = [weight for weight in weights.values() if weight.ndim > 1]
     vectors = [weight for weight in weights.values() if weight.ndim <= 1]
-    groups = [{"params": group, "weight_decay": weight_decay} for group in split_by_mesh(matrices)]
-    return [*groups, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def split_by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split the weights by the ranks that share them: one update takes DTensors of one mesh.
+    """Split the weights by the ranks that share them, into one list at least.
 
-    Experts may have another mesh than the rest of the model.
+    Experts may have another mesh than the rest of the model, and an update of many weights at once,
+    as foreach and fused do it, takes DTensors of one mesh alone.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for weight in weights:
         mesh = weight.device_mesh if isinstance(weight, DTensor) else None
         groups.setdefault(mesh, []).append(weight)
-    return list(groups.values())
+    return list(groups.values()) or [[]]

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtrain.config.schema import Training
 from torchtrain.models.decoder import Decoder
@@ -83,12 +83,16 @@ def apply_fsdp(model: Decoder, mesh: Mesh, training: Training, reshard_after_for
 
 
 def place(parameter: nn.Parameter, ranks: int) -> Shard:
-    """Return the dimension that is sharded: the first, or, of experts too few for that, the second.
+    """Return the dimension that is sharded: rows, or of experts the first that comes out even.
 
-    FSDP fills a first dimension up, any other must be divisible.
+    A rank may have fewer experts than ranks share them, and rows are filled up: many ranks would
+    have none. FSDP cuts no other dimension unevenly.
     """
-    is_uneven = parameter.ndim == 3 and parameter.shape[0] % ranks > 0
-    return Shard(1) if is_uneven and parameter.shape[1] % ranks == 0 else Shard(0)
+    if parameter.ndim < 3:
+        return Shard(0)
+    sizes = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
+    even = (dim for dim, size in enumerate(sizes) if size % ranks == 0)
+    return Shard(next(even, 0))
 
 
 def find_fsdp_modules(model: nn.Module) -> list[FSDPModule]:
