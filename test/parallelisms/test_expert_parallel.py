@@ -140,12 +140,11 @@ def test_every_rank_has_a_shard_and_an_update_takes_one_mesh():
 
 
 # Checkpoints go from any layout to any other, biases of the routers included.
-STEPS = 8
+STEPS = 5
 EP = "parallelism.expert_parallel_degree"
 SPARSE = {
     "model.n_experts": 4,
     "model.expert_hidden_dim": 32,
-    "model.n_layers": 4,
     "model.router_bias": True,
     "router.balance_loss_weight": 0.01,
     "lr_scheduler.total_steps": STEPS,
@@ -154,9 +153,9 @@ SPARSE = {
 }
 PIPELINE = {
     "parallelism.pipeline_parallel_degree": 2,
-    "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble",
+    "parallelism.pipeline_parallel_schedule": "1F1B",
 }
-LEGS = ((1, {}, 4), (4, {EP: 2, **PIPELINE}, 6), (4, {"optimizer.implementation": "foreach"}, 7))
+LEGS = ((1, {}, 3), (4, {EP: 2, **PIPELINE}, 4), (2, {"optimizer.implementation": "foreach"}, 5))
 
 
 def saved(folder, step):
@@ -168,15 +167,15 @@ def saved(folder, step):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_expert_ranks_to_any_layout(tmp_path, data):
-    """Killed on four ranks; then one process, a pipeline, FSDP with another update, two ranks."""
+    """Killed on four ranks; then one process, a pipeline, FSDP with another update."""
     given = {**data, **SPARSE, "training.steps": STEPS}
     train(1, {**given, "job.dump_folder": tmp_path / "whole"})
     folder = tmp_path / "run"
     with running(4, {**given, EP: 4, "job.dump_folder": folder}) as ranks:
-        wait_for_step(ranks.alive, folder, 2)
+        wait_for_step(ranks.alive, folder, 1)
         ranks.kill()
     reached = max(line["step"] for line in metrics(folder))
-    for count, layout, steps in (*LEGS, (2, {EP: 2}, STEPS)):
+    for count, layout, steps in LEGS:
         if steps > reached:
             train(count, {**given, **layout, "training.steps": steps, "job.dump_folder": folder})
     for mine, theirs in zip(metrics(folder), metrics(tmp_path / "whole"), strict=True):
@@ -187,7 +186,7 @@ def test_a_run_goes_on_from_expert_ranks_to_any_layout(tmp_path, data):
     found, expected = saved(folder, STEPS), saved(tmp_path / "whole", STEPS)
     assert found.keys() == expected.keys()
     biases = [name for name in found if name.endswith("expert_bias")]
-    assert len(biases) == 4
+    assert len(biases) == 2
     for name in biases:
         assert torch.equal(found[name], expected[name])
         assert expected[name].count_nonzero() > 0
@@ -197,6 +196,6 @@ def test_a_run_goes_on_from_expert_ranks_to_any_layout(tmp_path, data):
 def test_resumed_on_the_same_layout_equals_uninterrupted_to_the_bit(tmp_path, data):
     given = {**data, **SPARSE, EP: 2}
     train(2, {**given, "training.steps": STEPS, "job.dump_folder": tmp_path / "whole"})
-    for steps in (3, STEPS):
+    for steps in (2, STEPS):
         train(2, {**given, "training.steps": steps, "job.dump_folder": tmp_path / "run"})
     assert_bitwise(saved(tmp_path / "run", STEPS), saved(tmp_path / "whole", STEPS))

@@ -109,7 +109,7 @@ MODES = {
     "selective": {RECOMPUTE: "selective"},
     "op": {RECOMPUTE: "selective", "activation_checkpoint.selective_ac_option": "op"},
 }
-STEPS = 5
+STEPS = 2
 """Of each mode; `stress_overlap.py` does many."""
 
 
