@@ -127,7 +127,8 @@ def test_the_plan_overlaps_where_dualpipev_meets_shared_experts(data) -> None:
 
 
 @pytest.mark.parametrize("other", ["tensor", "context"])
-def test_other_exchanges_within_a_pair_are_refused(data, other: str) -> None:
+def test_other_exchanges_within_a_pair_are_refused(data, other, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the report's file is written
     given = {**data, **LAYOUT, f"parallelism.{other}_parallel_degree": 2}
     said = report("", *options(given), world_size=4)
     assert f"parallelism.{other}_parallel_degree = 2 exchanges within what DualPipeV over" in said
