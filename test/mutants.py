@@ -711,7 +711,11 @@ MUTANTS = {
         ("scores are always softmax", 'shape.router_scores == "softmax"', "True"),
         ("scores are always divided by their sum", "if shape.router_renormalize:", "if True:"),
         ("the router's scale is forgotten", "weights * shape.router_scale", "weights * 1.0"),
-        ("shared experts compute nothing", "mixed + self.shared_experts(x)", "mixed"),
+        (
+            "shared experts compute nothing",
+            "mixed + self.shared_experts(tokens).view_as(x)",
+            "mixed",
+        ),
         (
             "the copies of a token share a gradient",
             "-1, ctx.copies)).sum(dim=1)",

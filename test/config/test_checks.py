@@ -158,8 +158,14 @@ BAD_SHARING = {
             "--parallelism.tensor_parallel_degree=4",
             "--parallelism.disable_sequence_parallel",
             "--training.seq_len=6",
+            "--validation.enable",
+            "--validation.seq_len=10",
         ],
-        ["tensor_parallel_degree = 4 (experts compute shards", "divide training.seq_len = 6"],
+        [
+            "tensor_parallel_degree = 4 (experts compute shards",
+            "divide training.seq_len = 6",
+            "divide validation.seq_len = 10",
+        ],
     ),
     "product": (
         ["--parallelism.data_parallel_shard_degree=2", TP2, CP2],

@@ -180,9 +180,7 @@ def _check_pipeline(config: Config, world_size: int | None) -> Faults:
         stages = len(layout.plan_stages(parallelism, layer_names))
     except UserError as fault:
         text = f"parallelism.pipeline_parallel_degree = {ranks}: {fault}"
-        yield Fault(
-            text, (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers")
-        )
+        yield Fault(text, (*PIPELINE_KEYS, *FLAVOR_KEYS, "model.n_layers"))
         return
     yield from _check_pipeline_batch(config, world_size, stages)
 
@@ -203,7 +201,7 @@ def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -
         if world_size is not None or batch_size % parallelism.pipeline_parallel_microbatch_size:
             yield Fault(
                 str(fault),
-                (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS, "training.global_batch_size"),
+                (*PIPELINE_KEYS, "training.global_batch_size"),
             )
 
 

@@ -100,10 +100,13 @@ def _check_sharing(config: Config, shape: ModelShape) -> Faults:
         shared["model.ffn_hidden_dim"] = shape.ffn_hidden_dim
     yield from must_divide("parallelism.tensor_parallel_degree", tp, shared)
     if shape.n_experts > 0 and parallelism.disable_sequence_parallel:
+        lengths = {"training.seq_len": config.training.seq_len}
+        if config.validation.enable and config.validation.seq_len is not None:
+            lengths["validation.seq_len"] = config.validation.seq_len
         yield from must_divide(
             "parallelism.tensor_parallel_degree",
             parallelism.context_parallel_degree * tp,
-            {"training.seq_len": config.training.seq_len},
+            lengths,
             note=" (experts compute shards of a sequence: times the context-parallel degree)",
         )
     if parallelism.context_parallel_method == "ulysses":

@@ -154,5 +154,5 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take x [B, S, D] to [B, S, D], with [B, S, F] between."""
+        """Take x [..., D] to [..., D], with [..., F] between."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -38,7 +38,7 @@ class Gate(nn.Linear):
     """The router's projection, multiplied in fp32 whatever the compute precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take x [B, S, D] to logits [B, S, E], fp32."""
+        """Take x [T, D] to logits [T, E], fp32."""
         return F.linear(x.float(), self.weight.float())
 
 
@@ -68,7 +68,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Routing:
         """Route x [B, S, D]; `bias` [E] takes part in the choice, not in the weights."""
         shape = self.shape
-        logits = self.gate(x)
+        logits = self.gate(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         scores = logits.softmax(dim=-1) if shape.router_scores == "softmax" else logits.sigmoid()
         experts = self._choose(scores if bias is None else scores + bias)
         weights = scores.gather(-1, experts)
@@ -95,7 +95,9 @@ class Router(nn.Module):
         shares = scores / scores.sum(dim=-1, keepdim=True)  # [B, S, E]
         entropy = -(shares * shares.clamp(min=1e-30).log()).sum()
         z_loss = logits.logsumexp(dim=-1).square().sum()
-        balance_loss = self._sequence_balance(scores, shares)
+        balance_loss = z_loss.new_zeros(())
+        if self.balance_weight > 0:  # it takes another choice, and a sum over the shards
+            balance_loss = self._sequence_balance(scores, shares)
         statistics = torch.stack([entropy, balance_loss, z_loss]).detach()
         losses = self.balance_weight * balance_loss + self.z_weight * z_loss
         return losses, torch.cat([counts.double(), statistics.double()])
@@ -255,14 +257,17 @@ class SparseFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take x [B, S, D] to [B, S, D]."""
         routing = self.router(x, self.expert_bias)
+        tokens = x.flatten(0, 1)  # [T, D]
         k = self.shape.experts_per_token
         order = routing.experts.flatten().argsort(stable=True)  # [N]
         inverse = order.argsort()
-        rows = Permute.apply(x.flatten(0, 1), order, inverse, k)  # [N, D], sorted by expert
+        rows = Permute.apply(tokens, order, inverse, k)  # [N, D], sorted by expert
         rows = Permute.apply(self.dispatch(self.experts, rows, routing.counts), inverse, order, 1)
         weights = routing.weights.flatten(0, 1).unsqueeze(-1)  # [T, k, 1]
         mixed = (rows.unflatten(0, (-1, k)) * weights).sum(dim=1).to(x.dtype).view_as(x)
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+        if self.shared_experts is None:
+            return mixed
+        return mixed + self.shared_experts(tokens).view_as(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseFeedForward":  # noqa: FBT001, FBT002
         """Keep the bias in fp32: its small steps would be lost in bf16."""

@@ -71,7 +71,7 @@ def apply_tensor_parallel(model: Decoder, tp_mesh: DeviceMesh, parallelism: Para
         "head_norm": WholeWeight(Shard(2)),
         "shard_norm": WholeWeight(between),
         "sparse": ShardOfTokens(between),
-        "whole": WholeWeight(Shard(1)),
+        "whole": WholeWeight(Shard(0)),
     }
     plan = {name: styles[role] for name, role in find_roles(model).items()}
     parallelize_module(model, tp_mesh, plan)
