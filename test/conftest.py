@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 from helpers.launching import write_corpus
 from hypothesis import settings
@@ -5,6 +7,11 @@ from hypothesis import settings
 # The same examples in each run, and as long as each takes: a busy machine must not fail a test.
 settings.register_profile("torchtrain", deadline=None, derandomize=True)
 settings.load_profile("torchtrain")
+
+# A shell without job control starts background commands with Ctrl-C ignored. The processes that
+# tests start and interrupt would inherit that, and go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Those that last longest begin first: one that began last would keep a worker busy when the others
 # are done.
