@@ -50,13 +50,14 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.loads, self.tags, self.text = [], [], ""
+        self.loads, self.tags, self.ids, self.text = [], [], [], ""
         self.curves, self.figure, self.group = {}, None, None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.tags.append(tag)
+        self.ids += [given["id"]] if "id" in given else []
         self.loads += [given[name] for name in LOADING if name in given]
         self.loads += re.findall(r"url\(([^)]*)\)", given.get("style") or "")
         if tag == "figure":
@@ -121,6 +122,15 @@ def test_the_page_has_every_curve(page):
     assert (heights[1] - heights[0]) / (heights[-1] - heights[0]) == pytest.approx(
         2.5 / (5 - 1 / 6), abs=1e-3
     )
+
+
+def test_no_chart_refers_to_parts_of_another(page):
+    parsed = Page(page.read_text(encoding="utf-8"))
+    ids = [name for name in parsed.ids if not name.startswith(("curve-", "raw-"))]
+    assert ids
+    assert len(set(ids)) == len(ids)
+    targets = {target.strip("\"'").removeprefix("#") for target in parsed.loads}
+    assert targets <= set(ids)
 
 
 def test_the_page_tells_the_runs_apart(page):
