@@ -28,11 +28,14 @@ def test_a_fault_is_one_message_and_status_2(tmp_path, capsys):
     before = tree(tmp_path)
     assert main([str(run), str(tmp_path / "nowhere")]) == 2
     assert main([str(run), "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert main([str(run), "--html", str(tmp_path)]) == 2
     output = capsys.readouterr()
-    first, second = output.err.splitlines()
+    first, second, third = output.err.splitlines()
     assert first == f"error: {tmp_path / 'nowhere'}: no such folder"
-    assert second.startswith("error: --html ")
-    assert second.endswith("page.html cannot be written: No such file or directory")
+    page = tmp_path / "no" / "page.html"
+    refused = "cannot be written; --html names another place"
+    assert second == f"error: {page} {refused}: No such file or directory"
+    assert third == f"error: {tmp_path} {refused}: Is a directory"
     assert output.out == ""
     assert tree(tmp_path) == before
 

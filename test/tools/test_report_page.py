@@ -14,7 +14,9 @@ from helpers.runs import record, write_run
 from torchtrain.tools.report import main
 from torchtrain.tools.report_charts import colors
 
-HOSTILE = "<script>document.title='taken'</script> & <img src=http://x.test/y> \u2028 'q' \"w\""
+HOSTILE = (
+    "</pre><script>document.title='taken'</script> & <img src=http://x.test/y> \u2028 'q' \"w\""
+)
 LOADING = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background")
 CHARTS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "data_time_pct")
 CHROMIUM = next(
@@ -23,8 +25,15 @@ CHROMIUM = next(
 )
 # As root and without a screen; the rest keeps the browser from asking its maker for anything.
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync"
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 # Of each chart, the curves' colors and how far they reach on the screen, in CSS pixels.
 MEASURE = """<script>
@@ -145,7 +154,9 @@ def test_pngs_lie_beside_the_page(page):
 
 
 def test_of_many_samples_some_are_shown(tmp_path):
-    samples = [{"step": step, "prompt": "p", "text": f"text-{step}-"} for step in range(1, 101)]
+    samples = [
+        {"step": step, "prompt": "p", "text": f"\ud800text-{step}-"} for step in range(1, 101)
+    ]
     run = write_run(tmp_path / "run", [record(1)], samples=samples)
     assert main([str(run)]) == 0
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
@@ -157,7 +168,7 @@ def test_of_many_samples_some_are_shown(tmp_path):
 
 def browse(tmp_path, html, *options):
     """Open a page in headless Chromium, and return what it prints."""
-    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", *options]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options]
     done = subprocess.run([*command, html.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

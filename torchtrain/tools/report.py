@@ -65,7 +65,7 @@ def draw(folders: list[Path], html: Path) -> None:
 
     runs = read_runs(folders)
     pictures = list(draw_all(runs))
-    with user_errors(f"--html {html} cannot be written", OSError):
+    with user_errors(f"{html} cannot be written; --html names another place", OSError):
         images = write_report(runs, pictures, html)
     print(
         f"{html}: {plural(len(pictures), 'chart')} of {plural(len(runs), 'run')}; PNGs in {images}"

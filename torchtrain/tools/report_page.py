@@ -182,8 +182,9 @@ def _steps(by_step: dict[int, list[str]]) -> list[str]:
 def write_report(runs: Sequence[Run], pictures: Sequence[Picture], html: Path) -> Path:
     """Write the page, and its pictures as PNG into a folder beside it, which is returned."""
     images = html.with_name(f"{html.stem}-images")
+    # A prompt can hold half a surrogate pair, which UTF-8 has no bytes for.
+    html.write_text(make_page(runs, pictures), encoding="utf-8", errors="replace")
     images.mkdir(exist_ok=True)
     for picture in pictures:
         (images / f"{picture.name}.png").write_bytes(picture.png)
-    html.write_text(make_page(runs, pictures), encoding="utf-8")
     return images
