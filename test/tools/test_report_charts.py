@@ -68,11 +68,13 @@ def pixels_of(png, color):
     return int((np.abs(image - np.array(to_rgb(color))).max(axis=-1) < 0.02).sum())
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error")  # names that mean something to matplotlib among them
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_every_chart_shows_every_curve(tmp_path, steps):
     runs = [
-        write_run(tmp_path / str(n), [record(step, 9.0 - n / step) for step in range(1, steps + 1)])
+        write_run(
+            tmp_path / f"_$^${n}", [record(step, 9.0 - n / step) for step in range(1, steps + 1)]
+        )
         for n in (1, 3)
     ]
     pictures = list(draw_all(read_runs(runs)))

@@ -28,6 +28,7 @@ SMOOTHED_SHARE = 15
 """A smoothed curve is the mean over one part in so many of the steps, around each."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.08,
     "font.size": 9.5,
@@ -179,7 +180,8 @@ def _draw(panel: Panel, runs: Sequence[Run]) -> Picture:
         elif len(steps) < FEWEST_SMOOTHED:
             look |= {"marker": "o", "markersize": 3}
         shown = thinned(steps, curve)
-        axes.plot(*shown, **look, linewidth=1.7, label=run.label, gid=f"curve-{number}")
+        label = f" {run.label}"  # a legend leaves out what begins with an underscore
+        axes.plot(*shown, **look, linewidth=1.7, label=label, gid=f"curve-{number}")
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     if not 0.01 <= largest < 1000:
@@ -218,7 +220,7 @@ def _axes(title: str, unit: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, parse_math=False)
+    axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
