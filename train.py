@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.catalog.identity import ModelIdentity, find_saved_model, require_same_model
-from torchtrain.checkpoint import Checkpointer, Source
+from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
@@ -53,7 +54,7 @@ from torchtrain.ranks import (
 )
 from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
-from torchtrain.set_up import Trainer, progress_of, resume, set_up
+from torchtrain.set_up import ParallelModel, Trainer, progress_of, resume, set_up
 from torchtrain.step_metrics import StepMetrics
 from torchtrain.utils import expand_user, plural
 
@@ -211,19 +212,20 @@ def optimizer_step(trainer: Trainer) -> None:
 
 
 def validate(trainer: Trainer) -> dict[str, float | None]:
-    """Return the validation's results; each of its batches takes `forward_backward`'s forward."""
-
-    def losses_of(batch: Microbatch) -> Tensor:
-        tokens = trainer.shard(batch.tokens)
-        labels = trainer.shard(batch.labels)
-        with trainer.loss_context():
-            if trainer.pipeline is not None:
-                return trainer.pipeline.evaluate(tokens, labels, batch.documents)
-            return trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)
-
-    validated = trainer.validator.run(losses_of)
+    """Return the validation's results."""
+    validated = trainer.validator.run(partial(losses_of, trainer))
     free_gathered(trainer.parts.values())
     return validated
+
+
+def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
+    """Return this rank's part of the losses [B] of a batch on the device, by its forward alone."""
+    tokens = model.shard(batch.tokens)
+    labels = model.shard(batch.labels)
+    with model.loss_context():
+        if model.pipeline is not None:
+            return model.pipeline.evaluate(tokens, labels, batch.documents)
+        return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)
 
 
 class StopRequest:
@@ -274,8 +276,7 @@ def run(config: JobConfig, device: torch.device) -> None:
 
     if source is not None:
         check_model(source, config)
-    saved = None if source is None or source.model_only else source.progress
-    trainer = set_up(config, device, saved)
+    trainer = set_up(config, device, find_saved_progress(source))
     if source is not None:
         resume(trainer, checkpointer, source)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
@@ -301,21 +302,34 @@ def run(config: JobConfig, device: torch.device) -> None:
     )
 
 
-def check_model(source: Source, config: JobConfig) -> None:
-    """Check that the checkpoint's model is this run's: the same function of the tokens.
+def find_saved_progress(source: Source | Foreign | None) -> Progress | None:
+    """Return what the run goes on from; None where it takes weights alone, or nothing."""
+    if isinstance(source, Source) and not source.model_only:
+        return source.progress
+    return None
+
+
+def check_model(source: Source | Foreign, config: JobConfig) -> None:
+    """Check that the model to be loaded is this run's: the same function of the tokens.
 
     Raises:
         SharedUserError: it is another, and `checkpoint.accept_changed_model` is not set.
     """
+    if isinstance(source, Source):
+        saved = find_saved_model(source.progress.config, source.progress.shape)
+    elif source.identity is None:
+        return  # its tensors are all there is to compare
+    else:
+        saved = source.identity
     require_same_model(
         source.path,
-        find_saved_model(source.progress.config, source.progress.shape),
+        saved,
         ModelIdentity(family=config.model.name, shape=asdict(plan_shape(config.model))),
         accept_changes=config.checkpoint.accept_changed_model,
     )
 
 
-def has_steps_left(source: Source, steps: int, *, is_own: bool) -> bool:
+def has_steps_left(source: Source | Foreign, steps: int, *, is_own: bool) -> bool:
     """Check whether a run of so many steps has some left after those of the checkpoint.
 
     Where its own checkpoint leaves none, the run says so and is done.
@@ -323,7 +337,7 @@ def has_steps_left(source: Source, steps: int, *, is_own: bool) -> bool:
     Raises:
         SharedUserError: another run's checkpoint leaves none.
     """
-    if source.progress.step < steps:
+    if not isinstance(source, Source) or source.progress.step < steps:
         return True
     if is_own:
         logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")

@@ -112,13 +112,13 @@ MUTANTS = {
         ),
         (
             "document masking is not applied in validation",
-            "return trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)",
-            "return trainer.sequence_losses(trainer.parts[0](tokens), labels)",
+            "return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)",
+            "return model.sequence_losses(model.parts[0](tokens), labels)",
         ),
         (
             "document masking is not applied in a pipeline's validation",
-            "trainer.pipeline.evaluate(tokens, labels, batch.documents)",
-            "trainer.pipeline.evaluate(tokens, labels)",
+            "model.pipeline.evaluate(tokens, labels, batch.documents)",
+            "model.pipeline.evaluate(tokens, labels)",
         ),
         ("gradients stay for the next step", "    trainer.optimizer.zero_grad()\n", ""),
         (
@@ -216,8 +216,8 @@ MUTANTS = {
     "torchtrain/set_up.py": [
         (
             "debug.seed does not reach the weights of the run",
-            "materialize(part, device, config.debug.seed,",
-            "materialize(part, device, 0,",
+            "seed = config.debug.seed if trains",
+            "seed = 0 if trains",
         ),
         (
             "debug.seed does not reach the data",
@@ -931,20 +931,50 @@ MUTANTS = {
         ("norm weights start at 0.9", "whole.fill_(1.0)", "whole.fill_(0.9)"),
         ("values are not cut off", "CUTOFF = 3.0", "CUTOFF = 30.0"),
         (
-            "each rank takes the first shard",
-            "start = min(mesh.get_local_rank(mesh_dim) * size, length)",
-            "start = 0",
-        ),
-        (
             "weights are drawn in the parameter's precision",
             "torch.empty(parameter.shape, dtype=torch.float32, device=device)",
             "torch.empty(parameter.shape, dtype=parameter.dtype, device=device)",
+        ),
+    ],
+    "torchtrain/shards.py": [
+        (
+            "each rank takes the first shard",
+            "skipped = min(mesh.get_local_rank(mesh_dim) * size, length)",
+            "skipped = 0",
         ),
         (
             "FSDP's cut of a tensor-parallel shard is taken first",
             "return isinstance(cut[1], _StridedShard)",
             "return not isinstance(cut[1], _StridedShard)",
         ),
+    ],
+    "torchtrain/models/hf_names.py": [
+        (
+            "rows of heads keep their order",
+            "return weight.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)",
+            "return weight",
+        ),
+        ("the norm of keys keeps its order", ', "k_norm.weight")', ")"),
+    ],
+    "torchtrain/models/hf_config.py": [
+        ("a window is passed over", "if window is not None and", "if False and"),
+        ("Llama's scaling is passed over", 'if kind == "default":', "if True:"),
+    ],
+    "torchtrain/checkpoint/hf_folder.py": [
+        (
+            "a slice begins at its head's first row",
+            ".narrow(0, start - first_row, length)",
+            ".narrow(0, 0, length)",
+        ),
+        ("what is missing is not looked for", "        if found:\n", "        if False:\n"),
+    ],
+    "torchtrain/checkpoint/foreign.py": [
+        (
+            "a rank's part is that of the first",
+            "box = find_local_box(weight)",
+            "box = [(0, size) for size in local(weight).shape]",
+        ),
+        ("weights of another shape are taken", "    if found:\n", "    if False:\n"),
     ],
     "torchtrain/parallelisms/fsdp.py": [
         (
@@ -1604,7 +1634,7 @@ MUTANTS = {
     "torchtrain/checkpoint/state.py": [
         (
             "weights are changed by making the states",
-            "            _local(parameter).copy_(weight)\n",
+            "            local(parameter.detach()).copy_(weight)\n",
             "",
         ),
         (
@@ -1644,7 +1674,7 @@ MUTANTS = {
         ),
         (
             "any function of torch may be unpickled",
-            "if is_dtype or (module, name) in UNPICKLED:",
+            "if is_dtype or (module, name) in self.allowed:",
             'if is_dtype or module.startswith("torch"):',
         ),
         ("an index may point to other files", "    if outside:\n", "    if False:\n"),

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from pydantic import PrivateAttr
 
-from torchtrain.config.reading import read_config
+from torchtrain.config.reading import Source, read_config
 from torchtrain.config.schema import SECTIONS, Config
 from torchtrain.errors import ConfigError
 
@@ -31,10 +31,13 @@ class JobConfig(Config):
         return self._notes
 
     def parse_args(
-        self, args_list: list[str] | None = None, world_size: int | None = None
+        self,
+        args_list: list[str] | None = None,
+        world_size: int | None = None,
+        beneath: Source | None = None,
     ) -> "JobConfig":
         """Fill the sections in place, as `read_config` reads them, and return the config."""
-        config, self._notes = read_config(args_list, world_size)
+        config, self._notes = read_config(args_list, world_size, beneath)
         for section in SECTIONS:
             setattr(self, section, getattr(config, section))
         return self

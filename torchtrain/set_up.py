@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtrain.catalog.identity import describe_changes
-from torchtrain.checkpoint import Checkpointer, Progress, Source
+from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
 from torchtrain.config.schema import Compile, Debug, LRScheduler
 from torchtrain.config_manager import JobConfig
@@ -56,15 +56,14 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(kw_only=True)
-class Trainer:
-    """What a step needs."""
+class ParallelModel:
+    """The model as its ranks share it, and what its forward and its loss need."""
 
     config: JobConfig
     plan: RunPlan
     """What follows from the config and the world size."""
     device: torch.device
     mesh: Mesh
-    loader: DataLoader
     parts: dict[int, Decoder]
     """This rank's pipeline stages by their number; without a pipeline the whole model, as 0."""
     weights: dict[str, nn.Parameter]
@@ -74,14 +73,26 @@ class Trainer:
     expert_balance: ExpertBalance | None
     """None where no layer is sparse."""
     pipeline: Pipeline | None
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     sequence_losses: Losses
     shard: Callable[[Tensor], Tensor]
     """From tokens or labels [B, S] to what this rank computes: all of them, or under context
     parallelism its shard [B, S / cp]."""
     loss_context: Callable[[], AbstractContextManager[None]]
     """Goes around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """What is saved of the model."""
+        return {**self.weights, **self.buffers}
+
+
+@dataclass(kw_only=True)
+class Trainer(ParallelModel):
+    """What a step needs."""
+
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     validator: Validator
     """Is never due where there is no validation."""
     metric_sources: list[MetricSource]
@@ -90,11 +101,6 @@ class Trainer:
     """Optimizer steps taken."""
     tokens_seen: int = 0
     """Tokens that the whole job has trained on."""
-
-    @property
-    def model_state(self) -> dict[str, Tensor]:
-        """What is saved of the model."""
-        return {**self.weights, **self.buffers}
 
     @property
     def tokens_per_step(self) -> int:
@@ -124,6 +130,37 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     fingerprints = f"{dataset.fingerprint}; {validation_set.fingerprint}"
     require_equal(fingerprints, "the corpus, as each rank reads it,")
 
+    model = set_up_model(config, plan, device)
+    data_rank = model.mesh.data_rank
+    optimizer = build_optimizer(model.weights, config.optimizer)
+    stall_s = config.data.stall_timeout_seconds
+    return Trainer(
+        **vars(model),
+        loader=DataLoader(dataset, plan.batch, data_rank, separators, stall_s),
+        optimizer=optimizer,
+        lr_scheduler=get_lr_scheduler(optimizer, config),
+        validator=Validator(plan.validation, validation_set, plan.degrees, data_rank, device),
+        metric_sources=[
+            *([] if model.expert_balance is None else [model.expert_balance]),
+            *find_metric_sources(model.parts.values(), optimizer),
+        ],
+    )
+
+
+def set_up_model(
+    config: JobConfig, plan: RunPlan, device: torch.device, *, trains: bool = True
+) -> ParallelModel:
+    """Make the model, with initial weights, and what its forward and its loss need.
+
+    A collective call.
+
+    Args:
+        config: checked.
+        plan: of the run.
+        device: of this rank.
+        trains: without training the weights are left as the memory was, to be loaded, and FSDP is
+            left out where no ranks share them.
+    """
     mesh = Mesh(
         plan.degrees,
         device.type,
@@ -131,33 +168,21 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         has_experts=plan.shape.n_experts > 0,
     )
     tag_compiler_cache(mesh)
-    parts = build_model(config, plan, mesh, device)
-    weights = collect_weights(parts.values())
-    optimizer = build_optimizer(weights, config.optimizer)
+    parts = build_model(config, plan, mesh, device, trains=trains)
     losses = build_losses(config.compile)
-    expert_balance = build_expert_balance(config, plan, parts, device)
-    stall_s = config.data.stall_timeout_seconds
-    return Trainer(
+    return ParallelModel(
         config=config,
         plan=plan,
         device=device,
         mesh=mesh,
-        loader=DataLoader(dataset, plan.batch, mesh.data_rank, separators, stall_s),
         parts=parts,
-        weights=weights,
+        weights=collect_weights(parts.values()),
         buffers=collect_buffers(parts.values()),
-        expert_balance=expert_balance,
+        expert_balance=build_expert_balance(config, plan, parts, device),
         pipeline=build_pipeline(config, plan, parts, mesh, device, losses),
-        optimizer=optimizer,
-        lr_scheduler=get_lr_scheduler(optimizer, config),
         sequence_losses=losses,
         shard=build_shard(config, mesh),
         loss_context=build_loss_context(config, mesh),
-        validator=Validator(plan.validation, validation_set, plan.degrees, mesh.data_rank, device),
-        metric_sources=[
-            *([] if expert_balance is None else [expert_balance]),
-            *find_metric_sources(parts.values(), optimizer),
-        ],
     )
 
 
@@ -231,9 +256,9 @@ def tag_compiler_cache(mesh: Mesh) -> None:
 
 
 def build_model(
-    config: JobConfig, plan: RunPlan, mesh: Mesh, device: torch.device
+    config: JobConfig, plan: RunPlan, mesh: Mesh, device: torch.device, *, trains: bool
 ) -> dict[int, Decoder]:
-    """Build this rank's part of the model with its initial weights."""
+    """Build this rank's part of the model; if it trains, with its initial weights."""
     schedule = config.parallelism.pipeline_parallel_schedule
     stages = find_own_stages(plan.stages, schedule, mesh)
     model_class = load_decoder(config.model.name)
@@ -242,11 +267,25 @@ def build_model(
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
+        fsdp=trains or needs_fsdp(config, plan),
     )
     parts = build_parts(model_class, plan.shape, stages, mesh, techniques)
     for part in parts.values():
-        materialize(part, device, config.debug.seed, offload=config.training.enable_cpu_offload)
+        seed = config.debug.seed if trains else None
+        materialize(part, device, seed, offload=config.training.enable_cpu_offload)
     return parts
+
+
+def needs_fsdp(config: JobConfig, plan: RunPlan) -> bool:
+    """Check whether the forward needs FSDP: to gather shards, to copy, or to cast.
+
+    It gathers into a copy of its own, also on one rank.
+    """
+    training, degrees = config.training, plan.degrees
+    shares_weights = degrees.dp_replicate * degrees.dp_shard * degrees.cp * degrees.pp > 1
+    shares_experts = plan.shape.n_experts > 0 and degrees.expert_shard > 1
+    casts = training.dtype != training.mixed_precision_param
+    return shares_weights or shares_experts or casts or training.enable_cpu_offload
 
 
 def build_expert_balance(
@@ -301,8 +340,11 @@ def build_loss_context(config: JobConfig, mesh: Mesh) -> Callable[[], AbstractCo
     return partial(loss_context, vocabulary_sharded=is_sharded)
 
 
-def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source) -> None:
+def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreign) -> None:
     """Load the weights and, unless only they are wanted, the rest; say what differs."""
+    if not isinstance(source, Source):
+        checkpointer.load_foreign(source, trainer.weights)
+        return
     saved = source.progress
     config = trainer.config
     if source.model_only:

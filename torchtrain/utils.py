@@ -26,6 +26,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
+def first_few(items: list[str]) -> str:
+    """Return the first four, and how many more there are."""
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return ", ".join(items[:4]) + more
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name closest in spelling to `name`, or None when nothing comes near."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

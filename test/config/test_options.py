@@ -165,6 +165,9 @@ SHOWN_BY = {
     "checkpoint.accept_changed_model": "test_another_model_is_accepted_and_becomes_the_runs_own",
     "checkpoint.initial_load_path": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.initial_load_model_only": "test_initial_load_of_all_or_of_the_weights",
+    "checkpoint.initial_load_in_hf": (
+        "test_what_transformers_saved_trains_on_with_the_loss_it_computes"
+    ),
     "checkpoint.load_step": "test_missing_step_is_an_error_that_names_those_there",
     "activation_checkpoint.mode": "test_recomputation_modes_recompute_what_they_say",
     "activation_checkpoint.selective_ac_option": "test_recomputation_modes_recompute_what_they_say",

@@ -27,9 +27,12 @@ unpickler. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.h
     commit          the marker; inspecting, verifying and setting aside a folder
     state           the names of tensors; the optimizer's states, whatever the optimizer
     storage         files: hashing, DCP's writer and reader, the restricted index
+    foreign         weights of Hugging Face's and torchtitan's folders
+    hf_folder       reading and writing Hugging Face's folders
 """
 
 from torchtrain.checkpoint.checkpointer import Checkpointer
 from torchtrain.checkpoint.commit import Progress, Source
+from torchtrain.checkpoint.foreign import Foreign
 
-__all__ = ["Checkpointer", "Progress", "Source"]
+__all__ = ["Checkpointer", "Foreign", "Progress", "Source"]

@@ -16,13 +16,20 @@ from torch.optim import Optimizer
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
 from torchtrain.checkpoint.commit import MARKER, STATE, Marker, Progress, Source
+from torchtrain.checkpoint.foreign import (
+    Foreign,
+    is_dcp_folder,
+    open_hf_source,
+    open_torchtitan_source,
+)
+from torchtrain.checkpoint.hf_folder import CONFIG as HF_CONFIG
 from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors, write_tensors
 from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import expand_user, fsync_folder, user_errors, write_durably
+from torchtrain.utils import expand_user, first_few, fsync_folder, user_errors, write_durably
 
 TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
@@ -109,7 +116,7 @@ class Checkpointer:
         logger.info(f"saved {target} ({size:,.1f} MiB) in {time.monotonic() - started:.1f} s")
         self._on_rank_zero(lambda: self._retire(progress.step))
 
-    def find(self) -> Source | None:
+    def find(self) -> Source | Foreign | None:
         """Choose what this run resumes from, verified to the last byte; None: it starts at step 0.
 
         The run's own newest complete checkpoint, or `load_step`; where the run has none yet,
@@ -127,7 +134,7 @@ class Checkpointer:
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step)
         for step in steps:
-            found = self._verify(self._path(step))
+            found = self.verify(self._path(step))
             if isinstance(found, Source):
                 if self.config.initial_load_path:
                     logger.info(
@@ -145,6 +152,35 @@ class Checkpointer:
         if not self.config.initial_load_path:
             return None
         return self._find_initial(expand_user(self.config.initial_load_path))
+
+    def verify(self, path: Path, *, model_only: bool = False) -> Source | str:
+        """Return the checkpoint at `path`, or what is wrong with it; it is left as it is.
+
+        Rank 0 looks at names and sizes, then each rank hashes a share of the files.
+        """
+        marker = self._on_rank_zero(lambda: commit.inspect(path))
+        if isinstance(marker, str):
+            return marker
+        share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
+        altered = self._together(lambda: commit.find_altered(path, share, marker))
+        for fault in gathered(altered, self.group):
+            if fault is not None:
+                return fault
+        progress = self._on_rank_zero(lambda: commit.read_progress(path))
+        if marker.step != progress.step:
+            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
+        return Source(path=path, progress=progress, model_only=model_only, marker=marker)
+
+    def load_foreign(self, source: Foreign, weights: Weights) -> None:
+        """Fill this rank's parameters in place with another program's weights.
+
+        Raises:
+            UserError: they are not this model's.
+            CheckpointError: reading failed.
+        """
+        started = time.monotonic()
+        taken = source.load(weights, self.group)
+        logger.info(f"loaded {source.path} in {time.monotonic() - started:.1f} s: {taken}")
 
     def load(self, source: Source, weights: Weights, optimizer: Optimizer | None) -> None:
         """Fill the weights in place and, unless only they are wanted, the rest of the state.
@@ -166,7 +202,7 @@ class Checkpointer:
         started = time.monotonic()
         if source.model_only:
             optimizer = None
-        metadata = self._together(lambda: read_index(source))
+        metadata = self._together(lambda: read_index(source.path, source.marker.files))
         entries = list_entries(metadata)
         tensors = self._together(lambda: state.list_training_state(weights, optimizer, entries))
         everyones: set[str] = set().union(*gathered(list(tensors), self.group))
@@ -176,12 +212,12 @@ class Checkpointer:
         random: dict[str, Tensor] = {}
         if optimizer is not None and source.marker.world_size == dist.get_world_size():
             random = state.list_random_states(weights, entries)
-        read_tensors(source, metadata, tensors | random, self.group)
+        read_tensors(source.path, metadata, tensors | random, self.group)
         if optimizer is not None:
             state.take_numbers(weights, optimizer, tensors)
             state.set_random_states(random)
         if converted:
-            logger.info(f"{source.path}: weights are converted: {state.first_few(converted)}")
+            logger.info(f"{source.path}: weights are converted: {first_few(converted)}")
         if not random and optimizer is not None:
             logger.info(
                 f"random states are not restored: they were saved by "
@@ -290,7 +326,7 @@ class Checkpointer:
     def _find_step(self, step: int) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
         path = self._path(step)
-        found = self._verify(path)
+        found = self.verify(path)
         if isinstance(found, Source):
             return found
         complete = self._on_rank_zero(self._list_complete)
@@ -300,33 +336,33 @@ class Checkpointer:
             f"Complete steps in {self.folder}: {there or 'none'}."
         )
 
-    def _find_initial(self, path: Path) -> Source:
-        """Return the checkpoint of `checkpoint.initial_load_path`."""
-        found = self._verify(path, model_only=self.config.initial_load_model_only)
+    def _find_initial(self, path: Path) -> Source | Foreign:
+        """Return the checkpoint, or other program's weights, of `checkpoint.initial_load_path`."""
+        given = f"checkpoint.initial_load_path = {str(path)!r}"
+        if self.config.initial_load_in_hf:
+            with user_errors(given, UserError):
+                return self._together(lambda: open_hf_source(path))
+        if self._on_rank_zero(lambda: is_dcp_folder(path)):
+            self._require_model_only(given)
+            with user_errors(given, UserError):
+                return self._together(lambda: open_torchtitan_source(path))
+        found = self.verify(path, model_only=self.config.initial_load_model_only)
         if isinstance(found, Source):
             return found
+        hint = ""
+        if (path / HF_CONFIG).exists():
+            hint = f" It has {HF_CONFIG}: for a Hugging Face folder set initial_load_in_hf = true."
         raise SharedUserError(
-            f"checkpoint.initial_load_path = {str(path)!r} cannot be used: {found}. It must be the "
-            "step folder of a complete checkpoint, such as outputs/checkpoint/step-1000."
+            f"{given} cannot be used: {found}. It must be the step folder of a complete "
+            f"checkpoint, such as outputs/checkpoint/step-1000.{hint}"
         )
 
-    def _verify(self, path: Path, *, model_only: bool = False) -> Source | str:
-        """Return the checkpoint, or what is wrong with it.
-
-        Rank 0 looks at names and sizes, then each rank hashes a share of the files.
-        """
-        marker = self._on_rank_zero(lambda: commit.inspect(path))
-        if isinstance(marker, str):
-            return marker
-        share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
-        altered = self._together(lambda: commit.find_altered(path, share, marker))
-        for fault in gathered(altered, self.group):
-            if fault is not None:
-                return fault
-        progress = self._on_rank_zero(lambda: commit.read_progress(path))
-        if marker.step != progress.step:
-            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
-        return Source(path=path, progress=progress, model_only=model_only, marker=marker)
+    def _require_model_only(self, given: str) -> None:
+        if not self.config.initial_load_model_only:
+            raise SharedUserError(
+                f"{given} is another program's checkpoint, of which only the weights can be "
+                "taken: set checkpoint.initial_load_model_only = true"
+            )
 
     def _reject(self, path: Path, fault: str) -> None:
         """Set a damaged checkpoint aside, or only pass it over where nothing may be written."""

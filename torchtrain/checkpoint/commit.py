@@ -115,7 +115,8 @@ def inspect(path: Path) -> Marker | str:
             raise UserError(
                 f"{path} is not a torchtrain checkpoint: it has {INDEX}, the index of torch's "
                 f"distributed checkpoints, but neither {STATE} nor {MARKER}. torchtitan's "
-                "checkpoints look like this; they cannot be loaded"
+                "checkpoints look like this: a new run takes the weights of one by "
+                "checkpoint.initial_load_path"
             )
         return f"it has no {MARKER}, so it was never finished or is half removed"
     try:

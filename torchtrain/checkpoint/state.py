@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtrain.checkpoint.commit import Source
 from torchtrain.errors import UserError
+from torchtrain.shards import local
+from torchtrain.utils import first_few
 
 Weights = Mapping[str, Tensor]
 """A rank's parameters by their names in the whole model, as sharded, and its buffers, for which the
@@ -93,7 +94,7 @@ def make_states(optimizer: Optimizer) -> None:
         if parameter.requires_grad
     ]
     # On the host: what the accelerator holds now must not exceed what a step of training needs.
-    kept = [_local(parameter).to("cpu", copy=True) for parameter in parameters]
+    kept = [local(parameter.detach()).to("cpu", copy=True) for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
     settings = [dict(group) for group in optimizer.param_groups]
     random = get_random_states(parameters)
@@ -106,18 +107,12 @@ def make_states(optimizer: Optimizer) -> None:
         optimizer.step()
     finally:
         for parameter, weight, gradient in zip(parameters, kept, gradients, strict=True):
-            _local(parameter).copy_(weight)
+            local(parameter.detach()).copy_(weight)
             parameter.grad = gradient
         for group, before in zip(optimizer.param_groups, settings, strict=True):
             group.clear()
             group.update(before)
         set_random_states(random)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return this rank's shard, sharing its memory."""
-    tensor = parameter.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def measure(weights: Weights, optimizer: Optimizer) -> dict[str, int]:
@@ -206,12 +201,6 @@ def check_tensors(
             "[model] (a vocab_size of 0 is the tokenizer's), [optimizer] and training.dtype."
         )
     return converted
-
-
-def first_few(items: list[str]) -> str:
-    """Return the first four, and how many more there are."""
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return ", ".join(items[:4]) + more
 
 
 def get_random_states(tensors: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,37 +18,46 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from torchtrain.checkpoint.commit import INDEX, FileRecord, Source
+from torchtrain.checkpoint.commit import INDEX, FileRecord
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.utils import user_errors
 
 
 def write_tensors(
-    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup
+    folder: Path,
+    tensors: dict[str, Tensor],
+    group: dist.ProcessGroup,
+    planner: dcp.SavePlanner | None = None,
 ) -> dict[str, FileRecord]:
     """Write this rank's share of the tensors; return a record of each file that it wrote.
+
+    Args:
+        folder: where to.
+        tensors: by name.
+        group: of all ranks.
+        planner: where the tensors are not what is to be written, but says where that comes from.
 
     Raises:
         CheckpointError: writing failed on any rank.
     """
     writer = Writer(folder)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner = planner or DefaultSavePlanner(flatten_state_dict=False)
     with plain_faults(f"writing {folder}"):
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
     return writer.files.written
 
 
 def read_tensors(
-    source: Source, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup
+    folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup
 ) -> None:
     """Read into these tensors, in place; DCP does it with `torch.load(weights_only=True)`.
 
     Raises:
         CheckpointError: reading failed on any rank.
     """
-    reader = Reader(source.path, metadata)
+    reader = Reader(folder, metadata)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
-    with plain_faults(f"reading {source.path}"):
+    with plain_faults(f"reading {folder}"):
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
 
 
@@ -168,13 +177,26 @@ UNPICKLED = frozenset(
 )
 
 
+# What other programs' indexes name besides: entries that are no tensors, which nothing reads, and
+# the folder that they were written to.
+UNPICKLED_ELSEWHERE = UNPICKLED | {
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
 class IndexUnpickler(pickle.Unpickler):
-    """An unpickler that knows `UNPICKLED` and the dtypes of torch alone."""
+    """An unpickler that knows the `allowed` names and the dtypes of torch alone."""
+
+    def __init__(self, content: bytes, allowed: Collection[tuple[str, str]]) -> None:
+        super().__init__(io.BytesIO(content))
+        self.allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the class of that name, if it is allowed."""
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        if is_dtype or (module, name) in UNPICKLED:
+        if is_dtype or (module, name) in self.allowed:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
             f"it asks for {module}.{name}, which no index of tensors needs"
@@ -195,20 +217,31 @@ def list_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return entries
 
 
-def read_index(source: Source) -> Metadata:
+def read_index(folder: Path, own_files: Collection[str], *, foreign: bool = False) -> Metadata:
     """Read DCP's index with the restricted unpickler.
+
+    Args:
+        folder: of the checkpoint.
+        own_files: the names of its files.
+        foreign: whether another program wrote it; its entries that are no tensors are left out.
 
     Raises:
         UserError: it holds anything but tensors in the checkpoint's own files.
     """
-    path = source.path / INDEX
-    content = path.read_bytes()
+    path = folder / INDEX
     # A pickle that was tampered with can raise anything.
     with user_errors(f"{path} is refused, and nothing in it was run", Exception):
-        metadata: Metadata = IndexUnpickler(io.BytesIO(content)).load()
+        allowed = UNPICKLED_ELSEWHERE if foreign else UNPICKLED
+        metadata: Metadata = IndexUnpickler(path.read_bytes(), allowed).load()
+        if foreign:
+            metadata.state_dict_metadata = {
+                name: entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
         list_entries(metadata)
         files = {info.relative_path for info in metadata.storage_data.values()}
-    outside = sorted(files - source.marker.files.keys())
+    outside = sorted(files - set(own_files))
     if outside:
         raise UserError(
             f"{path} is refused: it points to files that are not the checkpoint's: {outside}"

@@ -10,7 +10,7 @@ from torchtrain.config import layout
 from torchtrain.config.faults import Fault
 from torchtrain.config.model_checks import FLAVOR_KEYS, Faults, check_model, must_divide
 from torchtrain.config.plans import list_output_folders, plan_shape
-from torchtrain.config.schema import Config
+from torchtrain.config.schema import Checkpoint, Config
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
 from torchtrain.errors import UserError
@@ -210,11 +210,30 @@ def _check_folders(config: Config) -> Faults:
         inside = folder.parts and ".." not in folder.parts
         if not folder.is_absolute() and not inside:
             yield Fault(f"{key} = {quoted(str(folder))}: must name a folder inside job.dump_folder")
-    path = config.checkpoint.initial_load_path
-    if config.checkpoint.enable and path is not None and not Path(path).is_dir():
+    yield from _check_initial_load(config.checkpoint)
+
+
+def _check_initial_load(checkpoint: Checkpoint) -> Faults:
+    path = checkpoint.initial_load_path
+    if not checkpoint.enable:
+        return
+    in_hf = checkpoint.initial_load_in_hf
+    if path is not None and not (Path(path).exists() if in_hf else Path(path).is_dir()):
         yield Fault(
             f"checkpoint.initial_load_path = {quoted(path)} is not a folder that exists (looked "
             f"from {Path.cwd()})",
+            ("checkpoint.enable",),
+        )
+    if in_hf and path is None:
+        yield Fault(
+            "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path: the Hugging "
+            "Face folder with the weights",
+            ("checkpoint.enable",),
+        )
+    if in_hf and not checkpoint.initial_load_model_only:
+        yield Fault(
+            "checkpoint.initial_load_model_only = false: a Hugging Face folder "
+            "(checkpoint.initial_load_in_hf) holds nothing but weights",
             ("checkpoint.enable",),
         )
 

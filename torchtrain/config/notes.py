@@ -44,6 +44,7 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
     ("checkpoint.enable", False): (
         "checkpoint.load_step",
         "checkpoint.initial_load_path",
+        "checkpoint.initial_load_in_hf",
         "checkpoint.load_only",
         "checkpoint.enable_first_step_checkpoint",
         "checkpoint.accept_changed_data",

@@ -49,7 +49,9 @@ class Report:
 
 
 def read_config(
-    args_list: list[str] | None = None, world_size: int | None = None
+    args_list: list[str] | None = None,
+    world_size: int | None = None,
+    beneath: Source | None = None,
 ) -> tuple[Config, list[str]]:
     """Read default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
 
@@ -57,6 +59,7 @@ def read_config(
         args_list: the command line; by default this process's.
         world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1. 0: not
             known, so no layout is checked.
+        beneath: what has been read already, and counts where the others give nothing.
 
     Returns:
         The config, and the options that have no effect, a sentence each.
@@ -72,6 +75,8 @@ def read_config(
     config_file = sources[0].values.get("job.config_file")
     if config_file is not None:
         sources.insert(0, read_toml(config_file))
+    if beneath is not None:
+        sources.insert(0, beneath)
 
     report = Report()
     for source in sources:

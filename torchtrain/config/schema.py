@@ -317,9 +317,11 @@ class Checkpoint(Section):
     interval: Count = 500
     """Steps from one checkpoint to the next; the last step is always saved."""
     initial_load_path: Name | None = None
-    """Checkpoint (a step-N folder) to start from while the run has none of its own."""
+    """Checkpoint (a step-N folder, or torchtitan's) to start from while the run has none yet."""
     initial_load_model_only: bool = True
     """Load only the weights from initial_load_path, not optimizer, step and data position."""
+    initial_load_in_hf: bool = False
+    """initial_load_path is a Hugging Face folder, or a safetensors file in one."""
     keep_latest_k: CountOrZero = 10
     """Number of checkpoints to keep, 0 for all."""
     load_step: CountOrAuto = -1

@@ -22,8 +22,7 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.expert_parallel_comm_backend": ANY_VALUE,  # needs a degree
     "checkpoint.enable_ft_dataloader_checkpoints": ANY_VALUE,  # needs [fault_tolerance]
-    "checkpoint.initial_load_in_hf": (False,),
-    "checkpoint.initial_load_in_hf_quantized": ANY_VALUE,  # needs initial_load_in_hf
+    "checkpoint.initial_load_in_hf_quantized": (False,),
     "checkpoint.last_save_model_only": ANY_VALUE,  # every checkpoint has the model, whole or not
     "checkpoint.last_save_in_hf": (False,),
     "checkpoint.export_dtype": ("float32",),

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torchtrain.shards import local
+
 
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None
@@ -30,7 +32,7 @@ def clip_grad_norm_(
     # As PyTorch's own clipping does; a norm that is NaN stays visible.
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        _local(gradient).mul_(scale)
+        local(gradient).mul_(scale)
     return norm
 
 
@@ -43,7 +45,7 @@ def compute_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = Non
     """
     squares: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        rows = torch.linalg.vector_norm(_local(gradient), dim=-1, dtype=torch.float32)
+        rows = torch.linalg.vector_norm(local(gradient), dim=-1, dtype=torch.float32)
         squares[_sharded_over(gradient)].append(rows.double().square().sum())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
     for shards, terms in squares.items():
@@ -54,11 +56,6 @@ def compute_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = Non
     if stages is not None:
         dist.all_reduce(total, group=stages)
     return total.sqrt().float()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """Return this rank's part, sharing its memory."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sharded_over(gradient: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:

@@ -36,6 +36,8 @@ class Techniques:
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint
     compile: Compile
+    fsdp: bool = True
+    """Whether FSDP is applied, which training needs also on one rank."""
 
 
 def find_own_stages(stages: list[list[str]], schedule: str, mesh: Mesh) -> dict[int, list[str]]:
@@ -102,6 +104,8 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
     if techniques.compile.enable and "model" in techniques.compile.components:
         apply_compile(model, techniques.compile.backend)
     apply_around_blocks(model, techniques.activation_checkpoint)
+    if not techniques.fsdp:
+        return
     reshard = parallelism.fsdp_reshard_after_forward
     if mesh.has("pp") and reshard == "default":
         # Gathering again for each microbatch would cost more than a stage's parameters weigh; and

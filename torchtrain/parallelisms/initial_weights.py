@@ -9,30 +9,38 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from torchtrain.models.decoder import Decoder
+from torchtrain.shards import find_local_box, local
 
 CUTOFF = 3.0
 """No value lies further from 0 than this many standard deviations."""
 
 
-def materialize(model: Decoder, device: torch.device, seed: int, *, offload: bool = False) -> None:
+def materialize(
+    model: Decoder, device: torch.device, seed: int | None, *, offload: bool = False
+) -> None:
     """Give a (sharded) model on the meta device its storage and initial weights, drawn on `device`.
 
-    With `offload` the storage is the host's memory; else it is on `device` too. Buffers are zeros,
-    on `device` in any case, since FSDP brings there parameters alone.
+    Without a seed none are drawn, for a caller that loads them all. With `offload` the storage is
+    the host's memory; else it is on `device` too. Buffers are zeros, on `device` in any case, since
+    FSDP brings there parameters alone.
     """
     model.to_empty(device="cpu" if offload else device)
+    if seed is not None:
+        draw_weights(model, device, seed)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
+def draw_weights(model: Decoder, device: torch.device, seed: int) -> None:
+    """Draw the initial weights on `device`, and fill the model's parameters with them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             fill(whole, model.initial_std(name), seed_generator(name, seed, device))
             copy_slice(parameter, whole)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def seed_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
@@ -56,21 +64,6 @@ def copy_slice(parameter: Tensor, whole: Tensor) -> None:
 
     Nothing is communicated.
     """
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-
-    def is_cut_last(cut: tuple[int, Placement]) -> bool:
-        # FSDP cuts what tensor parallelism, on a later dimension of the mesh, has cut before; a
-        # strided shard says so.
-        return isinstance(cut[1], _StridedShard)
-
-    mesh = parameter.device_mesh
-    for mesh_dim, placement in sorted(enumerate(parameter.placements), key=is_cut_last):
-        if isinstance(placement, Shard | _StridedShard):
-            # As DTensor cuts: the first shards are full, the last may be smaller or empty.
-            length = whole.shape[placement.dim]
-            size = -(-length // mesh.size(mesh_dim))
-            start = min(mesh.get_local_rank(mesh_dim) * size, length)
-            whole = whole.narrow(placement.dim, start, min(size, length - start))
-    parameter.to_local().copy_(whole)
+    for dim, (start, length) in enumerate(find_local_box(parameter)):
+        whole = whole.narrow(dim, start, length)
+    local(parameter).copy_(whole)

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action, _PipelineScheduleRuntime
-from torch.distributed.tensor import DTensor
 
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import PipelinePlan, RunPlan
@@ -30,6 +29,7 @@ from torchtrain.models.rotary import RotaryPositions
 from torchtrain.parallelisms.fsdp import find_fsdp_modules, free_gathered
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.overlap import Lanes, let_lanes_take_turns, overlap_pairs
+from torchtrain.shards import local
 
 
 class StagePositions(RotaryPositions):
@@ -336,9 +336,3 @@ class TiedOutput:
             dist.recv(received, dist.get_global_rank(self.group, source), self.group)
             return received.to(place.device)
         return None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, sharing its memory."""
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local()

@@ -1,0 +1,35 @@
+"""Which part of a sharded tensor this rank has."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+Box = list[tuple[int, int]]
+"""Start and length along each dimension."""
+
+
+def find_local_box(tensor: Tensor) -> Box:
+    """Return the part of the whole tensor that this rank's local tensor is."""
+    box = [(0, length) for length in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return box
+
+    def is_cut_last(cut: tuple[int, Placement]) -> bool:
+        # FSDP cuts what tensor parallelism, on a later dimension of the mesh, has cut before; a
+        # strided shard says so.
+        return isinstance(cut[1], _StridedShard)
+
+    mesh = tensor.device_mesh
+    for mesh_dim, placement in sorted(enumerate(tensor.placements), key=is_cut_last):
+        if isinstance(placement, Shard | _StridedShard):
+            # As DTensor cuts: the first shards are full, the last may be smaller or empty.
+            start, length = box[placement.dim]
+            size = -(-length // mesh.size(mesh_dim))
+            skipped = min(mesh.get_local_rank(mesh_dim) * size, length)
+            box[placement.dim] = (start + skipped, min(size, length - skipped))
+    return box
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, sharing its memory; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
