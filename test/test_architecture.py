@@ -52,7 +52,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 8700, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1540,
-    "datasets": 2020,
+    "datasets": 2030,
     "parallelisms": 1800,
     "checkpoint": 910,
     "models": 800,

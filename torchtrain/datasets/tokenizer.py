@@ -80,6 +80,11 @@ class SentencePieceTokenizer:
         encoded = self._encode_cuts(chain.from_iterable(cuts_by_text), threads)
         return [np.concatenate([next(encoded) for _ in cuts]) for cuts in cuts_by_text]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, BOS and EOS left out; an incomplete character is U+FFFD."""
+        text: str = self._model.decode(list(ids))
+        return text
+
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
 

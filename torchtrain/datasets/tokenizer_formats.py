@@ -88,6 +88,11 @@ class HuggingFaceTokenizer:
             encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, BOS and EOS left out; an incomplete character is U+FFFD."""
+        text: str = self._model.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
 

@@ -20,6 +20,8 @@ from torchtrain.catalog.identity import ModelIdentity, Sections, find_saved_mode
 from torchtrain.catalog.models import FAMILIES
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Source
+from torchtrain.checkpoint.foreign import open_hf_source
+from torchtrain.checkpoint.hf_folder import read_json
 from torchtrain.config.options import options
 from torchtrain.config.plans import find_tokenizer, plan_run
 from torchtrain.config.reading import Source as ConfigSource
@@ -29,7 +31,7 @@ from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
-from torchtrain.ranks import on_rank_zero, together
+from torchtrain.ranks import on_rank_zero, patient_group, together
 from torchtrain.set_up import ParallelModel, set_up_model
 from torchtrain.utils import expand_user, user_errors
 
@@ -116,8 +118,8 @@ def find_trained(folder: str) -> Trained:
         PeerFault: the same, on the others.
     """
     path = on_rank_zero(lambda: find_weights(expand_user(folder)))
-    if (path / "config.json").exists():
-        raise SharedUserError(f"{path} is a Hugging Face folder, which cannot be read yet")
+    if not (path / MARKER).exists() and (path / "config.json").exists():
+        return find_in_hf(path)
     checkpointer = Checkpointer(Checkpoint(enable=True, load_only=True), path.parent)
     source = checkpointer.verify(path, model_only=True)
     if not isinstance(source, Source):
@@ -134,6 +136,27 @@ def find_trained(folder: str) -> Trained:
         tokenizer_fingerprints=find_tokenizers(source.progress.data),
         config=config,
         load=lambda model: checkpointer.load(source, model.model_state, None),
+    )
+
+
+def find_in_hf(path: Path) -> Trained:
+    """Find the weights of a Hugging Face folder. A collective call.
+
+    Raises:
+        UserError: it is damaged, or a model that is none of ours; on one rank.
+        PeerFault: the same, on the others.
+    """
+    source = together(lambda: open_hf_source(path))
+    assert source.identity is not None
+    has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return Trained(
+        path=path,
+        identity=source.identity,
+        seq_len=read_json(path / "config.json").get("max_position_embeddings", 2048),
+        tokenizer=str(path) if has_tokenizer else None,
+        tokenizer_fingerprints=set(),
+        config={},
+        load=lambda model: logger.info(source.load(model.weights, patient_group())),
     )
 
 
@@ -227,6 +250,7 @@ def configure(
         "training.dtype": dtype,
         "training.mixed_precision_param": dtype,
         "training.local_batch_size": 1,
+        "training.document_masking": trained.config.get("training", {}).get("document_masking"),
     }
     if identity.family in FAMILIES:
         # Any flavor: each of its values is given.

@@ -1,0 +1,109 @@
+"""Continuing texts token by token.
+
+Letters: B prompts, S tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchtrain.models.decoder import Decoder
+from torchtrain.tools.cached_attention import begin_sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only so many of the likeliest are chosen from; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest that together have this probability are chosen from."""
+    seed: int = 0
+    """Of the choices: prompt n draws by seed + n, whatever is generated beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Where a text ends."""
+
+    max_new_tokens: int
+    """Most tokens per prompt."""
+    eos_id: int
+    """The token that ends a text."""
+    vocab_size: int
+    """Ids of the tokenizer; rows of the vocabulary beyond them are never chosen."""
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """Return a token for each row of logits [B, V], on the CPU: [B].
+
+    Top-k comes before top-p; the token with which the probability is reached stays (Holtzman et al.
+    2019, arXiv:1904.09751).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    kept[:, 0] = ordered[:, 0]
+    chosen = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(kept, generators, strict=True)
+    ]
+    return order.gather(1, torch.stack(chosen)).squeeze(1)
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Decoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    limits: Limits,
+    on_tokens: Callable[[list[int]], None] = lambda tokens: None,
+) -> list[list[int]]:
+    """Return the tokens that continue each prompt, EOS last where it came. A collective call.
+
+    Args:
+        model: whole on this rank, sharded or not; gets a cache for its attention.
+        prompts: tokens, at least one each, the same on all ranks.
+        sampling: how tokens are chosen; rank 0 does.
+        limits: where a text ends.
+        on_tokens: is given each step's tokens, one per prompt.
+    """
+    device = next(model.parameters()).device
+    eos_id = limits.eos_id
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    begin_sequences(model, padding, longest + limits.max_new_tokens)
+    generators = [
+        torch.Generator().manual_seed(sampling.seed + number) for number in range(len(prompts))
+    ]
+    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    tokens = torch.tensor(rows, device=device)
+    continued: list[list[int]] = [[] for _ in prompts]
+    for _ in range(limits.max_new_tokens):
+        logits = model(tokens)[:, -1]
+        if isinstance(logits, DTensor):
+            logits = logits.full_tensor()
+        chosen = choose(logits[:, : limits.vocab_size].float().cpu(), sampling, generators)
+        dist.broadcast(chosen, src=0)
+        step = chosen.tolist()
+        for text, token in zip(continued, step, strict=True):
+            if not text or text[-1] != eos_id:
+                text.append(token)
+        on_tokens(step)
+        if all(text[-1] == eos_id for text in continued):
+            break
+        tokens = chosen.unsqueeze(1).to(device)
+    return continued
