@@ -4,10 +4,12 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.forking import on_ranks
 from helpers.hf import SHAPES, build
 from helpers.launching import ROOT, environment
 from helpers.trained import write_run
@@ -74,7 +76,10 @@ def test_a_prompts_text_does_not_depend_on_those_beside_it(alone):
     sampling = Sampling(temperature=1.0, top_k=50, seed=3)
     model = build(SHAPES["llama"])
     together = continue_prompts(model, PROMPTS, sampling, limits(10))
-    assert together[:1] == continue_prompts(model, PROMPTS[:1], sampling, limits(10))
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        assert continue_prompts(model, [prompt], sampling, limits(10)) == [text]
+    twice = continue_prompts(model, PROMPTS[:1] * 2, sampling, limits(10))
+    assert twice[0] == together[0] != twice[1]
     assert together == continue_prompts(model, PROMPTS, sampling, limits(10))
     other = Sampling(temperature=1.0, top_k=50, seed=9)
     assert together != continue_prompts(model, PROMPTS, other, limits(10))
@@ -103,6 +108,25 @@ def test_choices_have_the_probabilities_worked_out_by_hand(settings, allowed):
         share = allowed.get(rank, 0.0) / total
         found = (chosen == token).double().mean().item()
         assert abs(found - share) <= 4 * math.sqrt(share * (1 - share) / draws), (rank, found)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-5])
+def test_the_lowest_temperatures_take_the_likeliest(temperature):
+    logits = torch.tensor([[30.0, -80.0, 31.0], [1.0, 0.5, -torch.inf]])
+    generators = [torch.Generator().manual_seed(number) for number in range(2)]
+    assert choose(logits, Sampling(temperature=temperature), generators).tolist() == [2, 0]
+
+
+def test_an_unfinished_character_is_held_back_and_not_lost(capsys):
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    writer = generate.Writer(SimpleNamespace(tokenizer=tokenizer), list(b"a"))
+    shown = []
+    for byte in "b€".encode() + "é".encode()[:1]:
+        writer.add([byte])
+        shown.append(capsys.readouterr().out)
+    assert shown == ["b", "", "", "€", ""]
+    writer.finish()
+    assert capsys.readouterr().out == "\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +233,49 @@ def test_two_ranks_write_what_one_writes(run, given):
         written.append(done.stdout)
     assert written[0] == written[1]
     assert len(written[0]) > 10
+
+
+SPARSE = {
+    "model.name": "mixtral",
+    "model.flavor": "debugmodel",
+    "model.n_experts": 4,
+    "model.expert_hidden_dim": 64,
+}
+TENSOR = ("--parallelism.tensor_parallel_degree", "2")
+EXPERT = ("--parallelism.expert_parallel_degree", "2")
+
+
+@pytest.mark.slow
+def test_ranks_that_share_experts_write_what_one_writes(tmp_path, data, alone):
+    """Of one new token too, which tensor-parallel ranks cannot share evenly."""
+    write_run(tmp_path / "run", {**data, **SPARSE})
+    asked = [
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--prompt",
+        "one",
+        "--prompt",
+        "another",
+        *SHORT,
+    ]
+    one = on_ranks(1, generate.main, asked)
+    assert len(one) > 10
+    for layout in (TENSOR, TENSOR + EXPERT):
+        assert on_ranks(2, generate.main, [*asked, *layout]) == one, layout
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_fault(run):
+    asked = ["--checkpoint", str(run), "--prompt", "one", "--max-new-tokens", "60"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "torchtrain.tools.generate", *asked],
+        cwd=ROOT,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=200) == 0, said
+    assert "Traceback" not in said

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.document_masking import Mask
+from torchtrain.models.moe import SparseFeedForward
 from torchtrain.models.rotary import RotaryPositions
 
 
@@ -88,3 +89,25 @@ def begin_sequences(model: Decoder, padding: Tensor, room: int) -> None:
     state = CacheState(padding, room)
     model.replace_attention_kernels(lambda kernel: CachedAttention(state))
     model.rope = CachedPositions(model.rope, state)
+
+
+class PaddedSequence(nn.Module):
+    """A module of which each tensor-parallel rank computes an equal shard of the sequence."""
+
+    def __init__(self, module: nn.Module, ranks: int) -> None:
+        super().__init__()
+        self.module = module
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take x [B, S, D] to [B, S, D], S filled up with zeros to what the ranks can share."""
+        filled = F.pad(x, (0, 0, 0, -x.shape[1] % self.ranks))
+        return self.module(filled)[:, : x.shape[1]]
+
+
+def pad_sparse_layers(model: Decoder, ranks: int) -> None:
+    """Let so many tensor-parallel ranks share any number of tokens in the sparse layers."""
+    for block in model.layers.values():
+        for name, child in list(block.named_children()):
+            if isinstance(child, SparseFeedForward):
+                setattr(block, name, PaddedSequence(child, ranks))

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torchtrain.errors import ConfigError, PeerFault, SharedUserError, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.parallelisms.fsdp import free_gathered
-from torchtrain.ranks import join_process_group, on_rank_zero
+from torchtrain.ranks import join_process_group, on_rank_zero, patient_group
+from torchtrain.tools.cached_attention import pad_sparse_layers
 from torchtrain.tools.sampling import Limits, Sampling, continue_prompts
 from torchtrain.tools.trained_model import TrainedModel, load_trained
 from torchtrain.utils import user_errors
@@ -52,6 +53,11 @@ class Writer:
         if not text.endswith(INCOMPLETE):
             print(text[self.written :], end="", flush=True)
             self.written = len(text)
+
+    def finish(self) -> None:
+        """Print what is left: a character that was never completed."""
+        text = text_after(self.tokenizer.decode(self.ids), self.before)
+        print(text[self.written :], end="", flush=True)
 
 
 def text_after(whole: str, before: str) -> str:
@@ -88,6 +94,8 @@ def write_texts(
         on_tokens=writer.add if as_made else lambda tokens: None,
     )
     seconds = time.monotonic() - started
+    if as_made:
+        writer.finish()
     free_gathered(parts.values())
     return [
         {
@@ -150,7 +158,8 @@ def talk(loaded: TrainedModel, given: argparse.Namespace) -> None:
         except EOFError:
             return None
 
-    while (prompt := on_rank_zero(ask)) is not None:
+    group = patient_group()  # the other ranks wait while somebody thinks
+    while (prompt := on_rank_zero(ask, group)) is not None:
         if prompt:
             write_all(loaded, given, [prompt])
     if is_first and sys.stdin.isatty():
@@ -210,6 +219,8 @@ def generate(given: argparse.Namespace, of_run: list[str]) -> None:
             "a text is made on FSDP's and tensor-parallel ranks: leave out "
             "parallelism.pipeline_parallel_degree and parallelism.context_parallel_degree"
         )
+    if degrees.tp > 1:
+        pad_sparse_layers(loaded.model.parts[0], degrees.tp)
     prompts = on_rank_zero(lambda: read_prompts(given))
     if prompts:
         write_all(loaded, given, prompts)
@@ -235,6 +246,8 @@ def report_faults(action: Callable[[], None]) -> int:
         return 2 if fault.is_user_error else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # a reader that has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
         return 1

@@ -3,7 +3,9 @@
 Letters: B prompts, S tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,8 @@ class Sampling:
     top_p: float = 1.0
     """Only the likeliest that together have this probability are chosen from."""
     seed: int = 0
-    """Of the choices: prompt n draws by seed + n, whatever is generated beside it."""
+    """Of the choices. They do not depend on the other prompts, but for the same one given before,
+    which would else get the same text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
+    # In fp64, and none above 0: no temperature is so low that the likeliest would overflow.
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -62,6 +67,18 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         for row, generator in zip(kept, generators, strict=True)
     ]
     return order.gather(1, torch.stack(chosen)).squeeze(1)
+
+
+def make_generators(prompts: Sequence[list[int]], seed: int) -> list[torch.Generator]:
+    """Return a random generator for each prompt, on the CPU."""
+    generators = []
+    before: Counter[tuple[int, ...]] = Counter()
+    for prompt in prompts:
+        key = tuple(prompt)
+        digest = hashlib.sha256(f"{seed}/{before[key]}/{key}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        before[key] += 1
+    return generators
 
 
 @torch.no_grad()
@@ -86,9 +103,7 @@ def continue_prompts(
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     begin_sequences(model, padding, longest + limits.max_new_tokens)
-    generators = [
-        torch.Generator().manual_seed(sampling.seed + number) for number in range(len(prompts))
-    ]
+    generators = make_generators(prompts, sampling.seed)
     rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     tokens = torch.tensor(rows, device=device)
     continued: list[list[int]] = [[] for _ in prompts]
