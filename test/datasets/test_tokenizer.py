@@ -487,3 +487,49 @@ def test_bytes_of_a_tokenizer_json_follow_its_decoder(tmp_path, decoder):
     sizes = load_tokenizer(tmp_path).token_bytes()
     known = [4, 3, 1, 1] if decoder in ("fallback", "metaspace") else [np.nan] * 4
     np.testing.assert_array_equal(sizes, [np.nan, *known, 0, 0, 5])
+
+
+def added(content, *, special=True):
+    """A token as tokenizer_config.json lists it."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": content, "special": special, **flags}
+
+
+BESIDE = {
+    "added_tokens_decoder": {"128001": added("<b>"), "128000": added("<a>"), "7": added("<s>")},
+    "bos_token": "<a>",
+    "eos_token": "<b>",
+}
+
+
+def test_tokens_that_only_the_config_knows_come_after_the_vocabulary(tmp_path):
+    """As in torchtitan's own folder, whose ids for them are not those that they get."""
+    plain = load_tokenizer(saved(tmp_path / "plain", "<s>", "</s>"))
+    tokenizer = load_tokenizer(saved(tmp_path / "more", "<s>", "</s>", tokenizer_config=BESIDE))
+    size = plain.vocab_size
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (size, size + 1, size + 2)
+    for text in (*TEXT, "<a><b> <s>"):
+        ids = encode(tokenizer, text)
+        assert ids == encode(plain, text)
+        assert tokenizer.decode([size, *ids, size + 1]) == text
+    assert tokenizer.token_bytes()[[size, size + 1]].tolist() == [0, 0]
+
+
+def test_fingerprint_changes_with_the_tokens_that_the_config_adds(tmp_path):
+    known = {"added_tokens_decoder": {"0": added("<s>")}, "bos_token": "<s>", "eos_token": "</s>"}
+    text = known | {"added_tokens_decoder": {"9": added("fox", special=False)}}
+    special = known | {"added_tokens_decoder": {"9": added("fox")}}
+    plain, same, *others = (
+        load_tokenizer(saved(tmp_path / str(number), "<s>", "</s>", tokenizer_config=config))
+        for number, config in enumerate([{}, known, text, special])
+    )
+    assert plain.fingerprint == same.fingerprint
+    assert len({plain.fingerprint, *(each.fingerprint for each in others)}) == 3
+    assert [plain.vocab_size in encode(each, "a fox") for each in others] == [True, False]
+
+
+@pytest.mark.parametrize("tokens", [{"x": added("<a>")}, {"1": "<a>"}, ["<a>"]])
+def test_added_tokens_that_are_none_are_refused(tmp_path, tokens):
+    folder = saved(tmp_path, "<s>", "</s>", tokenizer_config={"added_tokens_decoder": tokens})
+    with pytest.raises(UserError, match=r"tokenizer_config\.json.* cannot be read"):
+        load_tokenizer(folder)

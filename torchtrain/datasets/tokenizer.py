@@ -81,9 +81,12 @@ class SentencePieceTokenizer:
         return [np.concatenate([next(encoded) for _ in cuts]) for cuts in cuts_by_text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, BOS and EOS left out; an incomplete character is U+FFFD."""
-        text: str = self._model.decode(list(ids))
-        return text
+        """Return the text of ids, special tokens left out.
+
+        A character whose bytes are not all there is U+FFFD, one or several. Text that is printed as
+        it is made waits while it ends with one.
+        """
+        return str(self._model.decode(list(ids)))
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
@@ -105,9 +108,7 @@ class SentencePieceTokenizer:
     def _cut_for_encoding(self, text: str) -> list[str]:
         """Cut `text` without changing its ids, every U+2581 by itself where it is kept."""
         require_unicode(text)
-        stretches = [text]
-        if self._space_mark_ids:
-            stretches = re.split(f"({SPACE_MARK})", text)
+        stretches = re.split(f"({SPACE_MARK})", text) if self._space_mark_ids else [text]
         return [cut for stretch in stretches for cut in self._cut(stretch)]
 
     def _encode_cuts(self, cuts: Iterable[str], threads: int) -> Iterator[np.ndarray]:

@@ -1,7 +1,9 @@
 """Tokenizers in a format other than SentencePiece's: Hugging Face's tokenizer.json.
 
-It is read by its own package, so that ids are what its authors' code gives. Text cannot spell a
-special token: what looks like one is encoded as ordinary characters; the caller adds BOS and EOS.
+It is read by its own package, so that ids are what its authors' code gives. Tokens that only
+tokenizer_config.json knows get the ids that transformers gives them: the next ones, in order. Text
+cannot spell a special token: what looks like one is encoded as ordinary characters; the caller adds
+BOS and EOS.
 """
 
 import hashlib
@@ -9,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,13 +70,17 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        names, added = read_beside(file)
+        missing = [token for token in added if self._model.token_to_id(token.content) is None]
+        self._model.add_tokens(missing)
+        vocabulary = self._model.get_vocab()
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        bos, eos = _special_names(file, vocabulary)
+        bos, eos = _special_names(file, names, vocabulary)
         self._model.add_special_tokens([bos, eos])  # not every file calls them special; ids stay
         self.bos_id: int = vocabulary[bos]
         self.eos_id: int = vocabulary[eos]
-        self.fingerprint = hashlib.sha256(content + f"\0{bos}\0{eos}".encode()).hexdigest()
+        beside = "\0".join(["", bos, eos, *(str(token.__getstate__()) for token in missing)])
+        self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
@@ -89,9 +96,12 @@ class HuggingFaceTokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, BOS and EOS left out; an incomplete character is U+FFFD."""
-        text: str = self._model.decode(list(ids), skip_special_tokens=True)
-        return text
+        """Return the text of ids, special tokens left out.
+
+        A character whose bytes are not all there is U+FFFD, one or several. Text that is printed as
+        it is made waits while it ends with one.
+        """
+        return str(self._model.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of UTF-8 text that each id stands for, fp64 `[V]`.
@@ -113,47 +123,51 @@ class HuggingFaceTokenizer:
         if isinstance(unknown, str) and unknown in self._model.get_vocab():
             sizes[self._model.token_to_id(unknown)] = np.nan
         for added in settings["added_tokens"]:
-            size = len(added["content"].encode("utf-8"))
-            sizes[added["id"]] = 0 if added["special"] else size
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode("utf-8"))
         return sizes
 
 
 SPECIAL_KEYS = ("bos_token", "eos_token")
 
 
-def _special_names(file: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
+def _special_names(file: Path, given: dict[str, str], known: dict[str, int]) -> tuple[str, str]:
     """Return what the files beside `file` call BOS and EOS, else the first well-known pair."""
-    given = _names_beside(file)
     if not given:
         for bos, eos in WELL_KNOWN:
-            if bos in vocabulary and eos in vocabulary:
+            if bos in known and eos in known:
                 return bos, eos
-    unknown = [key for key in SPECIAL_KEYS if given.get(key) not in vocabulary]
+    unknown = [f"{key} = {given.get(key)!r}" for key in SPECIAL_KEYS if given.get(key) not in known]
     if unknown:
-        faults = ", ".join(f"{key} = {given.get(key)!r}" for key in unknown)
         config = str(file.with_name("tokenizer_config.json"))
         raise UserError(
             f"tokenizer {str(file)!r} and the files beside it do not say what separates "
-            f"documents: {faults} is not in its vocabulary. Name two tokens in "
+            f"documents: {', '.join(unknown)} is not in its vocabulary. Name two tokens in "
             f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same'
         )
     return given["bos_token"], given["eos_token"]
 
 
-def _names_beside(file: Path) -> dict[str, str]:
-    """Return the special tokens that the files beside `file` name, by bos_token and eos_token."""
+def read_beside(file: Path) -> tuple[dict[str, str], list[Any]]:
+    """Return what the files beside `file` call BOS and EOS, by bos_token and eos_token, and tokens.
+
+    The tokens (AddedToken) come in the order of the ids that they are said to have.
+    """
+    from tokenizers import AddedToken
+
     given: dict[str, str] = {}
+    added: list[Any] = []
     # The latter counts where they differ.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = file.with_name(name)
         try:
             settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
+            tokens = settings.get("added_tokens_decoder") or {}
+            added += [AddedToken(**tokens[id_]) for id_ in sorted(tokens, key=int)]
             for key in SPECIAL_KEYS:
-                token = settings.get(key)
-                if token:
+                if token := settings.get(key):
                     given[key] = str(token["content"] if isinstance(token, dict) else token)
-        except (OSError, ValueError, AttributeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise UserError(
                 f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}"
             ) from error
-    return given
+    return given, added
