@@ -1,6 +1,7 @@
 import signal
 
 import pytest
+import torch.distributed as dist
 from helpers.launching import write_corpus
 from hypothesis import settings
 
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config, items):
     """Set the order of files for xdist's workers; its --no-loadscope-reorder keeps it."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1319,8 +1319,8 @@ MUTANTS = {
         ),
         (
             "a space mark in the text becomes a space",
-            "        if self._space_mark_ids:\n            stretches",
-            "        if False:\n            stretches",
+            "text) if self._space_mark_ids else [text]",
+            "text) if False else [text]",
         ),
         (
             "a folder's tokenizer.model is taken first",

@@ -49,7 +49,7 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 8700, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 8710, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1540,
     "datasets": 2030,

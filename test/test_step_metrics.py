@@ -115,13 +115,6 @@ def test_reductions_over_four_ranks_by_hand_and_differences_that_do_not_hang():
     in_group(4, everything_on_four_ranks, timeout_s=60)
 
 
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_one_process_alone(alone):
     metrics = StepMetrics()
     assert metrics.reduce(CPU) == {}

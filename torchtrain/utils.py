@@ -4,7 +4,7 @@ import difflib
 import importlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ def first_few(items: list[str]) -> str:
     """Return the first four, and how many more there are."""
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(items[:4]) + more
+
+
+def describe_differences(differences: Mapping[str, list[str]]) -> str:
+    """Return "it lacks a, b; it has in another shape c" of names by verb; empty without any."""
+    found = [f"it {verb} {first_few(names)}" for verb, names in differences.items() if names]
+    return "; ".join(found)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -1,15 +1,6 @@
 import logging
 
 import pytest
-import torch.distributed as dist
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

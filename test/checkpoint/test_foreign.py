@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers.forking import train as train_on_ranks
 from helpers.hf import SHAPES, build, save_checkpoint
@@ -41,13 +40,6 @@ def options(data, folder, shape, **more):
         "checkpoint.enable": True,
         **more,
     }
-
-
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def losses(folder):

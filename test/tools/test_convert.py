@@ -9,19 +9,15 @@ import torch.distributed as dist
 from helpers.hf import SHAPES, build, edit_config, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from torchtrain.checkpoint.hf_folder import open_hf_folder
+from torchtrain.catalog.llama import LLAMA_2_7B
+from torchtrain.checkpoint.hf_folder import HFFolder, open_hf_folder
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors
 from torchtrain.errors import UserError
+from torchtrain.models.hf_config import to_shape
 from torchtrain.tools import convert
+from torchtrain.tools.hf_export import to_config
 
 PROMPT = [1, 5, 900, 33, 12, 2000, 7]
-
-
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def read_weights(step):
@@ -74,6 +70,13 @@ def test_there_and_back_every_bit_is_the_same(name, dtype, tmp_path, alone, caps
     printed = capsys.readouterr().out
     assert f'initial_load_path = "{tmp_path / "back"}"' in printed
     assert "[model]\nname = " in printed
+
+
+def test_a_known_size_is_named_whatever_says_its_head_width(tmp_path):
+    family, shape = to_shape(to_config(LLAMA_2_7B, 4096, "bfloat16"))
+    assert shape.head_width == 128  # as config.json has it; the flavor leaves it to the division
+    folder = HFFolder(tmp_path, family, shape, 4096, {})
+    assert convert.describe_model(folder) == {"name": "llama2", "flavor": "7B"}
 
 
 def test_weights_are_converted_to_the_type_asked_for(tmp_path, alone):

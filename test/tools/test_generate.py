@@ -22,13 +22,6 @@ GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 5, 900, 33, 12, 2000, 7], [1, 8], [1, 44, 3, 90]]
 
 
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def limits(count, eos_id=-1):
     return Limits(max_new_tokens=count, eos_id=eos_id, vocab_size=2048)
 

@@ -28,7 +28,7 @@ unpickler. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.h
     state           the names of tensors; the optimizer's states, whatever the optimizer
     storage         files: hashing, DCP's writer and reader, the restricted index
     foreign         weights of Hugging Face's and torchtitan's folders
-    hf_folder       reading and writing Hugging Face's folders
+    hf_folder       reading any slice of a weight in a Hugging Face folder
 """
 
 from torchtrain.checkpoint.checkpointer import Checkpointer

@@ -9,20 +9,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtrain.catalog.identity import ModelIdentity
 from torchtrain.checkpoint.commit import INDEX, STATE
 from torchtrain.checkpoint.hf_folder import HFFolder, open_hf_folder
+from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors
 from torchtrain.errors import UserError
 from torchtrain.ranks import gathered, together
 from torchtrain.shards import find_local_box, local
-from torchtrain.utils import first_few, plural
-
-Weights = Mapping[str, Tensor]
-"""A rank's parameters by their names in the whole model, as sharded."""
+from torchtrain.utils import describe_differences, first_few, plural
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class HFSource:
         return self.folder.path
 
     @property
-    def identity(self) -> ModelIdentity | None:
+    def identity(self) -> ModelIdentity:
         """The model, by its config.json."""
         return ModelIdentity(family=self.folder.family, shape=asdict(self.folder.shape))
 
@@ -65,7 +62,7 @@ class TorchtitanSource:
     metadata: Metadata
 
     @property
-    def identity(self) -> ModelIdentity | None:
+    def identity(self) -> None:
         """None: the folder does not say what the weights are the parameters of."""
         return None
 
@@ -80,7 +77,7 @@ class TorchtitanSource:
         left_out = first_few(sorted(entries.keys() - everyones)) or "nothing"
         return (
             f"{plural(len(everyones), 'weight')} of torchtitan's; left out: {left_out}. "
-            "Such a folder does not tell head counts and rotary frequencies: [model] must be right"
+            "Such a folder does not say head counts and rotary frequencies: [model] must be right"
         )
 
 
@@ -101,9 +98,9 @@ def _compare(path: Path, sizes: Mapping[str, torch.Size], weights: Weights) -> N
             if name in sizes and sizes[name] != weight.shape
         ],
     }
-    found = [f"it {verb} {first_few(names)}" for verb, names in differences.items() if names]
+    found = describe_differences(differences)
     if found:
-        raise UserError(f"{path} does not hold this run's model: {'; '.join(found)}")
+        raise UserError(f"{path} does not hold this run's model: {found}")
 
 
 def open_hf_source(path: Path) -> HFSource:

@@ -23,7 +23,7 @@ from torchtrain.models.decoder import load_decoder
 from torchtrain.models.hf_config import to_shape
 from torchtrain.models.hf_names import find_counterpart, order_as_pairs
 from torchtrain.shards import Box
-from torchtrain.utils import first_few, user_errors
+from torchtrain.utils import describe_differences, first_few, user_errors
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +41,8 @@ class HFFolder:
     family: str
     """The model family here that the architecture belongs to."""
     shape: ModelShape
+    seq_len: int | None
+    """Longest sequence that config.json says it takes, in tokens."""
     files: dict[str, Path]
     """The file of each tensor, by Hugging Face's names."""
     _open: dict[Path, Any] = field(default_factory=dict)
@@ -80,9 +82,9 @@ class HFFolder:
             "has, unknown here,": sorted(unknown),
             "has in another shape or type": misfits,
         }
-        found = [f"it {verb} {first_few(names)}" for verb, names in faults.items() if names]
+        found = describe_differences(faults)
         if found:
-            raise UserError(f"{self.path} is not what its {CONFIG} says: {'; '.join(found)}")
+            raise UserError(f"{self.path} is not what its {CONFIG} says: {found}")
         return sizes
 
     def _fits(self, name: str, size: list[int]) -> bool:
@@ -130,7 +132,7 @@ def open_hf_folder(path: Path) -> HFFolder:
     with user_errors(f"{folder / CONFIG}", UserError):
         family, shape = to_shape(config)
     files = _list_tensors(_find_files(path))
-    return HFFolder(path, family, shape, files)
+    return HFFolder(path, family, shape, config.get("max_position_embeddings"), files)
 
 
 def read_json(path: Path) -> dict[str, Any]:

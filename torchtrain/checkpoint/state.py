@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchtrain.checkpoint.commit import Source
 from torchtrain.errors import UserError
 from torchtrain.shards import local
-from torchtrain.utils import first_few
+from torchtrain.utils import describe_differences
 
 Weights = Mapping[str, Tensor]
 """A rank's parameters by their names in the whole model, as sharded, and its buffers, for which the
@@ -194,10 +194,10 @@ def check_tensors(
         "has in another shape": reshaped,
         "has in another precision": converted if optimizer is not None else [],
     }
-    found = [f"it {verb} {first_few(names)}" for verb, names in differences.items() if names]
+    found = describe_differences(differences)
     if found:
         raise UserError(
-            f"{source.path} is not a checkpoint of this model: {'; '.join(found)}. Compare "
+            f"{source.path} is not a checkpoint of this model: {found}. Compare "
             "[model] (a vocab_size of 0 is the tokenizer's), [optimizer] and training.dtype."
         )
     return converted

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from torchtrain.catalog.identity import ModelIdentity, compare_models
 from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.checkpoint import commit
 from torchtrain.checkpoint.commit import Progress
-from torchtrain.checkpoint.hf_folder import CONFIG, HFFolder, open_hf_folder, read_json
+from torchtrain.checkpoint.hf_folder import CONFIG, HFFolder, open_hf_folder
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors, write_tensors
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.reading import Source as ConfigSource
-from torchtrain.config.schema import Config
 from torchtrain.config.toml import toml_value
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -67,6 +67,8 @@ def to_hf(
         UserError: there is no whole checkpoint, no such model there, or the output is not empty.
     """
     trained = find_trained(checkpoint)
+    if (trained.path / CONFIG).exists():
+        raise UserError(f"{trained.path} is in Hugging Face's form already")
     family = trained.identity.family
     if family not in FAMILIES or FAMILIES[family].model != MODEL_CLASS:
         raise UserError(
@@ -80,7 +82,7 @@ def to_hf(
     sizes = {
         name.removeprefix("model/"): (entry.size, entry.properties.dtype)
         for name, entry in entries.items()
-        if name.startswith("model/") and not name.endswith("expert_bias")
+        if name.startswith("model/")
     }
     rows = sizes["tok_embeddings.weight"][0][0]
     export = Export(
@@ -100,6 +102,7 @@ def to_hf(
     with new_folder(output) as folder:
         written = write_hf_folder(folder, sizes, read, export)
         write_tokenizer(source, folder, model_max_length=trained.seq_len)
+        folder.rename(output)
     print(f"{trained.path} is now {output}: {plural(len(written), 'file')} and the tokenizer")
 
 
@@ -133,8 +136,9 @@ def from_hf(source: Path, output: Path) -> None:
     home = source if source.is_dir() else source.parent
     if (home / "tokenizer.json").exists() or (home / "tokenizer.model").exists():
         section["tokenizer_path"] = str(home.resolve())
-    values = {f"model.{key}": value for key, value in section.items()}
-    values["training.seq_len"] = read_length(folder)
+    values: dict[str, Any] = {f"model.{key}": value for key, value in section.items()}
+    if folder.seq_len is not None:
+        values["training.seq_len"] = folder.seq_len
     config = JobConfig().parse_args([], 0, ConfigSource(str(source), values))
     progress = Progress(
         step=0,
@@ -148,13 +152,8 @@ def from_hf(source: Path, output: Path) -> None:
             f"model/{name}": torch.empty(size, dtype=folder.dtype(name), device="meta")
             for name, size in sizes.items()
         }
-        inner = temporary / "whole"
-        inner.mkdir()
-        records = write_tensors(inner, tensors, alone(), StreamingPlanner(folder))
-        commit.commit(inner, temporary / "step-0", progress, records)
-        for path in (temporary / "step-0").iterdir():
-            path.rename(temporary / path.name)
-        (temporary / "step-0").rmdir()
+        records = write_tensors(temporary, tensors, alone(), StreamingPlanner(folder))
+        commit.commit(temporary, output, progress, records)
     lines = "\n".join(f"{key} = {toml_value(value)}" for key, value in section.items())
     print(
         f"{source} is now the checkpoint {output}. To train on:\n\n[model]\n{lines}\n\n"
@@ -171,25 +170,21 @@ def alone() -> dist.ProcessGroup:
 
 def describe_model(folder: HFFolder) -> dict[str, Any]:
     """Return the keys of [model] that give this shape: a flavor's name where one has it."""
+    wanted = ModelIdentity(family=folder.family, shape=asdict(folder.shape))
     for family, entry in FAMILIES.items():
         for flavor, shape in entry.flavors.items():
-            if entry.model == MODEL_CLASS and shape == folder.shape:
+            has_rows = shape.vocab_size == folder.shape.vocab_size
+            known = ModelIdentity(family=family, shape=asdict(shape))
+            if has_rows and not compare_models(known, wanted):
                 return {"name": family, "flavor": flavor}
     # Any flavor of the family: each of its values is given.
     flavor = next(iter(FAMILIES[folder.family].flavors))
     return {"name": folder.family, "flavor": flavor, **asdict(folder.shape)}
 
 
-def read_length(folder: HFFolder) -> int:
-    """Return the longest sequence that the model is said to take, in tokens."""
-    home = folder.path if folder.path.is_dir() else folder.path.parent
-    length = read_json(home / CONFIG).get("max_position_embeddings")
-    return length if isinstance(length, int) and length > 0 else Config().training.seq_len
-
-
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` at the end; after an error it is gone.
+    """Yield a temporary folder, to be renamed to `target`; after an error it is gone.
 
     Raises:
         UserError: the target is there and not empty, or cannot be made.
@@ -200,9 +195,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     with user_errors(f"{str(target)!r} cannot be written", OSError):
         temporary.mkdir(parents=True)
     try:
-        yield temporary
         with user_errors(f"{str(target)!r} cannot be written", OSError):
-            temporary.rename(target)
+            yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -10,15 +10,13 @@ validation would log. Under torchrun, on any layout, by the run's own options.
 import argparse
 import json
 import math
-import os
-import sys
 from functools import partial
 
 import torch.distributed as dist
 
-from torchtrain.logging_utils import init_logging, logger
+from torchtrain.logging_utils import logger
 from torchtrain.ranks import first_on_each_node, join_process_group, patient_group
-from torchtrain.tools.generate import report_faults
+from torchtrain.tools.command import add_model_options, end, report_faults
 from torchtrain.tools.trained_model import load_trained
 from torchtrain.validation import ValidationSet, Validator
 from train import losses_of
@@ -74,20 +72,16 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, lis
         description="Measure a model on text. All other options are the run's own.",
         allow_abbrev=False,
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run, a checkpoint, or a Hugging Face folder")
     add("--dataset", required=True, help="named as in training.dataset")
     add("--dataset-path", help="as in training.dataset_path")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--tokenizer", help="its file or folder (the run's)")
-    add("--dtype", choices=("float32", "bfloat16"), help="bfloat16; on a CPU float32")
     return parser.parse_known_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 2 for a user error, 1 for a crash, 130 for Ctrl-C, else 0."""
     given, of_run = read_arguments(arguments)
-    init_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     def act() -> None:
         results = evaluate(given, of_run)
@@ -103,7 +97,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # as train.py: a process group's threads can hang while Python is torn down
+    end(main())

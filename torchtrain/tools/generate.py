@@ -9,21 +9,18 @@ or by `--parallelism.tensor_parallel_degree 2`; all other options are the run's 
 
 import argparse
 import json
-import logging
-import os
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from torchtrain.errors import ConfigError, PeerFault, SharedUserError, UserError
-from torchtrain.logging_utils import init_logging, logger
+from torchtrain.errors import SharedUserError, UserError
+from torchtrain.logging_utils import logger
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.ranks import join_process_group, on_rank_zero, patient_group
 from torchtrain.tools.cached_attention import pad_sparse_layers
+from torchtrain.tools.command import add_model_options, end, report_faults
 from torchtrain.tools.sampling import Limits, Sampling, continue_prompts
 from torchtrain.tools.trained_model import TrainedModel, load_trained
 from torchtrain.utils import user_errors
@@ -173,10 +170,8 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, lis
         description="Let a model write. All other options are the run's own.",
         allow_abbrev=False,
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add(
-        "--checkpoint", required=True, help="folder of a run, a checkpoint, or a Hugging Face model"
-    )
     add("--prompt", action="append", help="text to continue; may be given several times")
     add("--prompts-file", help='a prompt per line; a .jsonl file has them as "prompt"')
     add("--max-new-tokens", type=int, default=128, help="per prompt (%(default)s)")
@@ -184,9 +179,6 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, lis
     add("--top-k", type=int, default=0, help="choose among so many; 0: all (%(default)s)")
     add("--top-p", type=float, default=1.0, help="choose within this probability (%(default)s)")
     add("--seed", type=int, default=0, help="of the choices (%(default)s)")
-    add("--json", action="store_true", help="print an object per prompt")
-    add("--tokenizer", help="its file or folder (the run's)")
-    add("--dtype", choices=("float32", "bfloat16"), help="bfloat16; on a CPU float32")
     given, of_run = parser.parse_known_args(arguments)
     bounds = {
         "--max-new-tokens must be at least 1": given.max_new_tokens >= 1,
@@ -228,41 +220,11 @@ def generate(given: argparse.Namespace, of_run: list[str]) -> None:
         talk(loaded, given)
 
 
-def report_faults(action: Callable[[], None]) -> int:
-    """Do it, and turn faults into messages and an exit status: 2, 130 for Ctrl-C, 1 for a crash.
-
-    The text alone goes to stdout: warnings are for stderr.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    logger.handlers = [logging.StreamHandler(sys.stderr)]
-    logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    try:
-        action()
-    except (UserError, ConfigError) as fault:
-        if rank == 0 or not isinstance(fault, SharedUserError):
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except PeerFault as fault:
-        return 2 if fault.is_user_error else 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # a reader that has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 2 for a user error, 1 for a crash, 130 for Ctrl-C, else 0."""
     given, of_run = read_arguments(arguments)
-    init_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     return report_faults(lambda: generate(given, of_run))
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # as train.py: a process group's threads can hang while Python is torn down
+    end(main())

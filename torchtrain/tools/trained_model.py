@@ -21,11 +21,10 @@ from torchtrain.catalog.models import FAMILIES
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Source
 from torchtrain.checkpoint.foreign import open_hf_source
-from torchtrain.checkpoint.hf_folder import read_json
 from torchtrain.config.options import options
 from torchtrain.config.plans import find_tokenizer, plan_run
 from torchtrain.config.reading import Source as ConfigSource
-from torchtrain.config.schema import Checkpoint
+from torchtrain.config.schema import Checkpoint, Training
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -147,12 +146,11 @@ def find_in_hf(path: Path) -> Trained:
         PeerFault: the same, on the others.
     """
     source = together(lambda: open_hf_source(path))
-    assert source.identity is not None
     has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     return Trained(
         path=path,
         identity=source.identity,
-        seq_len=read_json(path / "config.json").get("max_position_embeddings", 2048),
+        seq_len=source.folder.seq_len or Training().seq_len,
         tokenizer=str(path) if has_tokenizer else None,
         tokenizer_fingerprints=set(),
         config={},
