@@ -116,7 +116,7 @@ def test_torchtitans_weights_are_taken_and_the_rest_is_named(data, tmp_path, alo
     given = {"checkpoint.initial_load_path": tmp_path / "titan"}
     said = launched(1, options(data, tmp_path / "said", shape, **given))
     assert "weights of torchtitan's; left out: optimizer.state.norm.weight.exp_avg" in said
-    assert "[model] must be right" in said
+    assert "frequencies: check [model]" in said
 
 
 def test_what_does_not_fit_is_refused_in_one_message(data, tmp_path, alone):

@@ -77,7 +77,7 @@ class TorchtitanSource:
         left_out = first_few(sorted(entries.keys() - everyones)) or "nothing"
         return (
             f"{plural(len(everyones), 'weight')} of torchtitan's; left out: {left_out}. "
-            "Such a folder does not say head counts and rotary frequencies: [model] must be right"
+            "Such a folder does not record head counts and rotary frequencies: check [model]"
         )
 
 
