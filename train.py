@@ -31,15 +31,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.catalog.identity import ModelIdentity, find_saved_model, require_same_model
-from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
-from torchtrain.config.plans import list_output_folders, plan_shape
+from torchtrain.checkpoint import Checkpointer
+from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid
-from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_memory_gib
+from torchtrain.metrics import (
+    MetricsLogger,
+    StepSummary,
+    Stopwatch,
+    TextSample,
+    peak_memory_gib,
+)
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.profiling import GarbageCollection, Profiler
@@ -52,10 +57,18 @@ from torchtrain.ranks import (
     set_timeout,
     together,
 )
+from torchtrain.resuming import (
+    check_model,
+    find_saved_progress,
+    has_steps_left,
+    progress_of,
+    resume,
+)
 from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
-from torchtrain.set_up import ParallelModel, Trainer, progress_of, resume, set_up
+from torchtrain.set_up import ParallelModel, Trainer, set_up
 from torchtrain.step_metrics import StepMetrics
+from torchtrain.text_samples import OfLogits
 from torchtrain.utils import expand_user, plural
 
 
@@ -84,6 +97,10 @@ def train(
                     validated = validate(trainer)
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
+            if trainer.text_sampler.is_due(step) and not stopped_by:
+                samples = write_texts(trainer)
+                if metrics is not None:
+                    metrics.log_texts(step, samples)
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
                 checkpointer.save(trainer.model_state, trainer.optimizer, progress_of(trainer))
             profiler.step(step)
@@ -228,6 +245,24 @@ def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
         return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)
 
 
+def write_texts(trainer: Trainer) -> list[TextSample]:
+    """Return what the model writes after this step."""
+    compute = partial(compute_of_logits, trainer)
+    samples = trainer.text_sampler.run(trainer.step, compute, trainer.device)
+    free_gathered(trainer.parts.values())
+    return samples
+
+
+def compute_of_logits(
+    model: ParallelModel, of_logits: OfLogits, tokens: Tensor, labels: Tensor
+) -> Tensor:
+    """Return this rank's values [B] of a function of logits and labels, of tokens [B, S]."""
+    tokens, labels = model.shard(tokens), model.shard(labels)
+    if model.pipeline is not None:
+        return model.pipeline.compute(of_logits, tokens, labels)
+    return of_logits(model.parts[0](tokens), labels)
+
+
 class StopRequest:
     """Turns SIGTERM, SIGHUP and the first SIGINT into a request to stop after the current step.
 
@@ -299,54 +334,6 @@ def run(config: JobConfig, device: torch.device) -> None:
     logger.info(
         f"done: {plural(trainer.step, 'step')}, {plural(trainer.tokens_seen, 'token')}; "
         f"outputs in {folder.path}"
-    )
-
-
-def find_saved_progress(source: Source | Foreign | None) -> Progress | None:
-    """Return what the run goes on from; None where it takes weights alone, or nothing."""
-    if isinstance(source, Source) and not source.model_only:
-        return source.progress
-    return None
-
-
-def check_model(source: Source | Foreign, config: JobConfig) -> None:
-    """Check that the model to be loaded is this run's: the same function of the tokens.
-
-    Raises:
-        SharedUserError: it is another, and `checkpoint.accept_changed_model` is not set.
-    """
-    if isinstance(source, Source):
-        saved = find_saved_model(source.progress.config, source.progress.shape)
-    elif source.identity is None:
-        return  # its tensors are all there is to compare
-    else:
-        saved = source.identity
-    require_same_model(
-        source.path,
-        saved,
-        ModelIdentity(family=config.model.name, shape=asdict(plan_shape(config.model))),
-        accept_changes=config.checkpoint.accept_changed_model,
-    )
-
-
-def has_steps_left(source: Source | Foreign, steps: int, *, is_own: bool) -> bool:
-    """Check whether a run of so many steps has some left after those of the checkpoint.
-
-    Where its own checkpoint leaves none, the run says so and is done.
-
-    Raises:
-        SharedUserError: another run's checkpoint leaves none.
-    """
-    if not isinstance(source, Source) or source.progress.step < steps:
-        return True
-    if is_own:
-        logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")
-        return False
-    if source.model_only:
-        return True
-    raise SharedUserError(
-        f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, "
-        f"and training.steps = {steps} leaves nothing to do. Raise it, or take the weights alone."
     )
 
 

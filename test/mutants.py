@@ -174,8 +174,18 @@ MUTANTS = {
         ),
         (
             "gathered weights stay after a validation",
-            "    free_gathered(trainer.parts.values())\n",
-            "",
+            "    free_gathered(trainer.parts.values())\n    return validated\n",
+            "    return validated\n",
+        ),
+        (
+            "gathered weights stay after texts",
+            "    free_gathered(trainer.parts.values())\n    return samples\n",
+            "    return samples\n",
+        ),
+        (
+            "a stop waits for texts",
+            "if trainer.text_sampler.is_due(step) and not stopped_by:",
+            "if trainer.text_sampler.is_due(step):",
         ),
         (
             "a second Ctrl-C waits too",
@@ -225,12 +235,6 @@ MUTANTS = {
             "config.data, tokenizer, 0, config.validation\n",
         ),
         (
-            "the tokens seen begin at 0 on resume",
-            "    trainer.tokens_seen = saved.tokens_seen\n",
-            "",
-        ),
-        ("the rate is not set on resume", "    set_step(trainer.lr_scheduler, trainer.step)\n", ""),
-        (
             "the loss is never compiled",
             'if compile_section.enable and "loss" in compile_section.components:',
             "if False:",
@@ -241,6 +245,19 @@ MUTANTS = {
             "return dict(self.weights)",
         ),
         (
+            "ranks may see different corpora",
+            '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
+            "",
+        ),
+    ],
+    "torchtrain/resuming.py": [
+        (
+            "the tokens seen begin at 0 on resume",
+            "    trainer.tokens_seen = saved.tokens_seen\n",
+            "",
+        ),
+        ("the rate is not set on resume", "    set_step(trainer.lr_scheduler, trainer.step)\n", ""),
+        (
             "weights alone bring the step along",
             "        checkpointer.load(source, trainer.model_state, None)\n        tokenizers",
             "        checkpointer.load(source, trainer.model_state, None)\n        trainer.step = saved.step\n        tokenizers",
@@ -249,11 +266,6 @@ MUTANTS = {
             "a changed learning rate is not told",
             "        changes.insert(0, ",
             "        changes[:0] and changes.insert(0, ",
-        ),
-        (
-            "ranks may see different corpora",
-            '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
-            "",
         ),
     ],
     "torchtrain/run_facts.py": [
@@ -1101,8 +1113,8 @@ MUTANTS = {
         ("a tied output's gradient is not handed in", "        self.tied.hand_in_gradient()\n", ""),
         (
             "a tied output keeps its first weight",
-            "        self.tied.take_weight()\n        self.divisor = valid\n",
-            "        self.divisor = valid\n",
+            "        self.tied.take_weight()\n        self.losses = []\n",
+            "        self.losses = []\n",
         ),
         (
             "a split backward adds up in the compute precision",
@@ -1257,6 +1269,43 @@ MUTANTS = {
     ],
     "torchtrain/parallelisms/apply.py": [
         ("a tied output is a weight of its own", "if not is_copy:", "if True:"),
+    ],
+    "torchtrain/text_samples.py": [
+        (
+            "texts get longer than training's sequences",
+            "written == self.section.max_new_tokens or len(text) == self.length",
+            "written == self.section.max_new_tokens",
+        ),
+        (
+            "a text goes on after EOS",
+            "token == self.tokenizer.eos_id or self._is_full(texts[row], row)",
+            "self._is_full(texts[row], row)",
+        ),
+        (
+            "every step draws the same",
+            "/{step}/",
+            "/",
+        ),
+        (
+            "a text's last token but one is continued",
+            "draws[row, len(text) - 1] =",
+            "draws[row, len(text) - 2] =",
+        ),
+        (
+            "ids beyond the tokenizer's are chosen",
+            "of_token[: self.tokenizer.vocab_size].float()",
+            "of_token.float()",
+        ),
+        (
+            "a tensor-parallel rank chooses from its share of the vocabulary",
+            "of_token = of_token.full_tensor()",
+            "of_token = of_token.to_local()",
+        ),
+        (
+            "nothing is written after the last step",
+            "is_turn = step % self.section.freq == 0 or step == self.last_step",
+            "is_turn = step % self.section.freq == 0",
+        ),
     ],
     "torchtrain/validation.py": [
         (
@@ -1845,13 +1894,13 @@ MUTANTS = {
         ),
         (
             "earlier superseded lines stay",
-            "names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES",
-            "names = {METRICS_FILE, *DESCRIPTION_FILES",
+            "names = {*LOGS.keys(), *LOGS.values(), *DESCRIPTION_FILES",
+            "names = {*LOGS.keys(), *DESCRIPTION_FILES",
         ),
         (
             "superseded lines are overwritten",
-            'open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8")',
-            'open(self.path / SUPERSEDED_FILE, "w", encoding="utf-8")',
+            'open(superseded, "a", encoding="utf-8")',
+            'open(superseded, "w", encoding="utf-8")',
         ),
     ],
     "torchtrain/profiling.py": [

@@ -46,6 +46,12 @@ ROOMS = {
         "test/config",
         "test/test_training.py",
     ),
+    "torchtrain/resuming.py": (
+        "test/test_resuming.py",
+        "test/test_training.py",
+        "test/checkpoint/test_resume.py",
+        "test/checkpoint",
+    ),
     "torchtrain/config": ("test/config", "test/parallelisms", "test/datasets"),
     "torchtrain/config/plans.py": (
         "test/test_lr_scheduling.py",
@@ -65,6 +71,7 @@ ROOMS = {
     "torchtrain/datasets": ("test/datasets",),
     "torchtrain/datasets/packing.py": ("test/models/test_document_masking.py", "test/datasets"),
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
+    "torchtrain/text_samples.py": ("test/test_text_samples.py",),
     "torchtrain/validation.py": ("test/test_validation.py", "test/test_training_by_hand.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
     "torchtrain/optimizers": (

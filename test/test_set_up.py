@@ -1,7 +1,6 @@
 """What set_up makes of a config: that options reach what they name, and that ranks agree."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from helpers.forking import on_ranks, run_trainer
 from helpers.launching import options, write_corpus
 
 from torchtrain import ranks, set_up
-from torchtrain.config.plans import plan_schedule
 from torchtrain.config_manager import JobConfig
 
 
@@ -37,21 +35,6 @@ def test_the_seed_reaches_every_matrix_and_the_samples(data, device):
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name
         assert torch.equal(weight, other_weights[name]) == (weight.ndim == 1), name
-
-
-def test_changes_of_the_schedule_are_told_one_by_one():
-    before = JobConfig().parse_args(["--training.steps=100", "--optimizer.lr=0.001"])
-    now = JobConfig().parse_args(["--training.steps=200", "--optimizer.lr=0.002"])
-    trainer = SimpleNamespace(
-        config=now, plan=SimpleNamespace(schedule=plan_schedule(now.lr_scheduler, 200))
-    )
-    saved = SimpleNamespace(config=before.model_dump(mode="json"))
-    assert set_up.find_schedule_changes(trainer, saved) == [
-        "optimizer.lr was 0.001, is 0.002",
-        "total_steps was 100, is 200",
-        "warmup_steps was 10, is 20",
-        "decay_steps was 90, is 180",
-    ]
 
 
 def train_on_own_corpus(arguments, corpora):

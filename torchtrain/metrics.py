@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -21,9 +21,10 @@ import torch
 from torchtrain.config.schema import Metrics
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import Color, line_width, logger, use_color
-from torchtrain.utils import METRICS_FILE
+from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable
 
 GIB = 2**30
+TEXT_MARGIN = "  | "
 
 PEAK_BF16_FLOPS = (
     ("H100 NVL", 835e12),
@@ -121,6 +122,15 @@ class StepSummary:
     """What the model, the optimizer or a user's code has added, by name."""
 
 
+@dataclass(frozen=True)
+class TextSample:
+    """What the model has written."""
+
+    prompt: str
+    text: str
+    """What follows the prompt."""
+
+
 class Stopwatch:
     """Times a step and the part of it that waited for data."""
 
@@ -195,6 +205,22 @@ class MetricsLogger:
         elif self.log_lr:
             rate = ("lr", f"{summary.lr:.2e}", "")
             logger.info(self._format_line([self._format_progress(step), rate]))
+
+    def log_texts(self, step: int, samples: Sequence[TextSample]) -> None:
+        """Report what the model has written after a step."""
+        with open(self.run_folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **asdict(sample)}) + "\n")
+        shown = [f"after step {step} the model writes:"]
+        for number, sample in enumerate(samples, start=1):
+            lines = make_printable(sample.prompt + sample.text).rstrip().split("\n")
+            shown += [TEXT_MARGIN + line for line in lines]
+            if self.tensorboard is not None:
+                code = "\n".join("    " + line for line in lines)  # so Markdown sets it as it is
+                self.tensorboard.add_text(f"text_samples/{number}", code, step)
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+        logger.info("\n".join(line[: line_width()] for line in shown))
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -10,9 +10,13 @@ from typing import Any, TextIO
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, plural, user_errors, write_durably
+from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, plural, user_errors, write_durably
 
-SUPERSEDED_FILE = "metrics.superseded.jsonl"
+# What is logged, and where its lines go that a resumed run has superseded.
+LOGS = {
+    METRICS_FILE: "metrics.superseded.jsonl",
+    SAMPLES_FILE: "samples.superseded.jsonl",
+}
 DESCRIPTION_FILES = ("config.toml", "run.json")
 PREVIOUS = "previous-"
 
@@ -63,7 +67,7 @@ class RunFolder:
         Args:
             outputs: the folders that a run writes to; the relative ones are in this folder.
         """
-        names = {METRICS_FILE, SUPERSEDED_FILE, *DESCRIPTION_FILES, "wandb"}
+        names = {*LOGS.keys(), *LOGS.values(), *DESCRIPTION_FILES, "wandb"}
         names |= {output.parts[0] for output in outputs if not output.is_absolute()}
         earlier = sorted(name for name in names if (self.path / name).exists())
         if not earlier:
@@ -82,27 +86,26 @@ class RunFolder:
 
     def resume_at(self, step: int) -> None:
         """Move logged lines past `step`, and a torn last one, aside: those steps come again."""
-        metrics = self.path / METRICS_FILE
-        if not metrics.exists():
-            return
+        for name, superseded in LOGS.items():
+            if (self.path / name).exists():
+                self._cut_log(self.path / name, self.path / superseded, step)
+
+    def _cut_log(self, log: Path, superseded: Path, step: int) -> None:
         kept = []
         moved = []
-        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
             if _logged_step(line) <= step:
                 kept.append(line)
             else:
                 moved.append(line.rstrip("\n") + "\n")
         if not moved:
             return
-        with open(self.path / SUPERSEDED_FILE, "a", encoding="utf-8") as superseded:
-            superseded.writelines(moved)
-            superseded.flush()
-            os.fsync(superseded.fileno())
-        write_durably(metrics, "".join(kept))
-        logger.info(
-            f"{plural(len(moved), 'logged line')} past step {step} moved to "
-            f"{self.path / SUPERSEDED_FILE}"
-        )
+        with open(superseded, "a", encoding="utf-8") as file:
+            file.writelines(moved)
+            file.flush()
+            os.fsync(file.fileno())
+        write_durably(log, "".join(kept))
+        logger.info(f"{plural(len(moved), 'logged line')} past step {step} moved to {superseded}")
 
     def describe_run(self, config_toml: str, facts: Mapping[str, Any]) -> None:
         """Write `config.toml`, what was given, and `run.json`, what was derived from it."""
@@ -111,7 +114,7 @@ class RunFolder:
 
 
 def _logged_step(line: str) -> float:
-    """Return the step of one line of metrics.jsonl; a torn line counts as past every step."""
+    """Return the step of a logged line; a torn line counts as past every step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

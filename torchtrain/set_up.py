@@ -1,29 +1,25 @@
-"""Setting up a run: what a step needs, made in order from one plan; and resuming it."""
+"""Setting up a run: what a step needs, made in order from one plan."""
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtrain.catalog.identity import describe_changes
-from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
-from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run, plan_schedule
-from torchtrain.config.schema import Compile, Debug, LRScheduler
+from torchtrain.checkpoint import Progress
+from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run
+from torchtrain.config.schema import Compile, Debug
 from torchtrain.config_manager import JobConfig
-from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.errors import UserError
-from torchtrain.logging_utils import logger
 from torchtrain.loss import sequence_losses
-from torchtrain.lr_scheduling import differences, get_lr_scheduler, set_step
+from torchtrain.lr_scheduling import get_lr_scheduler
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.parallelisms.apply import (
@@ -43,12 +39,12 @@ from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.ranks import (
     first_on_each_node,
-    gathered,
     patient_group,
     require_equal,
     together,
 )
 from torchtrain.step_metrics import MetricSource, find_metric_sources
+from torchtrain.text_samples import TextSampler
 from torchtrain.validation import ValidationSet, Validator
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -95,6 +91,8 @@ class Trainer(ParallelModel):
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     validator: Validator
     """Is never due where there is no validation."""
+    text_sampler: TextSampler
+    """Is never due without prompts."""
     metric_sources: list[MetricSource]
     """What of the model, and the optimizer if it does, has metrics of its own."""
     step: int = 0
@@ -126,6 +124,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     separators = None
     if config.training.document_masking:
         separators = (tokenizer.bos_id, tokenizer.eos_id)
+    text_sampler = together(lambda: build_text_sampler(config, plan, tokenizer))
     dataset, validation_set = open_data(config, plan, tokenizer, separators)
     fingerprints = f"{dataset.fingerprint}; {validation_set.fingerprint}"
     require_equal(fingerprints, "the corpus, as each rank reads it,")
@@ -140,6 +139,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         optimizer=optimizer,
         lr_scheduler=get_lr_scheduler(optimizer, config),
         validator=Validator(plan.validation, validation_set, plan.degrees, data_rank, device),
+        text_sampler=text_sampler,
         metric_sources=[
             *([] if model.expert_balance is None else [model.expert_balance]),
             *find_metric_sources(model.parts.values(), optimizer),
@@ -241,6 +241,22 @@ def open_data(
     return first_on_each_node(open_both, patient_group())
 
 
+def build_text_sampler(config: JobConfig, plan: RunPlan, tokenizer: Tokenizer) -> TextSampler:
+    """Build what lets the model write while it trains.
+
+    Raises:
+        UserError: a prompt is too long.
+    """
+    return TextSampler(
+        config.text_samples,
+        tokenizer,
+        plan.degrees,
+        seq_len=config.training.seq_len,
+        last_step=config.training.steps,
+        seed=config.debug.seed,
+    )
+
+
 def tag_compiler_cache(mesh: Mesh) -> None:
     """Keep the ranks apart in the compiler's cache on disk under tensor parallelism.
 
@@ -338,60 +354,3 @@ def build_loss_context(config: JobConfig, mesh: Mesh) -> Callable[[], AbstractCo
     """Return the factory of the context that goes around the loss and its backward."""
     is_sharded = mesh.has("tp") and not config.parallelism.disable_loss_parallel
     return partial(loss_context, vocabulary_sharded=is_sharded)
-
-
-def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreign) -> None:
-    """Load the weights and, unless only they are wanted, the rest; say what differs."""
-    if not isinstance(source, Source):
-        checkpointer.load_foreign(source, trainer.weights)
-        return
-    saved = source.progress
-    config = trainer.config
-    if source.model_only:
-        checkpointer.load(source, trainer.model_state, None)
-        tokenizers = find_tokenizers(saved.data)
-        if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
-            logger.warning(
-                f"the weights of {source.path} were trained with another tokenizer than "
-                "model.tokenizer_path: to them the same id is another token"
-            )
-        return
-    accept = config.checkpoint.accept_changed_data
-    together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
-    checkpointer.load(source, trainer.model_state, trainer.optimizer)
-    trainer.step = saved.step
-    trainer.tokens_seen = saved.tokens_seen
-    set_step(trainer.lr_scheduler, trainer.step)
-    for change in find_schedule_changes(trainer, saved):
-        logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
-    changes, more_than_rounding = describe_changes(
-        saved.config, config.model_dump(mode="json"), JobConfig().model_dump(mode="json")
-    )
-    if changes:
-        level = logging.WARNING if more_than_rounding else logging.INFO
-        logger.log(level, f"the config differs from the checkpoint's: {changes}")
-
-
-def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
-    """Return how the current schedule, which counts, differs from the checkpoint's."""
-    section = saved.config["lr_scheduler"]
-    known = {key: value for key, value in section.items() if key in LRScheduler.model_fields}
-    before = plan_schedule(LRScheduler(**known), saved.config["training"]["steps"])
-    changes = differences(asdict(before), trainer.plan.schedule)
-    rate = saved.config["optimizer"]["lr"]
-    now = trainer.config.optimizer.lr
-    if rate != now:
-        changes.insert(0, f"optimizer.lr was {rate}, is {now}")
-    return changes
-
-
-def progress_of(trainer: Trainer) -> Progress:
-    """Return what a checkpoint holds beside tensors. A collective call."""
-    positions = gathered(trainer.loader.positions())
-    return Progress(
-        step=trainer.step,
-        tokens_seen=trainer.tokens_seen,
-        data=trainer.loader.state(trainer.step, positions),
-        config=trainer.config.model_dump(mode="json"),
-        shape=asdict(trainer.plan.shape),
-    )

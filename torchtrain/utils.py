@@ -15,7 +15,9 @@ IGNORE_INDEX = -100
 """A label that is not valid: it adds nothing to the loss, the gradient or the count. PyTorch's own
 default."""
 
-METRICS_FILE = "metrics.jsonl"  # in the run's folder: one JSON object per logged step
+# In the run's folder, JSON objects line by line:
+METRICS_FILE = "metrics.jsonl"  # one per logged step
+SAMPLES_FILE = "samples.jsonl"  # step, prompt, and text: what the model wrote after it
 
 
 def plural(count: int, noun: str) -> str:
@@ -36,6 +38,15 @@ def describe_differences(differences: Mapping[str, list[str]]) -> str:
     """Return "it lacks a, b; it has in another shape c" of names by verb; empty without any."""
     found = [f"it {verb} {first_few(names)}" for verb, names in differences.items() if names]
     return "; ".join(found)
+
+
+def make_printable(text: str) -> str:
+    """Return a text that does to a terminal nothing but to appear: control characters are U+FFFD.
+
+    Line ends stay, tabs are spaces.
+    """
+    characters = text.expandtabs(4)
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in characters)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

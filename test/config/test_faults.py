@@ -192,6 +192,9 @@ BOUNDS = {
     "validation.seq_len": COUNT,
     "validation.freq": COUNT,
     "validation.steps": COUNT_OR_AUTO,
+    "text_samples.freq": COUNT,
+    "text_samples.max_new_tokens": COUNT,
+    "text_samples.temperature": NOT_NEGATIVE,
     "debug.seed": SEED,
 }
 

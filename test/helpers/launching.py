@@ -31,6 +31,7 @@ TINY = {
     "metrics.enable_tensorboard": False,
     "checkpoint.enable": False,
     "compile.enable": False,
+    "text_samples.prompts": "none",
 }
 
 

@@ -6,7 +6,8 @@ from helpers.launching import options
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
-from torchtrain.set_up import progress_of, set_up
+from torchtrain.resuming import progress_of
+from torchtrain.set_up import set_up
 
 
 def write_run(folder, overrides, steps=(1,)):

@@ -388,6 +388,19 @@ class Validation(Section):
     """Batches of training.global_batch_size sequences per validation; -1: all there are."""
 
 
+class TextSamples(Section):
+    """What the model itself writes, during training: on the screen and in samples.jsonl."""
+
+    prompts: Names | None = None
+    """Beginnings of texts, which the model continues; unset: it writes none."""
+    freq: Count = 100
+    """Steps from one time to the next; after the last step it writes too."""
+    max_new_tokens: Count = 64
+    """Longest continuation, in tokens, within training.seq_len. Each costs a whole forward."""
+    temperature: NotNegative = 0.8
+    """Divides the logits before a token is chosen by chance; 0 takes the likeliest."""
+
+
 class Debug(Section):
     """Reproducing and finding faults."""
 
@@ -430,6 +443,7 @@ class Config(BaseModel):
     compile: Compile = Compile()
     comm: Comm = Comm()
     validation: Validation = Validation()
+    text_samples: TextSamples = TextSamples()
     debug: Debug = Debug()
     experimental: Experimental = Experimental()
 

@@ -15,6 +15,7 @@ holds between its blocks.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,7 @@ class Pipeline:
         self.device = device
         self.dtype = dtype
         self.sequence_losses = sequence_losses
+        self.of_logits = sequence_losses
         self.divisor = torch.ones((), device=device)
         self.losses: list[Tensor] = []
         self.lanes = Lanes(device) if self.plan.overlaps else None
@@ -89,7 +91,8 @@ class Pipeline:
             let_lanes_take_turns(parts.values(), self.lanes)
         self.schedule = self._build_schedule()
         # With stages of its own: buffers belong to a stage, and differ between the two.
-        self.forward_only = self._build_forward_only(plan.validation.pipeline, mesh.degrees.pp)
+        self.forward_only = self._build_forward_only(plan.validation.pipeline)
+        self.one_by_one: dict[torch.Size, _PipelineScheduleRuntime] = {}
         self.tied = TiedOutput(parts, self.plan, self.group, device)
 
     def forward_backward(
@@ -107,8 +110,8 @@ class Pipeline:
             [B], each sequence's loss (a sum over its labels) on ranks that have the last stage;
             zeros on the others.
         """
-        self.tied.take_weight()
         self.divisor = valid
+        self.of_logits = self.sequence_losses
         losses = self._pass(self.schedule.step, tokens, labels, documents)
         self.tied.hand_in_gradient()
         return losses
@@ -116,14 +119,47 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the losses as `forward_backward` does, of a batch of the evaluation's sizes."""
-        self.tied.take_weight()
+        self.of_logits = self.sequence_losses
         losses = self._pass(self.forward_only.eval, tokens, labels, documents)
         free_gathered(self.parts.values())
         return losses
 
+    @torch.no_grad()
+    def compute(
+        self, of_logits: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Return a function of logits and labels of sequences of any number and length.
+
+        They pass through the pipeline one by one.
+
+        Args:
+            of_logits: logits [1, S, V] and labels [1, S] to a value, [1].
+            tokens: [B, S], the same sizes on all ranks.
+            labels: the same.
+
+        Returns:
+            [B] on ranks that have the last stage; zeros on the others. Weights may stay gathered.
+        """
+        schedule = self.one_by_one.get(tokens.shape)
+        if schedule is None:
+            sequences, length = tokens.shape
+            shards = self.plan.seq_len // self.plan.activation_len
+            plan = replace(
+                self.plan,
+                microbatches=sequences,
+                microbatch_size=1,
+                seq_len=length,
+                activation_len=length // shards,
+            )
+            schedule = self._build_forward_only(plan)
+            self.one_by_one[tokens.shape] = schedule
+        self.of_logits = of_logits
+        return self._pass(schedule.eval, tokens, labels, None)
+
     def _pass(
         self, run: Callable[..., object], tokens: Tensor, labels: Tensor, documents: Tensor | None
     ) -> Tensor:
+        self.tied.take_weight()
         self.losses = []
         inputs = [tokens] if 0 in self.parts else []
         # PyTorch splits the documents like the tokens, and gives them to all stages.
@@ -135,7 +171,7 @@ class Pipeline:
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return a microbatch's loss for its backward; they reach the last stage in their order."""
-        losses = self.sequence_losses(logits, labels)
+        losses = self.of_logits(logits, labels)
         self.losses.append(losses.detach())
         return losses.sum() / self.divisor
 
@@ -184,7 +220,8 @@ class Pipeline:
             overlap_pairs(schedule, self.lanes)
         return schedule
 
-    def _build_forward_only(self, plan: PipelinePlan, ranks: int) -> _PipelineScheduleRuntime:
+    def _build_forward_only(self, plan: PipelinePlan) -> _PipelineScheduleRuntime:
+        ranks = self.group.size()
         runtime = self._build_runtime(
             plan, {rank: list_in_turn(plan, rank, ranks) for rank in range(ranks)}
         )

@@ -19,9 +19,10 @@ from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.ranks import join_process_group, on_rank_zero, patient_group
+from torchtrain.sampling import INCOMPLETE, Sampling, encode_prompts, text_after
 from torchtrain.tools.cached_attention import pad_sparse_layers
 from torchtrain.tools.command import add_model_options, end, report_faults
-from torchtrain.tools.sampling import Limits, Sampling, continue_prompts
+from torchtrain.tools.sampling import Limits, continue_prompts
 from torchtrain.tools.trained_model import TrainedModel, load_trained
 from torchtrain.utils import user_errors
 
@@ -30,8 +31,6 @@ DEFAULTS = {
     "parallelism.disable_sequence_parallel": True,
     "parallelism.disable_loss_parallel": True,
 }
-INCOMPLETE = "\ufffd"
-"""What the bytes of an unfinished character decode to."""
 
 
 class Writer:
@@ -57,17 +56,12 @@ class Writer:
         print(text[self.written :], end="", flush=True)
 
 
-def text_after(whole: str, before: str) -> str:
-    """Return what a text adds to its beginning, whose last character may have been incomplete."""
-    return whole[len(before.rstrip(INCOMPLETE)) :]
-
-
 def write_texts(
     loaded: TrainedModel, prompts: list[str], given: argparse.Namespace, *, as_made: bool = False
 ) -> list[dict[str, object]]:
     """Continue the prompts; return a record of each. A collective call."""
     tokenizer = loaded.tokenizer
-    encoded = [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
+    encoded = encode_prompts(tokenizer, prompts)
     longest = max(map(len, encoded)) + given.max_new_tokens
     if longest > loaded.trained.seq_len:
         logger.warning(

@@ -13,9 +13,8 @@ import tomli
 
 from torchtrain.config.schema import Config
 from torchtrain.errors import UserError
-from torchtrain.utils import METRICS_FILE, user_errors
+from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, user_errors
 
-SAMPLES_FILE = "samples.jsonl"  # {"step": …, "prompt": …, "text": …}, text being what follows
 LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 DUMP_FOLDER = "job.dump_folder"
 OF_ONE_LAUNCH = ("description", "first_step")

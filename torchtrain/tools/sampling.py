@@ -1,6 +1,6 @@
 """Continuing texts token by token.
 
-Letters: B prompts, S tokens, V vocabulary.
+Letters: B prompts, S tokens.
 """
 
 import hashlib
@@ -10,26 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtrain.models.decoder import Decoder
+from torchtrain.sampling import Sampling, choose
 from torchtrain.tools.cached_attention import begin_sequences
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is chosen."""
-
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Only so many of the likeliest are chosen from; 0: all."""
-    top_p: float = 1.0
-    """Only the likeliest that together have this probability are chosen from."""
-    seed: int = 0
-    """Of the choices. They do not depend on the other prompts, but for the same one given before,
-    which would else get the same text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,33 +29,12 @@ class Limits:
     """Ids of the tokenizer; rows of the vocabulary beyond them are never chosen."""
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Return a token for each row of logits [B, V], on the CPU: [B].
-
-    Top-k comes before top-p; the token with which the probability is reached stays (Holtzman et al.
-    2019, arXiv:1904.09751).
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    # In fp64, and none above 0: no temperature is so low that the likeliest would overflow.
-    logits = logits.double() - logits.amax(dim=-1, keepdim=True)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = ordered.masked_fill(before >= sampling.top_p, 0.0)
-    kept[:, 0] = ordered[:, 0]
-    chosen = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(kept, generators, strict=True)
-    ]
-    return order.gather(1, torch.stack(chosen)).squeeze(1)
-
-
 def make_generators(prompts: Sequence[list[int]], seed: int) -> list[torch.Generator]:
-    """Return a random generator for each prompt, on the CPU."""
+    """Return a random generator for each prompt, on the CPU.
+
+    Its choices do not depend on the other prompts, but for the same one given before, which would
+    else get the same text.
+    """
     generators = []
     before: Counter[tuple[int, ...]] = Counter()
     for prompt in prompts:

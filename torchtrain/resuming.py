@@ -1,0 +1,126 @@
+"""What a run goes on from: whether a checkpoint may be taken, and taking it."""
+
+import logging
+from dataclasses import asdict
+
+from torchtrain.catalog.identity import (
+    ModelIdentity,
+    describe_changes,
+    find_saved_model,
+    require_same_model,
+)
+from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
+from torchtrain.config.plans import plan_schedule, plan_shape
+from torchtrain.config.schema import LRScheduler
+from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.data_state import find_tokenizers
+from torchtrain.errors import SharedUserError
+from torchtrain.logging_utils import logger
+from torchtrain.lr_scheduling import differences, set_step
+from torchtrain.ranks import gathered, together
+from torchtrain.set_up import Trainer
+
+
+def find_saved_progress(source: Source | Foreign | None) -> Progress | None:
+    """Return what the run goes on from; None where it takes weights alone, or nothing."""
+    if isinstance(source, Source) and not source.model_only:
+        return source.progress
+    return None
+
+
+def check_model(source: Source | Foreign, config: JobConfig) -> None:
+    """Check that the model to be loaded is this run's: the same function of the tokens.
+
+    Raises:
+        SharedUserError: it is another, and `checkpoint.accept_changed_model` is not set.
+    """
+    if isinstance(source, Source):
+        saved = find_saved_model(source.progress.config, source.progress.shape)
+    elif source.identity is None:
+        return  # its tensors are all there is to compare
+    else:
+        saved = source.identity
+    require_same_model(
+        source.path,
+        saved,
+        ModelIdentity(family=config.model.name, shape=asdict(plan_shape(config.model))),
+        accept_changes=config.checkpoint.accept_changed_model,
+    )
+
+
+def has_steps_left(source: Source | Foreign, steps: int, *, is_own: bool) -> bool:
+    """Check whether a run of so many steps has some left after those of the checkpoint.
+
+    Where its own checkpoint leaves none, the run says so and is done.
+
+    Raises:
+        SharedUserError: another run's checkpoint leaves none.
+    """
+    if not isinstance(source, Source) or source.progress.step < steps:
+        return True
+    if is_own:
+        logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")
+        return False
+    if source.model_only:
+        return True
+    raise SharedUserError(
+        f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, "
+        f"and training.steps = {steps} leaves nothing to do. Raise it, or take the weights alone."
+    )
+
+
+def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreign) -> None:
+    """Load the weights and, unless only they are wanted, the rest; say what differs."""
+    if not isinstance(source, Source):
+        checkpointer.load_foreign(source, trainer.weights)
+        return
+    saved = source.progress
+    config = trainer.config
+    if source.model_only:
+        checkpointer.load(source, trainer.model_state, None)
+        tokenizers = find_tokenizers(saved.data)
+        if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
+            logger.warning(
+                f"the weights of {source.path} were trained with another tokenizer than "
+                "model.tokenizer_path: to them the same id is another token"
+            )
+        return
+    accept = config.checkpoint.accept_changed_data
+    together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
+    checkpointer.load(source, trainer.model_state, trainer.optimizer)
+    trainer.step = saved.step
+    trainer.tokens_seen = saved.tokens_seen
+    set_step(trainer.lr_scheduler, trainer.step)
+    for change in find_schedule_changes(trainer, saved):
+        logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
+    changes, more_than_rounding = describe_changes(
+        saved.config, config.model_dump(mode="json"), JobConfig().model_dump(mode="json")
+    )
+    if changes:
+        level = logging.WARNING if more_than_rounding else logging.INFO
+        logger.log(level, f"the config differs from the checkpoint's: {changes}")
+
+
+def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
+    """Return how the current schedule, which counts, differs from the checkpoint's."""
+    section = saved.config["lr_scheduler"]
+    known = {key: value for key, value in section.items() if key in LRScheduler.model_fields}
+    before = plan_schedule(LRScheduler(**known), saved.config["training"]["steps"])
+    changes = differences(asdict(before), trainer.plan.schedule)
+    rate = saved.config["optimizer"]["lr"]
+    now = trainer.config.optimizer.lr
+    if rate != now:
+        changes.insert(0, f"optimizer.lr was {rate}, is {now}")
+    return changes
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """Return what a checkpoint holds beside tensors. A collective call."""
+    positions = gathered(trainer.loader.positions())
+    return Progress(
+        step=trainer.step,
+        tokens_seen=trainer.tokens_seen,
+        data=trainer.loader.state(trainer.step, positions),
+        config=trainer.config.model_dump(mode="json"),
+        shape=asdict(trainer.plan.shape),
+    )
