@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.corpora import open_corpus
 from helpers.forking import running, train
 from helpers.launching import data_loader, metrics, write_corpus
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,6 @@ from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
 from torchtrain.datasets import read_ahead
 from torchtrain.datasets.loader import DataLoader, build_dataset
-from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.corpora import open_corpus
 from helpers.tokens import encode
 
 from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.cache_folder import cache_root
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files, read_stdlib
-from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 from torchtrain.errors import UserError

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.corpora import open_corpus
 from helpers.launching import options
 
 from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
@@ -14,7 +15,7 @@ from torchtrain.config.sources import DataSource
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import cache_folder
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.open import open_corpus, open_source, open_tokens
+from torchtrain.datasets.open import open_source, open_tokens
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.tools import prepare

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.corpora import open_corpus
 from helpers.launching import ROOT, TINY, environment
 
 from torchtrain.catalog import datasets as registry
@@ -20,7 +21,6 @@ from torchtrain.catalog.datasets import DATASETS, find_dataset
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import cache_folder, corpora, hub
 from torchtrain.datasets.corpora import Corpus
-from torchtrain.datasets.open import open_corpus
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import ConfigError, UserError

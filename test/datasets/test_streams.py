@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers.corpora import open_corpus
 from helpers.forking import train
 from helpers.launching import data_loader, metrics, write_corpus
 from helpers.tokens import encode
@@ -17,7 +18,7 @@ from torchtrain.config.schema import Data, Training
 from torchtrain.datasets import read_ahead, token_stream
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.loader import DataLoader, build_dataset
-from torchtrain.datasets.open import open_corpus, read_custom
+from torchtrain.datasets.open import read_custom
 from torchtrain.datasets.read_ahead import STEPS_AHEAD
 from torchtrain.datasets.streams import StreamDataset
 from torchtrain.datasets.token_stream import Position

@@ -1,7 +1,7 @@
 """The datasets that a config can name, as data. No torch here: the config check reads it.
 
 To add one, add a line to DATASETS and, where its documents come from a new kind of place, a line to
-`datasets.open.open_corpus`. A user's own comes from the file that `experimental.custom_import`
+`datasets.open.open_source`. A user's own comes from the file that `experimental.custom_import`
 names, see `register_corpus`.
 """
 

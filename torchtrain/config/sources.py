@@ -24,7 +24,7 @@ class DataSource:
 
     dataset: str
     path: str | None
-    share: Fraction
+    share: Fraction = Fraction(1)
     """Fraction of the samples; all shares add up to 1."""
     held_out_share: float = 0.0
     """Fraction of its documents that is held out for validation."""
@@ -113,7 +113,7 @@ def plan_validation_sources(config: Config) -> list[DataSource]:
     if not validation.enable:
         return []
     if validation.dataset is not None:
-        path, all_of_it = validation.dataset_path, Fraction(1)
-        return [DataSource(validation.dataset, path, all_of_it, option="validation.dataset")]
+        path = validation.dataset_path
+        return [DataSource(validation.dataset, path, option="validation.dataset")]
     sources = plan_sources(config.training, config.data, validation)
     return [replace(source, side="validation") for source in sources]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtrain.catalog.datasets import DATASETS, HubSource, describe_path
+from torchtrain.config.schema import Data
 from torchtrain.datasets.corpora import Corpus, Part, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
@@ -19,37 +20,22 @@ from torchtrain.utils import expand_user, nearest
 TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Table:
     """A table of the hub or of a local folder, and how it is read."""
 
+    name: str
+    """Name in messages."""
     source: HubSource
     """The repository at a known revision, or the folder of a local copy."""
     text_key: str
     streaming: bool
 
-    @property
-    def kind(self) -> str:
-        """How its rows are read."""
-        return f"{self.source.config or 'default'} {self.source.split} [{self.text_key}]"
 
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        return f"{self.source.repository} {self.kind}"
-
-
-def read_hub(
-    source: HubSource,
-    path: Path | None,
-    text_key: str,
-    *,
-    streaming: bool = False,
-    option: str = "training.dataset",
-) -> Corpus:
+def read_hub(source: HubSource, path: Path | None, data: Data, option: str) -> Corpus:
     """Return a dataset of the hub at its newest revision, or the local copy in `path`.
 
-    With `streaming` nothing is downloaded beforehand, and each of its files is a part.
+    With `data.streaming` nothing is downloaded beforehand, and each of its files is a part.
 
     Raises:
         UserError: the hub cannot be reached, or has no such dataset; names the `option`.
@@ -62,13 +48,14 @@ def read_hub(
     local = path or (given if given.is_dir() else None)
     revision = None if local else _find_revision(source, option)
     source = replace(source, repository=str(local or source.repository), revision=revision)
-    table = _Table(source=source, text_key=text_key, streaming=streaming)
+    kind = f"{source.config or 'default'} {source.split} [{data.text_key}]"
+    table = _Table(f"{source.repository} {kind}", source, data.text_key, data.streaming)
     return Corpus(
         name=table.name,
         files=files_under(local) if local else [],
         parts=_parts(table),
-        even_parts=streaming,
-        kind=table.kind,
+        even_parts=data.streaming,
+        kind=kind,
         revision=None if revision is None else f"{source.repository}@{revision}",
     )
 

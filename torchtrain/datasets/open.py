@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 from torchtrain.catalog.custom_import import user_location
 from torchtrain.catalog.datasets import Texts, describe_path, find_dataset, source_file
@@ -43,15 +42,12 @@ def open_source(source: DataSource, data: Data) -> Corpus:
     """Open the documents of a source, or the side of them that is meant.
 
     Of a single text, which is one document, the last lines are held out.
+
+    Raises:
+        UserError: unknown dataset; path missing, of the wrong kind, or without files that count;
+            a hub that cannot be reached.
     """
-    corpus = open_corpus(
-        source.dataset,
-        source.path,
-        data.text_key,
-        data.on_bad_row,
-        streaming=data.streaming,
-        option=source.option,
-    )
+    corpus = replace(_open_all(source, data), on_bad_row=data.on_bad_row)
     if source.held_out_share == 0:
         return corpus
     is_one_text = source.dataset == "text" and len(corpus.files) == 1
@@ -59,42 +55,18 @@ def open_source(source: DataSource, data: Data) -> Corpus:
     return split(corpus, source.held_out_share, source.side)
 
 
-def open_corpus(
-    dataset: str,
-    dataset_path: str | None,
-    text_key: str,
-    on_bad_row: Literal["error", "skip"] = "error",
-    *,
-    streaming: bool = False,
-    option: str = "training.dataset",
-) -> Corpus:
-    """Open the documents of a dataset.
-
-    Args:
-        dataset: its name, as `training.dataset` takes it.
-        dataset_path: file or folder, for datasets that read one.
-        text_key: `data.text_key`.
-        on_bad_row: `data.on_bad_row`.
-        streaming: `data.streaming`.
-        option: the option that names the dataset, for messages.
-
-    Raises:
-        UserError: unknown dataset; path missing, of the wrong kind, or without files that count;
-            a hub that cannot be reached.
-    """
-    spec = find_dataset(dataset, dataset_path, option)
-    path = expand_user(dataset_path) if dataset_path else None
+def _open_all(source: DataSource, data: Data) -> Corpus:
+    spec = find_dataset(source.dataset, source.path, source.option)
+    path = expand_user(source.path) if source.path else None
     if spec.texts is not None:
-        corpus = read_custom(dataset, spec.texts, dataset_path)
-    elif spec.hub is not None:
-        corpus = read_hub(spec.hub, path, text_key, streaming=streaming, option=option)
-    elif path is None:
-        corpus = read_stdlib()
-    elif dataset == "tokens":
-        raise UserError(f"{describe_path(option, path)} is a token file, which has no text")
-    else:
-        corpus = read_files(dataset, path, text_key, option)
-    return replace(corpus, on_bad_row=on_bad_row)
+        return read_custom(source.dataset, spec.texts, source.path)
+    if spec.hub is not None:
+        return read_hub(spec.hub, path, data, source.option)
+    if path is None:
+        return read_stdlib()
+    if source.dataset == "tokens":
+        raise UserError(f"{describe_path(source.option, path)} is a token file, which has no text")
+    return read_files(source.dataset, path, data.text_key, source.option)
 
 
 def read_custom(name: str, texts: Texts, dataset_path: str | None) -> Corpus:

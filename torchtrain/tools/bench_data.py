@@ -22,8 +22,9 @@ import numpy as np
 from torchtrain.config.layout import BatchPlan
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.schema import Data, Training
+from torchtrain.config.sources import DataSource
 from torchtrain.datasets.loader import DataLoader, build_dataset
-from torchtrain.datasets.open import open_corpus
+from torchtrain.datasets.open import open_source
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.utils import count_cores
 
@@ -37,7 +38,7 @@ Sections = tuple[dict[str, Any], dict[str, Any]]
 
 def write_sources(folder: Path, megabytes: float) -> dict[str, Sections]:
     """Write files of about `megabytes` each into `folder`; return each kind's sections."""
-    texts = [document.text for document in open_corpus(COPIED, None, "").documents()]
+    texts = _copied_texts()
     corpus = folder / "corpus"
     corpus.mkdir()
     written = 0
@@ -65,6 +66,11 @@ def write_sources(folder: Path, megabytes: float) -> dict[str, Sections]:
     }
 
 
+def _copied_texts() -> list[str]:
+    corpus = open_source(DataSource(COPIED, None), Data())
+    return [document.text for document in corpus.documents()]
+
+
 def timed(work: Callable[[int], int], seconds: float) -> float:
     """Return the units per second of `work`, which takes its turn's number and returns units."""
     units = 0
@@ -85,7 +91,7 @@ def anonymous_mib() -> float:
 
 def raw_speeds(tokenizer: Tokenizer, ids_file: Path, seconds: float) -> dict[str, float]:
     """Measure what bounds every source: encoding and reading from the page cache."""
-    texts = [document.text for document in open_corpus(COPIED, None, "").documents()][:100]
+    texts = _copied_texts()[:100]
     ids = np.memmap(ids_file, np.uint16, mode="r")
 
     def encode(threads: int) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 import sentencepiece
 
 from torchtrain.catalog.custom_import import import_custom
-from torchtrain.datasets.open import open_corpus
+from torchtrain.config.schema import Data
+from torchtrain.config.sources import DataSource
+from torchtrain.datasets.open import open_source
 from torchtrain.datasets.tokenizer import LONG_TEXT, SentencePieceTokenizer
 from torchtrain.errors import UserError
 
@@ -77,7 +79,9 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
     if options.custom_import:
         import_custom(options.custom_import)
-    corpus = open_corpus(options.dataset, options.dataset_path, options.text_key)
+    data = Data()
+    data.text_key = options.text_key
+    corpus = open_source(DataSource(options.dataset, options.dataset_path), data)
     model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
     tokenizer = SentencePieceTokenizer(model, options.output)
     try:
