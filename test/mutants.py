@@ -1245,8 +1245,8 @@ MUTANTS = {
     "torchtrain/datasets/data_state.py": [
         (
             "old positions come in the order of their names",
-            'key = (int(source), int(stream.removeprefix("stream ")))',
-            "key = (int(source), stream)",
+            "positions[source, int(stream)] =",
+            "positions[source, stream] =",
         ),
         (
             "an old state's origin is forgotten",

@@ -11,7 +11,6 @@ Until version 1 the identity's entries stood beside the others, those of a mixtu
 as "corpus of source 3"; positions had names such as "stream 4 of source 3"; `origin` was a pair.
 """
 
-import re
 from typing import Any
 
 from torchtrain.datasets.samples import flatten
@@ -31,7 +30,6 @@ OPTIONS = {
 }
 """What messages call an entry; those of a mixture's sources are data.mixture's."""
 
-OF_SOURCE = re.compile(r"(.+) of source (\d+)")
 NOT_OF_DATASET = ("samples_consumed", "origin", "global_batch_size", "source", "positions")
 
 
@@ -39,19 +37,14 @@ def upgrade(saved: DataState) -> DataState:
     """Return a saved state in today's form; entries that it lacks are empty or 0."""
     if "dataset" in saved:
         return saved
-    dataset: dict[str, Any] = {}
-    sources: dict[int, dict[str, Any]] = {}
+    by_source: dict[int, dict[str, Any]] = {0: {}}  # 0: what all sources have in common
     for key, value in saved.items():
-        if key in NOT_OF_DATASET:
-            continue
-        of_source = OF_SOURCE.fullmatch(key)
-        if of_source is None:
-            dataset[key] = value
-        else:
-            name, number = of_source.groups()
-            sources.setdefault(int(number), {})[name] = value
-    if sources:
-        dataset["sources"] = [sources[number] for number in sorted(sources)]
+        if key not in NOT_OF_DATASET:
+            name, number = _split(key)
+            by_source.setdefault(number, {})[name] = value
+    dataset = by_source.pop(0)
+    if by_source:
+        dataset["sources"] = [by_source[number] for number in sorted(by_source)]
     step, sample = saved.get("origin", (0, 0))
     return {
         "samples_consumed": saved.get("samples_consumed"),
@@ -63,14 +56,18 @@ def upgrade(saved: DataState) -> DataState:
     }
 
 
+def _split(name: str) -> tuple[str, int]:
+    """Return what comes before " of source ", and the source's number; 0 where it isn't there."""
+    name, _, number = name.partition(" of source ")
+    return name, int(number or 0)
+
+
 def _upgrade_positions(saved: dict[str, list[int]]) -> list[dict[str, int]]:
     """Return positions in the order of sources and streams."""
     positions = {}
     for name, numbers in saved.items():
-        of_source = OF_SOURCE.fullmatch(name)
-        stream, source = of_source.groups() if of_source else (name, "0")
-        key = (int(source), int(stream.removeprefix("stream ")))
-        positions[key] = Position(*numbers)._asdict()
+        stream, source = _split(name.removeprefix("stream "))
+        positions[source, int(stream)] = Position(*numbers)._asdict()
     return [positions[key] for key in sorted(positions)]
 
 
