@@ -184,10 +184,8 @@ class DataLoader:
         """
         assert step >= 1
         self._log_epochs(step)
-        if self.dataset.streams:
-            batches, self._positions = self._ahead.take(step)
-        else:
-            batches, _ = self._read_step(step)
+        read = self._ahead.take if self.dataset.streams else self._read_step
+        batches, self._positions = read(step)
         return batches
 
     def _read_step(self, step: int) -> tuple[list[Microbatch], list[Position]]:
@@ -217,11 +215,8 @@ class DataLoader:
 
     def positions(self) -> dict[int, Position]:
         """Return where the streams stand that this rank has read, by their numbers."""
-        moved = {}
-        for number, position in enumerate(self._positions):
-            if position != self._first_positions[number]:
-                moved[number] = position
-        return moved
+        first = self._first_positions
+        return {v: position for v, position in enumerate(self._positions) if position != first[v]}
 
     def state(self, step: int, by_rank: Sequence[dict[int, Position]] = ()) -> DataState:
         """Return the data state after `step`, as JSON; the same on every rank.

@@ -62,9 +62,9 @@ class Manifest:
     source: str
     """Name of the corpus."""
     files: int
-    documents: int | None
+    documents: int | None = None
     """None where a token file doesn't say."""
-    bytes: int | None
+    bytes: int | None = None
     """Of the documents' text in UTF-8; None for a token file."""
     tokens: int
     dtype: str

@@ -62,8 +62,6 @@ def open_token_file(
     manifest = Manifest(
         source=f"tokens {path}",
         files=1,
-        documents=None,
-        bytes=None,
         tokens=len(tokens),
         dtype=tokens.dtype.name,
         corpus_fingerprint=facts["fingerprint"],
