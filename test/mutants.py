@@ -1534,8 +1534,8 @@ MUTANTS = {
     "torchtrain/datasets/token_stream.py": [
         (
             "a stream's samples overlap by two tokens",
-            "self._drop(self.seq_len)",
-            "self._drop(self.seq_len - 1)",
+            "_drop(held, self.seq_len)",
+            "_drop(held, self.seq_len - 1)",
         ),
         (
             "streams all read the first document",
@@ -1544,8 +1544,8 @@ MUTANTS = {
         ),
         (
             "a resumed stream forgets where in its document it was",
-            "tokens[self.start.token :])",
-            "tokens)",
+            "yield self.start, tokens[self.start.token :]\n",
+            "yield self.start, tokens\n",
         ),
         ("a stream's epochs do not begin at its first row", "                first_row = 0\n", ""),
         (

@@ -65,18 +65,12 @@ class TokenStream:
         self.parts = self.corpus.parts
         if self.by_part:
             self.parts = self.corpus.parts[self.number :: self.count]
-        self._documents: Iterator[Span] | None = None
-        # The tokens that were read and not yet used, document by document.
-        self._held: deque[Span] = deque()
-        self._tokens_held = 0
-        self._next_sample = 0
+        self._samples: Iterator[np.ndarray] | None = None
+        self._next = Position()
 
     def position(self) -> Position:
         """Return the position of the next sample."""
-        if self._documents is None:
-            return self.start
-        begin, _ = self._held[0]
-        return begin._replace(sample=self._next_sample)
+        return self.start if self._samples is None else self._next
 
     def read(self, number: int) -> np.ndarray:
         """Read sample `number`, int32 `[S + 1]`; samples are read in ascending order.
@@ -85,48 +79,43 @@ class TokenStream:
             UserError: a bad row, or a source that cannot be read, has no document for this stream,
                 or has other documents than when `start` was saved.
         """
-        if self._documents is None:
-            self._documents = self._begin()
-        assert number >= self._next_sample, "a stream is read forwards"
-        while self._next_sample < number:
-            self._read_next()
-        return self._read_next()
+        if self._samples is None:
+            self._next = self.start
+            self._samples = self._read_samples()
+        assert number >= self._next.sample, "a stream is read forwards"
+        while self._next.sample < number:
+            next(self._samples)
+        return next(self._samples)
 
-    def _begin(self) -> Iterator[Span]:
-        """Open the corpus at `start`."""
-        document = self.start._replace(sample=0, token=0)  # where it begins
-        documents = self._read_documents(document)
-        self._next_sample = self.start.sample
-        if document != Position() or self.start.token > 0:
+    def _read_samples(self) -> Iterator[np.ndarray]:
+        """Read the samples from `start` on; at each, `_next` is the position of the one after."""
+        size = self.seq_len + 1
+        # The tokens that were read and not yet used, document by document.
+        held: deque[Span] = deque()
+        tokens_held = 0
+        for span in self._read_spans():
+            held.append(span)
+            tokens_held += len(span[1])
+            while tokens_held >= size:
+                sample = np.concatenate([tokens[:size] for _, tokens in held])[:size]
+                _drop(held, self.seq_len)
+                tokens_held -= self.seq_len
+                begin, _ = held[0]
+                self._next = begin._replace(sample=self._next.sample + 1)
+                yield sample
+
+    def _read_spans(self) -> Iterator[Span]:
+        """Read the documents from `start` on, the first from the token where `start` is."""
+        first = self.start._replace(sample=0, token=0)
+        documents = self._read_documents(first)
+        if first != Position() or self.start.token > 0:
             found, tokens = next(documents)
-            if found != document or len(tokens) <= self.start.token:
+            if found != first or len(tokens) <= self.start.token:
                 raise UserError(
                     f"{self.name} does not give the documents that it gave before the checkpoint"
                 )
-            self._hold(self.start, tokens[self.start.token :])
-        return documents
-
-    def _hold(self, begin: Position, tokens: np.ndarray) -> None:
-        self._held.append((begin, tokens))
-        self._tokens_held += len(tokens)
-
-    def _read_next(self) -> np.ndarray:
-        assert self._documents is not None
-        size = self.seq_len + 1
-        while self._tokens_held < size:
-            self._hold(*next(self._documents))
-        sequence = np.concatenate([tokens[:size] for _, tokens in self._held])[:size]
-        self._next_sample += 1
-        self._drop(self.seq_len)
-        return sequence
-
-    def _drop(self, count: int) -> None:
-        """Drop the first `count` tokens, of more that are held."""
-        self._tokens_held -= count
-        while count >= len(self._held[0][1]):
-            count -= len(self._held.popleft()[1])
-        begin, tokens = self._held.popleft()
-        self._held.appendleft((begin._replace(token=begin.token + count), tokens[count:]))
+            yield self.start, tokens[self.start.token :]
+        yield from documents
 
     def _read_documents(self, first: Position) -> Iterator[Span]:
         """Read the documents of this stream from `first` on: their positions and tokens."""
@@ -165,3 +154,11 @@ class TokenStream:
             if row is None:
                 return
             yield row
+
+
+def _drop(held: deque[Span], count: int) -> None:
+    """Drop the first `count` tokens, of more that are held."""
+    while count >= len(held[0][1]):
+        count -= len(held.popleft()[1])
+    begin, tokens = held.popleft()
+    held.appendleft((begin._replace(token=begin.token + count), tokens[count:]))
