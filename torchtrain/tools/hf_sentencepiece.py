@@ -18,7 +18,7 @@ What stays different, beside the text of an unknown token:
 import re
 from typing import TYPE_CHECKING, Any
 
-from torchtrain.datasets.tokenizer_formats import SPACE_MARK
+from torchtrain.datasets.tokenizer import SPACE_MARK
 from torchtrain.errors import UserError
 
 if TYPE_CHECKING:

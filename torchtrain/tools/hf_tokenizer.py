@@ -11,8 +11,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtrain.datasets.tokenizer_formats import SPECIAL_KEYS, HuggingFaceTokenizer, read_beside
+from torchtrain.datasets.tokenizer import (
+    SPECIAL_KEYS,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_beside,
+)
 from torchtrain.logging_utils import logger
 from torchtrain.tools.hf_sentencepiece import convert_sentencepiece
 from torchtrain.utils import expand_user, user_errors
