@@ -36,6 +36,7 @@ from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import DataLoader, Microbatch
 from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid
 from torchtrain.metrics import (
@@ -102,7 +103,9 @@ def train(
                 if metrics is not None:
                     metrics.log_texts(step, samples)
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
-                checkpointer.save(trainer.model_state, trainer.optimizer, progress_of(trainer))
+                is_last = step == config.training.steps
+                progress = progress_of(trainer)
+                checkpointer.save(trainer.model_state, trainer.optimizer, progress, is_last=is_last)
             profiler.step(step)
             collector.step(step)
             if step == first_step:
@@ -304,11 +307,13 @@ def run(config: JobConfig, device: torch.device) -> None:
         logger.info(f"config     {note}")
     folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
-    source = checkpointer.find()
+    source = checkpointer.find(config.training.steps)
     is_own = source is not None and source.path.parent == checkpointer.folder
     if source is not None and not has_steps_left(source, config.training.steps, is_own=is_own):
+        export_last(config, source.path)
         return
 
+    check_export(config)
     if source is not None:
         check_model(source, config)
     trainer = set_up(config, device, find_saved_progress(source))
@@ -331,6 +336,7 @@ def run(config: JobConfig, device: torch.device) -> None:
     finally:
         if metrics is not None:
             metrics.close()
+    export_last(config, checkpointer.path(trainer.step))
     logger.info(
         f"done: {plural(trainer.step, 'step')}, {plural(trainer.tokens_seen, 'token')}; "
         f"outputs in {folder.path}"

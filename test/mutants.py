@@ -250,6 +250,23 @@ MUTANTS = {
             "",
         ),
     ],
+    "torchtrain/exporting.py": [
+        (
+            "an export is not made up for",
+            "    if target.exists():\n        return\n",
+            "    if target.exists() or True:\n        return\n",
+        ),
+        (
+            "a run that saves nothing exports",
+            "section.last_save_in_hf and not section.load_only",
+            "section.last_save_in_hf",
+        ),
+        (
+            "a failed conversion is passed over",
+            "if done.returncode != 0:",
+            "if done.returncode > 2:",
+        ),
+    ],
     "torchtrain/resuming.py": [
         (
             "the tokens seen begin at 0 on resume",
@@ -1556,6 +1573,16 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/checkpointer.py": [
         (
+            "every checkpoint is of the weights alone",
+            "if is_last and self.config.last_save_model_only:",
+            "if self.config.last_save_model_only:",
+        ),
+        (
+            "a run goes on from weights alone",
+            "found.progress.model_only and step < last_step:\n                logger",
+            "found.progress.model_only and step < 0:\n                logger",
+        ),
+        (
             "the last step is not saved",
             "first or stopping or step == last_step or step %",
             "first or stopping or step %",
@@ -1681,6 +1708,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/state.py": [
+        (
+            "buffers are exported in another precision",
+            "if isinstance(weight, nn.Parameter):  # b",
+            "if weight is not None:  # b",
+        ),
         (
             "weights are changed by making the states",
             "            local(parameter.detach()).copy_(weight)\n",

@@ -46,6 +46,7 @@ ROOMS = {
         "test/config",
         "test/test_training.py",
     ),
+    "torchtrain/exporting.py": ("test/checkpoint/test_last_save.py",),
     "torchtrain/resuming.py": (
         "test/test_resuming.py",
         "test/test_training.py",

@@ -36,6 +36,7 @@ FLOORS = {
     "torchtrain.text_samples": 2,
     "torchtrain.validation": 2,
     "torchtrain.set_up": 3,
+    "torchtrain.exporting": 2.1,
     "torchtrain.resuming": 3.05,
     "torchtrain.run_facts": 3.05,
     "train": 3.1,
@@ -52,12 +53,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 8882, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9012, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1540,
+    "config": 1555,
     "datasets": 1964,
     "parallelisms": 1800,
-    "checkpoint": 910,
+    "checkpoint": 945,
     "models": 800,
     "optimizers": 400,
 }

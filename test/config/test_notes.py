@@ -20,6 +20,10 @@ IDLE = {
         '[training]\ndataset = "tokens"\ndataset_path = "run.toml"\n[data]\nstreaming = true',
         ["data.streaming = true has no effect: token files are read in place"],
     ),
+    "type of no export": (
+        '[checkpoint]\nenable = true\nexport_dtype = "float16"',
+        ['export_dtype = "float16" has no effect while neither last_save_model_only nor'],
+    ),
     "validation path alone": (
         '[validation]\nenable = true\ndataset_path = "."',
         ["dataset_path", "no effect while validation.dataset is unset"],

@@ -23,9 +23,6 @@ ASKING = {
     "parallelism.expert_parallel_comm_backend": (None, '"standard"'),
     "checkpoint.enable_ft_dataloader_checkpoints": (None, "true"),
     "checkpoint.initial_load_in_hf_quantized": ("true", "false"),
-    "checkpoint.last_save_model_only": (None, "true"),
-    "checkpoint.last_save_in_hf": ("true", "false"),
-    "checkpoint.export_dtype": ('"bfloat16"', '"float32"'),
     "checkpoint.async_mode": ('"async"', '"disabled"'),
     "checkpoint.exclude_from_loading": ('["optimizer"]', "[]"),
     "checkpoint.create_seed_checkpoint": ("true", "false"),
@@ -218,10 +215,12 @@ def test_a_llama3_file_starts(flavor):
     assert config.notes == [
         "torchtitan options that have no effect here: job.custom_config_module, "
         "model.converters, training.dataloader, "
-        "parallelism.expert_tensor_parallel_degree, checkpoint.last_save_model_only, "
-        "checkpoint.export_dtype, checkpoint.async_mode, quantize.linear, validation.dataloader",
+        "parallelism.expert_tensor_parallel_degree, checkpoint.async_mode, quantize.linear, "
+        "validation.dataloader",
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '
         "parallelism.pipeline_parallel_degree = 1",
+        "checkpoint.last_save_model_only = true has no effect while checkpoint.enable = false",
+        'checkpoint.export_dtype = "float32" has no effect while checkpoint.enable = false',
     ]
 
 

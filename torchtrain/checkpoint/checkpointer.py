@@ -6,6 +6,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,11 @@ from torchtrain.utils import expand_user, first_few, fsync_folder, user_errors, 
 
 TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
+
+WEIGHTS_ALONE = (
+    "it holds the weights alone (checkpoint.last_save_model_only), which can start another run, by "
+    "checkpoint.initial_load_path"
+)
 
 T = TypeVar("T")
 
@@ -75,6 +81,8 @@ class Checkpointer:
             return
         sizes = self._merge(self._together(lambda: state.measure(weights, optimizer)))
         needed = 2 * sum(sizes.values())
+        if self.config.last_save_in_hf:
+            needed += sum(size for name, size in sizes.items() if name.startswith("model/"))
         probe = self._on_rank_zero(lambda: self._write_probe(needed))
         try:
             self._together(lambda: self._look_for(probe))
@@ -82,8 +90,17 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
 
-    def save(self, weights: Weights, optimizer: Optimizer, progress: Progress) -> None:
+    def save(
+        self,
+        weights: Weights,
+        optimizer: Optimizer,
+        progress: Progress,
+        *,
+        is_last: bool = False,
+    ) -> None:
         """Write `step-N`, unless it is complete already, and remove what is no longer kept.
+
+        The run's last one is of the weights alone with `last_save_model_only`.
 
         A save that fails removes its temporary folder and leaves earlier checkpoints as they are.
         (Should only the very last sync fail, after the rename, `step-N` stays: it is complete, if
@@ -93,19 +110,15 @@ class Checkpointer:
             CheckpointError, OSError: on all ranks, naming the rank that failed.
         """
         started = time.monotonic()
-        target = self._path(progress.step)
+        target = self.path(progress.step)
         temporary = self._on_rank_zero(lambda: self._begin(target))
         if temporary is None:
             logger.info(f"{target} exists already and is complete; not written again")
             return
+        if is_last and self.config.last_save_model_only:
+            progress = replace(progress, model_only=True)
         try:
-            tensors = self._together(
-                lambda: (
-                    state.list_weights(weights)
-                    | state.list_states(weights, optimizer)
-                    | state.list_random_states(weights)
-                )
-            )
+            tensors = self._together(lambda: self._list_saved(weights, optimizer, progress))
             files = self._merge(write_tensors(temporary, tensors, self.group))
             self._on_rank_zero(lambda: commit.commit(temporary, target, progress, files))
         except BaseException:
@@ -116,25 +129,29 @@ class Checkpointer:
         logger.info(f"saved {target} ({size:,.1f} MiB) in {time.monotonic() - started:.1f} s")
         self._on_rank_zero(lambda: self._retire(progress.step))
 
-    def find(self) -> Source | Foreign | None:
+    def find(self, last_step: int = 0) -> Source | Foreign | None:
         """Choose what this run resumes from, verified to the last byte; None: it starts at step 0.
 
         The run's own newest complete checkpoint, or `load_step`; where the run has none yet,
         `initial_load_path`. A damaged one of the run's own is set aside by a rename, with a
-        warning, and the next older one is taken.
+        warning, and the next older one is taken; so it is where the newest holds the weights alone
+        and is not that of the run's `last_step`.
 
         Raises:
             UserError: `load_step` or `initial_load_path` is missing, damaged or another program's,
                 or the run has checkpoints of which none is complete (a start at step 0 would hide
-                that).
+                that), or has what it takes to go on.
         """
         if not self.config.enable:
             return None
         steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
-            return self._find_step(self.config.load_step)
+            return self._find_step(self.config.load_step, last_step)
         for step in steps:
-            found = self.verify(self._path(step))
+            found = self.verify(self.path(step))
+            if isinstance(found, Source) and found.progress.model_only and step < last_step:
+                logger.warning(f"{found.path} is passed over: {WEIGHTS_ALONE}")
+                continue
             if isinstance(found, Source):
                 if self.config.initial_load_path:
                     logger.info(
@@ -142,12 +159,12 @@ class Checkpointer:
                         "its own"
                     )
                 return found
-            self._reject(self._path(step), found)
+            self._reject(self.path(step), found)
         if names:
             raise SharedUserError(
                 f"{self.folder} holds {', '.join(names)}, but none of them is a complete "
-                "checkpoint. Training does not start over silently: move that folder away, or "
-                "choose another job.dump_folder."
+                "checkpoint to go on from. Training does not start over silently: move that folder "
+                "away, or choose another job.dump_folder."
             )
         if not self.config.initial_load_path:
             return None
@@ -242,7 +259,8 @@ class Checkpointer:
         by_rank = gathered(entries, self.group)
         return {name: entry for of_rank in by_rank for name, entry in of_rank.items()}
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint after this step."""
         return self.folder / f"step-{step}"
 
     def _list(self) -> tuple[list[int], list[str]]:
@@ -254,9 +272,21 @@ class Checkpointer:
     def _list_complete(self) -> list[int]:
         """Return the steps that are complete, newest first."""
         steps, _ = self._list()
-        return [step for step in steps if isinstance(commit.inspect(self._path(step)), Marker)]
+        return [step for step in steps if isinstance(commit.inspect(self.path(step)), Marker)]
 
     # Saving
+
+    def _list_saved(
+        self, weights: Weights, optimizer: Optimizer, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint by their names."""
+        if progress.model_only:
+            return state.list_exported(weights, self.config.export_dtype)
+        return (
+            state.list_weights(weights)
+            | state.list_states(weights, optimizer)
+            | state.list_random_states(weights)
+        )
 
     def _make_folder(self) -> None:
         """Make the folder, and remove what dead runs left unfinished in it."""
@@ -312,7 +342,7 @@ class Checkpointer:
         try:
             older = [step for step in self._list_complete() if step < newest]
             for step in older[self.config.keep_latest_k - 1 :]:
-                path = self._path(step)
+                path = self.path(step)
                 doomed = self.folder / f"{TEMPORARY}removed-{step}-{uuid.uuid4().hex}"
                 (path / MARKER).unlink()
                 fsync_folder(path)
@@ -323,10 +353,12 @@ class Checkpointer:
 
     # Finding
 
-    def _find_step(self, step: int) -> Source:
+    def _find_step(self, step: int, last_step: int) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
-        path = self._path(step)
+        path = self.path(step)
         found = self.verify(path)
+        if isinstance(found, Source) and found.progress.model_only and step < last_step:
+            found = WEIGHTS_ALONE
         if isinstance(found, Source):
             return found
         complete = self._on_rank_zero(self._list_complete)
@@ -343,11 +375,15 @@ class Checkpointer:
             with user_errors(given, UserError):
                 return self._together(lambda: open_hf_source(path))
         if self._on_rank_zero(lambda: is_dcp_folder(path)):
-            self._require_model_only(given)
+            self._require_model_only(
+                given, "another program's, of which only the weights can be taken"
+            )
             with user_errors(given, UserError):
                 return self._together(lambda: open_torchtitan_source(path))
         found = self.verify(path, model_only=self.config.initial_load_model_only)
         if isinstance(found, Source):
+            if found.progress.model_only:
+                self._require_model_only(given, "a checkpoint of the weights alone")
             return found
         hint = ""
         if (path / HF_CONFIG).exists():
@@ -357,11 +393,10 @@ class Checkpointer:
             f"checkpoint, such as outputs/checkpoint/step-1000.{hint}"
         )
 
-    def _require_model_only(self, given: str) -> None:
+    def _require_model_only(self, given: str, what: str) -> None:
         if not self.config.initial_load_model_only:
             raise SharedUserError(
-                f"{given} is another program's checkpoint, of which only the weights can be "
-                "taken: set checkpoint.initial_load_model_only = true"
+                f"{given} is {what}: set checkpoint.initial_load_model_only = true"
             )
 
     def _reject(self, path: Path, fault: str) -> None:
@@ -376,7 +411,7 @@ class Checkpointer:
         steps, _ = self._list()
         for later in steps:
             if later > step:
-                path = self._path(later)
+                path = self.path(later)
                 target = commit.set_aside(path, "superseded")
                 logger.warning(
                     f"this run resumes from step {step}: its {path.name} is now {target.name}"

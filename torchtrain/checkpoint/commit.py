@@ -57,6 +57,8 @@ class Progress:
     """The resolved config by section, to be compared with the next launch's."""
     shape: dict[str, Any] | None = None
     """The resolved shape of the model; None in old checkpoints, whose config tells it."""
+    model_only: bool = False
+    """Whether the checkpoint holds the weights alone, so that no run goes on from it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
@@ -22,12 +22,27 @@ Weights = Mapping[str, Tensor]
 """A rank's parameters by their names in the whole model, as sharded, and its buffers, for which the
 optimizer has no state. Tied ones come once."""
 
+EXPORT_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 WHAT_TO_DO = "Choose another optimizer.name, or train without checkpoint.enable"
 
 
 def list_weights(weights: Weights) -> dict[str, Tensor]:
     """Return the weights by their names in a checkpoint, sharing their memory."""
     return {f"model/{name}": weight.detach() for name, weight in weights.items()}
+
+
+def list_exported(weights: Weights, dtype: str | None) -> dict[str, Tensor]:
+    """Return the weights by their names in a checkpoint, the parameters in `export_dtype`."""
+    tensors = list_weights(weights)
+    if dtype is not None:
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):  # buffers keep the precision that they need
+                tensors[f"model/{name}"] = tensors[f"model/{name}"].to(EXPORT_DTYPES[dtype])
+    return tensors
 
 
 def list_states(weights: Weights, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -47,11 +47,18 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.initial_load_in_hf",
         "checkpoint.load_only",
         "checkpoint.enable_first_step_checkpoint",
+        "checkpoint.last_save_model_only",
+        "checkpoint.last_save_in_hf",
+        "checkpoint.export_dtype",
         "checkpoint.accept_changed_data",
         "checkpoint.accept_changed_model",
     ),
     ("checkpoint.initial_load_path", None): ("checkpoint.initial_load_model_only",),
-    ("checkpoint.load_only", True): ("checkpoint.enable_first_step_checkpoint",),
+    ("checkpoint.load_only", True): (
+        "checkpoint.enable_first_step_checkpoint",
+        "checkpoint.last_save_model_only",
+        "checkpoint.last_save_in_hf",
+    ),
     ("validation.dataset", None): ("validation.dataset_path",),
     ("validation.dataset", SET): ("validation.held_out_share",),
     ("debug.deterministic", False): ("debug.deterministic_warn_only",),
@@ -74,6 +81,11 @@ def find_idle_options(config: Config) -> list[str]:
     if config.data.token_dtype and "tokens" not in {*datasets, config.validation.dataset}:
         text = 'has no effect: no data source is a token file (dataset "tokens")'
         found["data.token_dtype"] = text
+    checkpoint = config.checkpoint
+    exports = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
+    if checkpoint.export_dtype is not None and not exports:
+        text = "has no effect while neither last_save_model_only nor last_save_in_hf is set"
+        found.setdefault("checkpoint.export_dtype", text)
     shape = plan_shape(config.model)
     found.update(_find_idle_balance(config, shape))
     found.update(_find_idle_widths(config, shape))

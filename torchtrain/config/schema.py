@@ -27,6 +27,7 @@ Name = Annotated[Text, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
 ListOfNames = Annotated[list[Names], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 RouterScores = Literal["softmax", "sigmoid"]
 PipelineSchedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -330,6 +331,12 @@ class Checkpoint(Section):
     """Save after the first step too, to see early that saving works."""
     load_only: bool = False
     """Load, but never save."""
+    last_save_model_only: bool = False
+    """Save the weights alone after the last step: they can start a run, but not go on with one."""
+    last_save_in_hf: bool = False
+    """Also write the last checkpoint in Hugging Face's form, into its folder hf."""
+    export_dtype: ExportDtype | None = None
+    """Type of the weights of those two; unset: as they are."""
     accept_changed_data: bool = False
     """Resume although batch size, sequence length, corpus, tokenizer or seed differ; states how."""
     accept_changed_model: bool = False

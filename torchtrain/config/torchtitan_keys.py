@@ -23,9 +23,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "parallelism.expert_parallel_comm_backend": ANY_VALUE,  # needs a degree
     "checkpoint.enable_ft_dataloader_checkpoints": ANY_VALUE,  # needs [fault_tolerance]
     "checkpoint.initial_load_in_hf_quantized": (False,),
-    "checkpoint.last_save_model_only": ANY_VALUE,  # every checkpoint has the model, whole or not
-    "checkpoint.last_save_in_hf": (False,),
-    "checkpoint.export_dtype": ("float32",),
     "checkpoint.async_mode": ("disabled",),
     "checkpoint.exclude_from_loading": ([],),
     "checkpoint.create_seed_checkpoint": (False,),

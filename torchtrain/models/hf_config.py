@@ -91,6 +91,35 @@ OPTIONAL = {
 """Fields that may be missing, and what that means."""
 
 
+def find_architecture(shape: ModelShape) -> str:
+    """Return the architecture that computes the same as a model of this shape.
+
+    Raises:
+        UserError: none does; names the keys of [model] that stand against it.
+    """
+    if shape.n_experts == 0:
+        return "Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"
+    wanted: dict[str, Any] = {
+        "router_scores": "softmax",
+        "router_scale": 1.0,
+        "router_bias": False,
+        "n_shared_experts": 0,
+    }
+    if not shape.qk_norm:
+        wanted |= {"router_renormalize": True, "n_dense_layers": 0, "sparse_every": 1}
+    against = [
+        f"model.{key} = {getattr(shape, key)!r} (it must be {value!r})"
+        for key, value in wanted.items()
+        if getattr(shape, key) != value
+    ]
+    if against:
+        raise UserError(
+            f"Hugging Face's {'Qwen3Moe' if shape.qk_norm else 'Mixtral'} does not compute this "
+            f"model: {', '.join(against)}"
+        )
+    return "Qwen3MoeForCausalLM" if shape.qk_norm else "MixtralForCausalLM"
+
+
 def to_shape(config: Mapping[str, Any]) -> tuple[str, ModelShape]:
     """Return the family and the shape of the model that a config.json describes.
 

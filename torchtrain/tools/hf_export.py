@@ -16,8 +16,12 @@ from torch import Tensor
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.checkpoint.hf_folder import CONFIG, INDEX
-from torchtrain.errors import UserError
-from torchtrain.models.hf_config import ARCHITECTURES, FIELDS, SCALING_FIELDS
+from torchtrain.models.hf_config import (
+    ARCHITECTURES,
+    FIELDS,
+    SCALING_FIELDS,
+    find_architecture,
+)
 from torchtrain.models.hf_names import find_counterpart, order_as_halves
 
 
@@ -125,35 +129,6 @@ def _convert(ours: str, weight: Tensor, export: Export) -> dict[str, Tensor]:
         name: tensor.clone() if theirs.is_stacked else tensor.contiguous()
         for name, tensor in zip(theirs.names, tensors, strict=True)
     }
-
-
-def find_architecture(shape: ModelShape) -> str:
-    """Return the architecture that computes the same as a model of this shape.
-
-    Raises:
-        UserError: none does; names the keys of [model] that stand against it.
-    """
-    if shape.n_experts == 0:
-        return "Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"
-    wanted: dict[str, Any] = {
-        "router_scores": "softmax",
-        "router_scale": 1.0,
-        "router_bias": False,
-        "n_shared_experts": 0,
-    }
-    if not shape.qk_norm:
-        wanted |= {"router_renormalize": True, "n_dense_layers": 0, "sparse_every": 1}
-    against = [
-        f"model.{key} = {getattr(shape, key)!r} (it must be {value!r})"
-        for key, value in wanted.items()
-        if getattr(shape, key) != value
-    ]
-    if against:
-        raise UserError(
-            f"Hugging Face's {'Qwen3Moe' if shape.qk_norm else 'Mixtral'} does not compute this "
-            f"model: {', '.join(against)}"
-        )
-    return "Qwen3MoeForCausalLM" if shape.qk_norm else "MixtralForCausalLM"
 
 
 def to_config(shape: ModelShape, seq_len: int, dtype: str) -> dict[str, Any]:
