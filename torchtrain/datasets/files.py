@@ -142,14 +142,13 @@ def _refuse(error: OSError) -> None:
 
 def _distinct_sources(files: Iterable[Path]) -> Rows:
     seen: set[bytes] = set()
-    for file in files:
-        for row in _whole_file(file):
-            if isinstance(row, BadRow) or not row.text:
-                continue
-            digest = hashlib.sha256(row.text.encode("utf-8")).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield row
+    for row in chain.from_iterable(map(_whole_file, files)):
+        if isinstance(row, BadRow) or not row.text:
+            continue
+        digest = hashlib.sha256(row.text.encode("utf-8")).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield row
 
 
 def _whole_file(file: Path) -> Rows:

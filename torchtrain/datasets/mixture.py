@@ -15,6 +15,7 @@ Shapes: B samples, P samples of a period.
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 
@@ -117,14 +118,11 @@ class Mixture(Dataset):
     def resume(self, saved: Identity, positions: Sequence[Position], samples: int) -> None:
         common = {name: saved[name] for name in IN_COMMON if name in saved}
         saved_sources = saved.get("sources", [])
-        first = 0
+        left = iter(positions)
         for source, dataset in enumerate(self._datasets):
             own = saved_sources[source] if source < len(saved_sources) else {}
-            end = first + own.get("streams", 0)
-            dataset.resume(
-                {**common, **own}, positions[first:end], samples=self.count(source, samples)
-            )
-            first = end
+            of_source = list(islice(left, own.get("streams", 0)))
+            dataset.resume({**common, **own}, of_source, self.count(source, samples))
 
     def epochs(self, samples: int) -> dict[str, float]:
         epochs: dict[str, float] = {}
