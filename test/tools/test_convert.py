@@ -72,6 +72,19 @@ def test_there_and_back_every_bit_is_the_same(name, dtype, tmp_path, alone, caps
     assert "[model]\nname = " in printed
 
 
+def test_one_file_is_taken_with_the_config_beside_it(tmp_path, alone):
+    step = save_checkpoint(tmp_path, "llama", build(SHAPES["llama"]))
+    convert.to_hf(str(step), tmp_path / "hf")
+    (tmp_path / "hf" / "other.safetensors").write_bytes(b"not of this model")
+    convert.from_hf(tmp_path / "hf" / "model.safetensors", tmp_path / "back")
+    before, after = read_weights(step), read_weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[key]) for key, weight in before.items())
+    (tmp_path / "hf" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config.json"):
+        convert.from_hf(tmp_path / "hf" / "model.safetensors", tmp_path / "again")
+
+
 def test_a_known_size_is_named_whatever_says_its_head_width(tmp_path):
     family, shape = to_shape(to_config(LLAMA_2_7B, 4096, "bfloat16"))
     assert shape.head_width == 128  # as config.json has it; the flavor leaves it to the division
