@@ -56,7 +56,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9009, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1555,
-    "datasets": 1964,
+    "datasets": 1961,
     "parallelisms": 1800,
     "checkpoint": 945,
     "models": 800,
