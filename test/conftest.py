@@ -29,6 +29,7 @@ LONGEST = (
     "test_sources.py",
     "test_streams.py",
     "test_prepare.py",
+    "test_lm_eval.py",
 )
 
 
