@@ -17,8 +17,10 @@ from types import FrameType
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
 from torchtrain.installation import exit_without_dependencies
+from torchtrain.orphans import end_with_launcher
 
 if __name__ == "__main__":
+    end_with_launcher()
     exit_without_dependencies()
     end_on_interrupt(before="the first step")
 
@@ -50,7 +52,6 @@ from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
-    end_with_launcher,
     join_process_group,
     name_process,
     on_rank_zero,
@@ -348,7 +349,6 @@ def main(config: JobConfig) -> int:
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     init_logging(rank, world_size, disable_color=config.metrics.disable_color_printing)
-    end_with_launcher()
     faulthandler.register(signal.SIGUSR1)  # shows where every thread of a rank is
     name_process()  # `pkill -USR1 torchtrain` then finds the ranks, and not torchrun
     try:

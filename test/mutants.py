@@ -1971,6 +1971,18 @@ MUTANTS = {
             "    return columns",
         ),
     ],
+    "torchtrain/orphans.py": [
+        (
+            "ranks outlive their launcher",
+            "prctl(set_parent_death_signal, signal.SIGKILL)",
+            "prctl(set_parent_death_signal, 0)",
+        ),
+        (
+            "a rank whose launcher died first lives on",
+            "    if _is_orphan():",
+            "    if False:",
+        ),
+    ],
     "torchtrain/ranks.py": [
         (
             "only the first key that differs is named",
@@ -2006,11 +2018,6 @@ MUTANTS = {
             "a user's fault on another rank is a crash",
             "peer_fault.is_user_error = isinstance(fault, UserError)",
             "peer_fault.is_user_error = False",
-        ),
-        (
-            "ranks outlive their launcher",
-            "prctl(set_parent_death_signal, signal.SIGKILL)",
-            "prctl(set_parent_death_signal, 0)",
         ),
         (
             "the timeout of training is that of the start",

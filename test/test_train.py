@@ -90,7 +90,6 @@ def test_exit_status_and_who_says_why(end, rank, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr(train, "join_process_group", lambda timeout_seconds: None)
-    monkeypatch.setattr(train, "end_with_launcher", lambda: None)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     assert train.main(JobConfig()) == status
     printed = "".join(capfd.readouterr())

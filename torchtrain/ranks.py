@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -51,17 +50,6 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         store = dist.HashStore()
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return device
-
-
-def end_with_launcher() -> None:
-    """Have the kernel (Linux) end this rank when torchrun dies.
-
-    A launcher that was ended by SIGKILL would leave it training on.
-    """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def name_process() -> None:

@@ -119,6 +119,22 @@ def kill_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def ranks_of(process):
+    """Process ids of the launcher's children, in rank order of their environment."""
+    children = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, IndexError):
+                continue
+            rank = [v for v in variables if v.startswith(b"RANK=")]
+            if parent == process.pid and rank:
+                children[int(rank[0][5:])] = int(entry.name)
+    return children
+
+
 def launched(ranks: int, overrides: dict, expect: int = 0, **extra: str) -> str:
     """Run to the end and return what was printed."""
     with running(ranks, overrides, **extra) as process:

@@ -21,6 +21,7 @@ from helpers.launching import (
     launched,
     metrics,
     options,
+    ranks_of,
     running,
 )
 
@@ -46,22 +47,6 @@ def launch_script(script, arguments, cwd, ranks=1, **extra):
     finally:
         kill_group(process)
     return process.returncode, output
-
-
-def ranks_of(process):
-    """Process ids of the launcher's children, in rank order of their environment."""
-    children = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except (OSError, IndexError):
-                continue
-            rank = [v for v in variables if v.startswith(b"RANK=")]
-            if parent == process.pid and rank:
-                children[int(rank[0][5:])] = int(entry.name)
-    return children
 
 
 def run_with_a_stopped_rank(folder, data):

@@ -27,6 +27,7 @@ from torchtrain.config.options import print_help, wants_help
 from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.installation import PROGRAM
+from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.utils import count_cores
 
@@ -194,6 +195,8 @@ def set_up_environment(processes: int, *, on_cpu: bool) -> None:
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
         os.environ.setdefault("GLIBC_TUNABLES", tunables)
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if "PYTHON_EXEC" not in os.environ:  # torchrun's; such a wrapper can be the ranks' parent
+        os.environ[LAUNCHER_PID] = str(os.getpid())
     paths = [str(PROGRAM), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 

@@ -23,7 +23,8 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import Microbatch
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
-from torchtrain.ranks import end_with_launcher, gathered, join_process_group, set_timeout
+from torchtrain.orphans import end_with_launcher
+from torchtrain.ranks import gathered, join_process_group, set_timeout
 from torchtrain.set_up import set_up
 from torchtrain.utils import IGNORE_INDEX
 

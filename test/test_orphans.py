@@ -1,0 +1,71 @@
+"""No rank outlives its launcher, however early that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.launching import environment, ranks_of, running
+
+from torchtrain import orphans
+
+ASK = "from torchtrain.orphans import end_with_launcher; end_with_launcher(); print('lives')"
+LEFT_S = 5  # for a rank, once its launcher is dead
+
+
+def ask(**variables):
+    """Exit status and output of a process that wishes to end with its launcher."""
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=environment(1, TORCHELASTIC_RUN_ID="test", **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return asked.returncode, asked.stdout
+
+
+def test_a_rank_whose_parent_is_not_its_launcher_ends():
+    assert ask(**{orphans.LAUNCHER_PID: str(os.getpid())}) == (0, "lives\n")
+    assert ask(**{orphans.LAUNCHER_PID: str(os.getppid())}) == (-signal.SIGKILL, "")
+
+
+def test_without_a_launcher_that_names_itself_process_1_is_none(monkeypatch):
+    assert ask() == (0, "lives\n")
+    monkeypatch.delenv(orphans.LAUNCHER_PID, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    same = False
+    monkeypatch.setattr(os.path, "samefile", lambda *paths: same)
+    assert orphans._is_orphan()
+    same = True  # torchrun is process 1, as in a container
+    assert not orphans._is_orphan()
+
+
+def alive(pid):
+    """Whether a process is there and not just waiting for its parent to notice its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.5, 1.0])
+def test_no_rank_is_left_when_the_launcher_is_killed_early(tmp_path, data, delay_s):
+    """As early as while they import torch; `test_launch.py` has the case of a run that trains."""
+    overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with running(2, overrides) as process:
+        while len(ranks := ranks_of(process)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        os.kill(process.pid, signal.SIGKILL)
+        try:
+            time.sleep(LEFT_S)
+            assert not [rank for rank, pid in ranks.items() if alive(pid)]
+        finally:
+            for pid in filter(alive, ranks.values()):
+                os.kill(pid, signal.SIGKILL)
