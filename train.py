@@ -82,7 +82,7 @@ def train(
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
     stop = StopRequest()
     first_step = trainer.step + 1
-    with profiler.recording():
+    with profiler.recording(), checkpointer.finishing():
         for step in range(first_step, config.training.steps + 1):
             stopwatch = Stopwatch()
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
@@ -103,6 +103,7 @@ def train(
                 samples = write_texts(trainer)
                 if metrics is not None:
                     metrics.log_texts(step, samples)
+            checkpointer.poll()
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
                 is_last = step == config.training.steps
                 progress = progress_of(trainer)

@@ -1573,39 +1573,9 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/checkpointer.py": [
         (
-            "every checkpoint is of the weights alone",
-            "if is_last and self.config.last_save_model_only:",
-            "if self.config.last_save_model_only:",
-        ),
-        (
             "a run goes on from weights alone",
             "found.progress.model_only and step < last_step:\n                logger",
             "found.progress.model_only and step < 0:\n                logger",
-        ),
-        (
-            "the last step is not saved",
-            "first or stopping or step == last_step or step %",
-            "first or stopping or step %",
-        ),
-        (
-            "room for one checkpoint is enough",
-            "needed = 2 * sum(sizes.values())",
-            "needed = sum(sizes.values())",
-        ),
-        (
-            "a tensor that ranks share counts once per rank",
-            "return {name: entry for of_rank in by_rank",
-            "return {f'{name}{id(of_rank)}': entry for of_rank in by_rank",
-        ),
-        (
-            "a failed save leaves its folder",
-            "                shutil.rmtree(temporary, ignore_errors=True)\n            raise\n",
-            "                pass\n            raise\n",
-        ),
-        (
-            "the oldest checkpoint is taken",
-            "return sorted(steps, reverse=True), names",
-            "return sorted(steps), names",
         ),
         (
             "training starts over where no checkpoint is complete",
@@ -1622,7 +1592,11 @@ MUTANTS = {
             "if optimizer is not None and source.marker.world_size == dist.get_world_size():",
             "if optimizer is not None:",
         ),
-        ("random states are not restored", "            state.set_random_states(random)\n", ""),
+        (
+            "random states are not restored",
+            "            state.set_random_states(random)\n",
+            "",
+        ),
         (
             "numbers of the optimizer are not restored",
             "            state.take_numbers(weights, optimizer, tensors)\n",
@@ -1639,6 +1613,48 @@ MUTANTS = {
             "if is_own and optimizer is not None:",
         ),
         (
+            "the marker's step is not compared",
+            "        if marker.step != progress.step:\n",
+            "        if False:\n",
+        ),
+        (
+            "each rank hashes the first files alone",
+            "sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]",
+            "sorted(marker.files)[:1]",
+        ),
+    ],
+    "torchtrain/checkpoint/saving.py": [
+        (
+            "every checkpoint is of the weights alone",
+            "return is_last and self.config.last_save_model_only",
+            "return self.config.last_save_model_only",
+        ),
+        (
+            "the last step is not saved",
+            "is_turn = step == last_step or step %",
+            "is_turn = step %",
+        ),
+        (
+            "room for one checkpoint is enough",
+            "needed = 2 * sum(sizes.values())",
+            "needed = sum(sizes.values())",
+        ),
+        (
+            "a tensor that ranks share counts once per rank",
+            "return {name: entry for of_rank in by_rank",
+            "return {f'{name}{id(of_rank)}': entry for of_rank in by_rank",
+        ),
+        (
+            "a failed save leaves its folder",
+            "            shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
+            "            pass\n        raise\n",
+        ),
+        (
+            "the oldest checkpoint is taken",
+            "return sorted(steps, reverse=True), names",
+            "return sorted(steps), names",
+        ),
+        (
             "one checkpoint too many is kept",
             "older[self.config.keep_latest_k - 1 :]",
             "older[self.config.keep_latest_k :]",
@@ -1649,19 +1665,51 @@ MUTANTS = {
             "",
         ),
         (
-            "the marker's step is not compared",
-            "        if marker.step != progress.step:\n",
-            "        if False:\n",
-        ),
-        (
-            "each rank hashes the first files alone",
-            "sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]",
-            "sorted(marker.files)[:1]",
-        ),
-        (
             "a failure to remove old checkpoints ends the run",
             '        except (OSError, UserError) as fault:\n            logger.warning(f"old',
             '        except ZeroDivisionError as fault:\n            logger.warning(f"old',
+        ),
+        (
+            "the copy is not waited for before the next save",
+            "        self.finish()\n        self.saved_at",
+            "        self.saved_at",
+        ),
+        (
+            "a failed save beside training is told at the next one alone",
+            "if self.background is not None and self.background.has_ended(self.group):",
+            "if False:",
+        ),
+        (
+            "the run ends before the last save beside training",
+            "        self.finish(must_succeed=True)\n\n",
+            "\n",
+        ),
+        (
+            "a stop ends before the save beside training",
+            "            self.finish(must_succeed=True)\n            raise\n",
+            "            raise\n",
+        ),
+        (
+            "every n-th checkpoint is removed too",
+            "if self.config.keep_every and step % self.config.keep_every == 0:",
+            "if False:",
+        ),
+        (
+            "the last save may fail",
+            "if must_succeed or is_user_error or",
+            "if is_user_error or",
+        ),
+    ],
+    "torchtrain/checkpoint/asynchronous.py": [
+        (
+            "what is saved beside training is not a copy",
+            "copy = self._stager.stage(dict(tensors))",
+            "copy = dict(tensors)",
+        ),
+        (
+            "ranks see the end of a save apart",
+            "        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=group)\n",
+            "",
         ),
     ],
     "torchtrain/checkpoint/commit.py": [

@@ -55,12 +55,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9025, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9195, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1555,
+    "config": 1560,
     "datasets": 1961,
     "parallelisms": 1800,
-    "checkpoint": 945,
+    "checkpoint": 1095,
     "models": 800,
     "optimizers": 400,
 }

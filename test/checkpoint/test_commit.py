@@ -231,7 +231,8 @@ class Crash:
             raise OSError(5, "crashed")
 
 
-def test_a_crash_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, alone):
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_crash_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, alone, mode):
     """Save step 2 over step 1, keeping one; die before the first, second, … operation; resume."""
     run = saved_run(tmp_path / "start", (1,))
     before = run.states[1]
@@ -244,10 +245,11 @@ def test_a_crash_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, a
     while died:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "start", folder)
-        checkpointer = Checkpointer(section(keep_latest_k=1), folder)
+        checkpointer = Checkpointer(section(keep_latest_k=1, async_mode=mode), folder)
         crash.left = len(outcomes)
         with suppress(OSError, RuntimeError):
             run.save(2, checkpointer)
+            checkpointer.finish()
         died = crash.left < 0
         crash.left = None
         step, state = loaded(folder)

@@ -123,9 +123,10 @@ def kill_at(ranks, overrides, victim, last_call, counted):
     assert run.statuses[victim] in (0, -signal.SIGKILL), run.printed
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks):
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "disabled"), (2, "disabled"), (2, "async")])
+def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, ranks, mode):
     """A run is killed again and again, at calls drawn from all that its rest would make."""
+    more = {"checkpoint.interval": 2, "checkpoint.async_mode": mode}
     folder = tmp_path / "run"
     counted = tmp_path / "counted"
     kill_at(ranks, saving(data, tmp_path / "counting"), ranks - 1, None, counted)
@@ -133,7 +134,7 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, 
     rng = random.Random(ranks)
     for number in range(KILLS):
         last_call = rng.randrange(1, calls)
-        overrides = saving(data, folder, **{"checkpoint.interval": 2})
+        overrides = saving(data, folder, **more)
         kill_at(ranks, overrides, number % ranks, last_call, tmp_path / f"kill-{number}")
     train(ranks, saving(data, folder))
     assert curve(folder) == curve(whole[ranks])

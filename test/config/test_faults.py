@@ -184,6 +184,8 @@ BOUNDS = {
     "checkpoint.interval": COUNT,
     "checkpoint.keep_latest_k": COUNT_OR_ZERO,
     "checkpoint.load_step": COUNT_OR_AUTO,
+    "checkpoint.keep_every": COUNT_OR_ZERO,
+    "checkpoint.interval_minutes": POSITIVE,
     "activation_checkpoint.memory_budget": FRACTION,
     "comm.init_timeout_seconds": COUNT,
     "comm.train_timeout_seconds": COUNT,

@@ -23,7 +23,6 @@ ASKING = {
     "parallelism.expert_parallel_comm_backend": (None, '"standard"'),
     "checkpoint.enable_ft_dataloader_checkpoints": (None, "true"),
     "checkpoint.initial_load_in_hf_quantized": ("true", "false"),
-    "checkpoint.async_mode": ('"async"', '"disabled"'),
     "checkpoint.exclude_from_loading": ('["optimizer"]', "[]"),
     "checkpoint.create_seed_checkpoint": ("true", "false"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
@@ -86,8 +85,8 @@ def test_an_idle_value_is_one_of_the_right_type():
 def test_on_the_command_line_too():
     config = parse("", "--parallelism.expert_tensor_parallel_degree", "1", "--model.converters=[]")
     assert "parallelism.expert_tensor_parallel_degree, model.converters" in config.notes[0]
-    said = report("", "--checkpoint.async_mode=async")
-    assert 'checkpoint.async_mode = "async": is a torchtitan v0.2.2 option' in said
+    said = report("", "--activation_checkpoint.determinism_check=none")
+    assert 'determinism_check = "none": is a torchtitan v0.2.2 option' in said
     assert "activation_checkpoint.debug = true" in report("", "--activation_checkpoint.debug")
     assert "given twice" in report("", "--comm.mode=default", "--comm.mode=default")
 
@@ -215,8 +214,7 @@ def test_a_llama3_file_starts(flavor):
     assert config.notes == [
         "torchtitan options that have no effect here: job.custom_config_module, "
         "model.converters, training.dataloader, "
-        "parallelism.expert_tensor_parallel_degree, checkpoint.async_mode, quantize.linear, "
-        "validation.dataloader",
+        "parallelism.expert_tensor_parallel_degree, quantize.linear, validation.dataloader",
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '
         "parallelism.pipeline_parallel_degree = 1",
         "checkpoint.last_save_model_only = true has no effect while checkpoint.enable = false",

@@ -23,7 +23,9 @@ loaded. The digests find damage; they do not prove who wrote the files, hence th
 unpickler. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html and the code of
 `torch.distributed.checkpoint`.
 
-    checkpointer    what exists; save, find, load, retire
+    saving          when to save, saving, how long a checkpoint is kept
+    asynchronous    doing it beside training
+    checkpointer    what a run resumes from, and loading it
     commit          the marker; inspecting, verifying and setting aside a folder
     state           the names of tensors; the optimizer's states, whatever the optimizer
     storage         files: hashing, DCP's writer and reader, the restricted index

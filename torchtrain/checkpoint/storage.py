@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,13 @@ def write_tensors(
     """
     writer = Writer(folder)
     planner = planner or DefaultSavePlanner(flatten_state_dict=False)
-    with plain_faults(f"writing {folder}"):
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    try:
+        with plain_faults(f"writing {folder}"):
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointError as fault:
+        # What a full disk raises need not say so: a stream that is cut off fails in its own words.
+        free = shutil.disk_usage(folder).free / 2**30
+        raise CheckpointError(f"{fault} ({free:,.2f} GiB are free there)") from fault
     return writer.files.written
 
 

@@ -325,6 +325,14 @@ class Checkpoint(Section):
     """initial_load_path is a Hugging Face folder, or a safetensors file in one."""
     keep_latest_k: CountOrZero = 10
     """Number of checkpoints to keep, 0 for all."""
+    keep_every: CountOrZero = 0
+    """Keep those of every so many steps for ever, beside the latest; 0: none."""
+    interval_minutes: Positive | None = None
+    """Save also when so many minutes have passed since the last save; unset: never."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save beside training, from a copy in host memory (pinned, for an accelerator)."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """After a failed save, such as on a full disk: end the run, or train on to the next."""
     load_step: CountOrAuto = -1
     """Step to resume from; -1: the newest."""
     enable_first_step_checkpoint: bool = False

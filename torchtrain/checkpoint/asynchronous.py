@@ -1,0 +1,88 @@
+"""Saving beside training: the state is copied at once, and a thread of each rank writes the copy.
+
+The threads have a process group of their own, since two threads that use one group in different
+orders mix up its messages.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from torchtrain.errors import SharedUserError
+from torchtrain.ranks import patient_group
+
+
+class BackgroundWriter:
+    """Writes one copy at a time. All ranks call its methods together.
+
+    Args:
+        pinned: copy to pinned memory, which is faster from an accelerator.
+
+    Raises:
+        UserError: there is no accelerator to pin memory for.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        if pinned and not torch.accelerator.is_available():
+            raise SharedUserError(
+                'checkpoint.async_mode = "async_with_pinned_mem": PyTorch finds no accelerator '
+                'here, and memory is pinned for one; set "async"'
+            )
+        self.group = patient_group()
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+        # It keeps the memory of one copy for the next.
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=pinned,
+            )
+        )
+
+    def start(
+        self, write: Callable[[dict[str, Tensor]], None], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Copy the tensors to the host, and give the copy to `write` in the thread of this rank.
+
+        When this returns, the tensors may change.
+        """
+        assert self._running is None, "the save before was not finished"
+        copy = self._stager.stage(dict(tensors))
+        assert isinstance(copy, dict)
+        self._running = self._threads.submit(write, copy)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing was started since the last `finish`: the same on all ranks."""
+        return self._running is None
+
+    def has_ended(self, group: dist.ProcessGroup) -> bool:
+        """Return whether all ranks have written, or one has failed; one collective of two numbers.
+
+        Args:
+            group: of all ranks, not that of the threads.
+        """
+        if self._running is None:
+            return False
+        is_done = self._running.done()
+        failed = is_done and self._running.exception() is not None
+        state = torch.tensor([int(failed), int(not is_done)])
+        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=group)
+        any_failed, any_running = state.tolist()
+        return bool(any_failed or not any_running)
+
+    def finish(self) -> None:
+        """Wait until it is written.
+
+        Raises:
+            BaseException: what the thread of this rank raised; all ranks' threads fail together.
+        """
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
