@@ -105,6 +105,8 @@ def train(
                     metrics.log_texts(step, samples)
             checkpointer.poll()
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
+                if metrics is not None:
+                    metrics.sync()  # no complete checkpoint without the lines of its steps
                 is_last = step == config.training.steps
                 progress = progress_of(trainer)
                 checkpointer.save(trainer.model_state, trainer.optimizer, progress, is_last=is_last)

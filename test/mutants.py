@@ -1573,6 +1573,11 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/checkpointer.py": [
         (
+            "a start sweeps nothing",
+            "            self._on_rank_zero(lambda: commit.sweep(self.folder))\n",
+            "            pass\n",
+        ),
+        (
             "a run goes on from weights alone",
             "found.progress.model_only and step < last_step:\n                logger",
             "found.progress.model_only and step < 0:\n                logger",
@@ -1660,11 +1665,6 @@ MUTANTS = {
             "older[self.config.keep_latest_k :]",
         ),
         (
-            "a checkpoint is removed with its marker",
-            "                (path / MARKER).unlink()\n                fsync_folder(path)\n",
-            "",
-        ),
-        (
             "a failure to remove old checkpoints ends the run",
             '        except (OSError, UserError) as fault:\n            logger.warning(f"old',
             '        except ZeroDivisionError as fault:\n            logger.warning(f"old',
@@ -1717,6 +1717,16 @@ MUTANTS = {
             "the rename is not synced",
             "    os.rename(temporary, target)\n    fsync_folder(target.parent)\n",
             "    os.rename(temporary, target)\n",
+        ),
+        (
+            "a checkpoint is deleted under its name",
+            "    os.rename(path, doomed)\n    fsync_folder(path.parent)\n    shutil.rmtree(doomed)\n",
+            "    shutil.rmtree(path)\n",
+        ),
+        (
+            "a deletion may come before the loss of the name",
+            "    fsync_folder(path.parent)\n    shutil.rmtree(doomed)\n",
+            "    shutil.rmtree(doomed)\n",
         ),
         (
             "the marker is written before the state",
@@ -1927,7 +1937,6 @@ MUTANTS = {
             "record[name] = value if math.isfinite(value) else None",
             "record[name] = value",
         ),
-        ("TensorBoard doubles back on resume", "purge_step=self.first_step", "purge_step=None"),
         (
             "the remaining time counts all steps",
             '(self.total_steps - record["step"]) * record["step_time_s"]',
@@ -1945,6 +1954,25 @@ MUTANTS = {
             "        self.data_time_s = time.perf_counter() - started\n",
         ),
     ],
+    "torchtrain/log_files.py": [
+        ("TensorBoard doubles back on resume", "purge_step=first_step", "purge_step=None"),
+        ("a half line stays", "            file.truncate(size)\n", ""),
+        (
+            "lines that waited are lost",
+            "        self.waiting += lines\n",
+            "        self.waiting = [*lines]\n",
+        ),
+        (
+            "what waits at the end is not tried again",
+            "        if self.waiting:\n            self.append(())\n        if self.waiting:\n            lost",
+            "        if self.waiting:\n            lost",
+        ),
+        (
+            "what is logged is not synced",
+            "                os.fsync(file.fileno())\n",
+            "                pass\n",
+        ),
+    ],
     "torchtrain/run_folder.py": [
         (
             "an absolute output is moved",
@@ -1953,8 +1981,8 @@ MUTANTS = {
         ),
         (
             "the holder is not named",
-            '        lock.write(f"process {os.getpid()} on {socket.gethostname()}")\n',
-            "",
+            'f"process {os.getpid()} on {socket.gethostname()}".encode()',
+            'b""',
         ),
         (
             "two runs may share a folder",
@@ -1979,8 +2007,18 @@ MUTANTS = {
         ),
         (
             "superseded lines are overwritten",
-            'open(superseded, "a", encoding="utf-8")',
-            'open(superseded, "w", encoding="utf-8")',
+            "        _append_durably(superseded, moved)\n",
+            "        superseded.unlink(missing_ok=True)\n        _append_durably(superseded, moved)\n",
+        ),
+        (
+            "lines that were half moved come twice",
+            "                        file.truncate(int(",
+            "                        (int(",
+        ),
+        (
+            "temporary files are left for ever",
+            "            remove_unfinished(self.path / name)\n        for",
+            "            pass\n        for",
         ),
     ],
     "torchtrain/profiling.py": [

@@ -28,6 +28,7 @@ FLOORS = {
     "torchtrain.optimizers": 1,
     "torchtrain.lr_scheduling": 1,
     "torchtrain.loss": 1,
+    "torchtrain.log_files": 0.9,
     "torchtrain.metrics": 1,
     "torchtrain.profiling": 1,
     "torchtrain.run_folder": 1,
@@ -55,12 +56,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9195, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9368, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1560,
-    "datasets": 1961,
+    "datasets": 1970,
     "parallelisms": 1800,
-    "checkpoint": 1095,
+    "checkpoint": 1100,
     "models": 800,
     "optimizers": 400,
 }

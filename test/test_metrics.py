@@ -1,6 +1,5 @@
 """What the user sees of a step: the line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
-import json
 import logging
 import re
 import sys
@@ -12,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forking import in_group
+from helpers.logged import FixedStopwatch, log, metrics_logger, records, summary
 
 import train
 from torchtrain.config.schema import Metrics
 from torchtrain.errors import NonFinite, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.metrics import (
-    MetricsLogger,
     StepSummary,
     Stopwatch,
     find_peak_flops,
@@ -26,66 +25,11 @@ from torchtrain.metrics import (
 )
 
 
-class FixedStopwatch(Stopwatch):
-    """A step that took this long."""
-
-    def __init__(self, seconds):
-        super().__init__()
-        self.seconds = seconds
-
-    def elapsed(self):
-        return self.seconds
-
-
-def summary(step, **changes):
-    values = {
-        "step": step,
-        "loss": 7.0 - step / 10,
-        "max_loss": 8.0,
-        "grad_norm": 1.25,
-        "lr": 8e-4,
-        "tokens_seen": 100 * step,
-        "memory_gib": 0.5,
-        "data_time_s": 0.1,
-    }
-    return StepSummary(**{**values, **changes})
-
-
-def metrics_logger(folder, section=None, *, resumed_step=0, peak_flops=None, log_lr=True, total=6):
-    return MetricsLogger(
-        section=section or Metrics(),
-        run_folder=folder,
-        total_steps=total,
-        first_step=resumed_step + 1,
-        tokens_per_step=100,
-        flops_per_token=10.0,
-        peak_flops=peak_flops,
-        log_lr=log_lr,
-        description={"training": {"steps": total}},
-    )
-
-
 @pytest.fixture
 def lines(capsys):
     yield lambda: capsys.readouterr().out.splitlines()
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
-
-
-def log(metrics, steps, validated=None, **changes):
-    init_logging()  # here, since pytest gives each phase of a test a stdout of its own
-    for step in steps:
-        # The first step of a process takes long: it warms up.
-        metrics.log(
-            summary(step, **changes),
-            FixedStopwatch(50.0 if step == metrics.first_step else 2.0),
-            validated or {},
-        )
-    metrics.close()
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_line_of_each_step(tmp_path, lines):

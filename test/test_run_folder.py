@@ -1,20 +1,26 @@
 """The run's folder: one run at a time, nothing overwritten, and what it says of itself."""
 
+import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.crashing import Crash
 from helpers.launching import ROOT
 
 from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.run_folder import RunFolder
+from torchtrain.utils import remove_unfinished, write_durably
 
 
 def run_folder(path):
@@ -53,6 +59,118 @@ def test_lines_past_the_resumed_step_are_moved_aside_and_a_torn_one_too(tmp_path
     assert superseded.read_text() == '{"step": 3}\n{"st\n{"step": 2}\n'
     folder.resume_at(1)
     assert superseded.read_text() == '{"step": 3}\n{"st\n{"step": 2}\n', "nothing to move"
+
+
+def test_a_cut_that_fails_or_is_killed_at_any_instant_doubles_no_line(tmp_path):
+    """The first try dies before its first, second, … operation on a file; the next one does all."""
+    folder = tmp_path / "run"
+    kept, moved = '{"step": 1}\n{"step": 2}\n', '{"step": 3}\n{"st'
+    crash = Crash(folder, events=("open", "os.rename", "os.truncate"))
+    for operations in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(kept + moved)
+        (folder / "metrics.superseded.jsonl").write_text('{"step": 7}\n')
+        first = run_folder(folder)
+        crash.left = operations
+        with suppress(UserError):
+            first.resume_at(2)
+        died = crash.left < 0
+        crash.left = None
+        # An append that was cut short, as on a full disk or by a power cut.
+        if any(folder.glob(".cut-*")):
+            with open(folder / "metrics.superseded.jsonl", "a") as file:
+                file.write('{"step": 3')
+        first._lock_file.close()
+        next_one = run_folder(folder)
+        next_one.resume_at(2)
+        next_one._lock_file.close()
+        assert (folder / "metrics.jsonl").read_text() == kept
+        superseded = (folder / "metrics.superseded.jsonl").read_text()
+        assert superseded == '{"step": 7}\n{"step": 3}\n{"st\n'
+        assert len(list(folder.iterdir())) == 3, "the lock and the two logs"
+        if not died:
+            break
+    assert operations > 4
+
+
+def test_a_log_that_is_no_text_is_moved_to_the_byte(tmp_path):
+    """A power cut can leave anything at the end of a file that was not synced."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\x00\x80')
+    run_folder(tmp_path).resume_at(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+    assert (tmp_path / "metrics.superseded.jsonl").read_bytes() == b"\xff\x00\x80\n"
+
+
+def test_temporary_files_of_killed_runs_are_removed_and_a_users_own_are_not(tmp_path):
+    for name in ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl"):
+        (tmp_path / f".{name}.a1b2_3c4").write_text("half")
+    (tmp_path / ".config.toml.swp").write_text("an editor's")
+    run_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config.toml.swp", ".lock"]
+
+
+def test_what_write_durably_leaves_is_what_is_removed(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a[b].toml"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_durably(path, "text")
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_unfinished(path)
+    assert not list(tmp_path.iterdir())
+
+
+WHILE_WRITING = {
+    errno.ENOSPC: "the disk is full (No space left on device)",
+    errno.EDQUOT: "the disk quota is used up (Disk quota exceeded)",
+    errno.EFBIG: "the file is as large as files may be there, or as `ulimit -f` allows",
+    errno.EROFS: "the file system is read-only (Read-only file system)",
+    errno.EACCES: "Permission denied",
+}
+
+
+@pytest.mark.parametrize("number", WHILE_WRITING)
+def test_a_start_that_cannot_write_is_one_message_that_names_the_file(
+    tmp_path, monkeypatch, number
+):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n')
+    folder = run_folder(tmp_path)
+    calls = {
+        "metrics.superseded.jsonl": (lambda: folder.resume_at(1), "fsync"),
+        "config.toml": (lambda: folder.describe_run("", {}), "fsync"),
+        "previous-1": (lambda: folder.begin_afresh([]), "rename"),
+    }
+    for name, (action, function) in calls.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(os, function, fails)
+            with pytest.raises(UserError) as said:
+                action()
+        expected = f"{tmp_path / name} cannot be written: {WHILE_WRITING[number]}"
+        assert str(said.value).startswith(expected)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n', "nothing is lost"
+
+
+def test_the_folder_is_locked_on_a_full_disk_too(tmp_path, monkeypatch):
+    """A run that has nothing left to do needs no room to say so."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        run_folder(tmp_path / "a")
+        holder = run_folder(tmp_path / "b")
+    with pytest.raises(UserError, match="in use by another process"):
+        run_folder(holder.path)
 
 
 def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):

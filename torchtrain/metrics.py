@@ -20,8 +20,15 @@ import torch
 
 from torchtrain.config.schema import Metrics
 from torchtrain.errors import UserError
+from torchtrain.log_files import LogFile, TensorBoard
 from torchtrain.logging_utils import Color, line_width, logger, use_color
-from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable
+from torchtrain.utils import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    make_printable,
+    write_durably,
+    writing,
+)
 
 GIB = 2**30
 TEXT_MARGIN = "  | "
@@ -185,7 +192,12 @@ class MetricsLogger:
     def __post_init__(self) -> None:
         self.color = use_color(sys.stdout, disabled=self.section.disable_color_printing)
         self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
-        self.tensorboard = self._open_tensorboard() if self.section.enable_tensorboard else None
+        self.metrics_file = LogFile(self.run_folder / METRICS_FILE)
+        self.samples_file = LogFile(self.run_folder / SAMPLES_FILE)
+        self.tensorboard = None
+        if self.section.enable_tensorboard:
+            folder = self.run_folder / self.section.save_tb_folder
+            self.tensorboard = TensorBoard(folder, self.first_step)
         self.wandb = self._open_wandb() if self.section.enable_wandb else None
 
     def log(
@@ -208,30 +220,34 @@ class MetricsLogger:
 
     def log_texts(self, step: int, samples: Sequence[TextSample]) -> None:
         """Report what the model has written after a step."""
-        with open(self.run_folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **asdict(sample)}) + "\n")
+        self.samples_file.append(json.dumps({"step": step, **asdict(each)}) for each in samples)
         shown = [f"after step {step} the model writes:"]
+        codes = {}
         for number, sample in enumerate(samples, start=1):
             lines = make_printable(sample.prompt + sample.text).rstrip().split("\n")
             shown += [TEXT_MARGIN + line for line in lines]
-            if self.tensorboard is not None:
-                code = "\n".join("    " + line for line in lines)  # so Markdown sets it as it is
-                self.tensorboard.add_text(f"text_samples/{number}", code, step)
+            # Markdown sets it as it is.
+            codes[f"text_samples/{number}"] = "\n".join("    " + line for line in lines)
         if self.tensorboard is not None:
-            self.tensorboard.flush()
+            self.tensorboard.add_texts(codes, step)
         logger.info("\n".join(line[: line_width()] for line in shown))
 
+    def sync(self) -> None:
+        """Make safe from a power cut what was logged."""
+        self.metrics_file.sync()
+        self.samples_file.sync()
+
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out what is buffered, and say what could not be written."""
+        self.metrics_file.close()
+        self.samples_file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _log_in_full(self, record: dict[str, Any]) -> None:
-        with open(self.run_folder / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.metrics_file.append([json.dumps(record)])
         step = record["step"]
         scalars = {}
         for name, value in record.items():
@@ -239,9 +255,7 @@ class MetricsLogger:
                 tag = f"{OWN_METRICS[name].group}/{name}" if name in OWN_METRICS else name
                 scalars[tag] = value
         if self.tensorboard is not None:
-            for tag, value in scalars.items():
-                self.tensorboard.add_scalar(tag, value, step)
-            self.tensorboard.flush()  # a killed run then lacks nothing up to its last checkpoint
+            self.tensorboard.add_scalars(scalars, step)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
         logger.info(self._format_record(record))
@@ -302,14 +316,6 @@ class MetricsLogger:
                 shown.append(f"{label} {value}")
         return "  ".join(shown)
 
-    def _open_tensorboard(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what an interrupted run wrote past the step it resumes from: one curve,
-        # no doubling back.
-        folder = self.run_folder / self.section.save_tb_folder
-        return SummaryWriter(str(folder), purge_step=self.first_step)
-
     def _open_wandb(self) -> Any:
         try:
             import wandb
@@ -318,10 +324,11 @@ class MetricsLogger:
                 "metrics.enable_wandb = true needs the package wandb: pip install wandb"
             ) from None
         folder = self.run_folder / "wandb"
-        folder.mkdir(exist_ok=True)
         id_file = folder / "run-id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
+        with writing(id_file):
+            folder.mkdir(exist_ok=True)
+            if not id_file.exists():
+                write_durably(id_file, uuid.uuid4().hex)
         # The same id again continues the same run's curves. Project, entity and mode come from
         # WANDB_* variables.
         return wandb.init(

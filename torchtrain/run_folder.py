@@ -5,12 +5,21 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, plural, user_errors, write_durably
+from torchtrain.utils import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    fsync_folder,
+    plural,
+    remove_unfinished,
+    write_durably,
+    writing,
+)
 
 # What is logged, and where its lines go that a resumed run has superseded.
 LOGS = {
@@ -18,6 +27,8 @@ LOGS = {
     SAMPLES_FILE: "samples.superseded.jsonl",
 }
 DESCRIPTION_FILES = ("config.toml", "run.json")
+CUT = ".cut-"
+"""Begins the name of what is kept of a log, while the rest is moved; see `_cut_log`."""
 PREVIOUS = "previous-"
 
 
@@ -35,10 +46,11 @@ class RunFolder:
         self.owner = owner
         if owner:
             self._lock_file = self._lock()
+            self._clean_up()
 
     def _lock(self) -> TextIO:
         """Lock the folder; the lock is held until the file that is returned is closed."""
-        with user_errors(f"job.dump_folder = {str(self.path)!r} cannot be written", OSError):
+        with writing(f"job.dump_folder = {str(self.path)!r}"):
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         lock = os.fdopen(descriptor, "r+")
@@ -56,10 +68,24 @@ class RunFolder:
                 f"({fault.strerror}), so two runs could write there at once. Mount it with locks, "
                 "or choose another folder."
             ) from fault
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        with suppress(OSError):  # on a full disk the lock holds too; only its holder has no name
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         return lock
+
+    def _clean_up(self) -> None:
+        """Take back what a run that was killed left half done, and remove its temporary files."""
+        for name in DESCRIPTION_FILES:
+            remove_unfinished(self.path / name)
+        for name, superseded_name in LOGS.items():
+            remove_unfinished(self.path / name)  # of earlier versions
+            superseded = self.path / superseded_name
+            for pending in self.path.glob(f"{CUT}{name}-*"):
+                with writing(superseded):
+                    with open(superseded, "ab") as file:
+                        file.truncate(int(pending.name.rpartition("-")[2]))
+                        os.fsync(file.fileno())
+                    pending.unlink()
 
     def begin_afresh(self, outputs: Iterable[Path]) -> None:
         """Move what an earlier run left to `previous-<n>/`: nothing is overwritten.
@@ -73,9 +99,10 @@ class RunFolder:
         if not earlier:
             return
         target = self._next_previous()
-        target.mkdir()
-        for name in earlier:
-            os.rename(self.path / name, target / name)
+        with writing(target):
+            target.mkdir()
+            for name in earlier:
+                os.rename(self.path / name, target / name)
         logger.info(f"outputs of an earlier run moved to {target}")
 
     def _next_previous(self) -> Path:
@@ -86,31 +113,50 @@ class RunFolder:
 
     def resume_at(self, step: int) -> None:
         """Move logged lines past `step`, and a torn last one, aside: those steps come again."""
+        self._clean_up()
         for name, superseded in LOGS.items():
             if (self.path / name).exists():
-                self._cut_log(self.path / name, self.path / superseded, step)
+                with writing(self.path / superseded):
+                    self._cut_log(self.path / name, self.path / superseded, step)
 
     def _cut_log(self, log: Path, superseded: Path, step: int) -> None:
+        """Move lines from the log to the superseded ones, all of them or none.
+
+        First what is kept of the log is written to a file whose name has the size of `superseded`.
+        Where that is found at a start, the lines were not all moved: `superseded` is cut to its
+        size, and the log, which still has them, is cut anew.
+        """
         kept = []
         moved = []
-        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in log.read_text("utf-8", "surrogateescape").splitlines(keepends=True):
             if _logged_step(line) <= step:
                 kept.append(line)
             else:
                 moved.append(line.rstrip("\n") + "\n")
         if not moved:
             return
-        with open(superseded, "a", encoding="utf-8") as file:
-            file.writelines(moved)
-            file.flush()
-            os.fsync(file.fileno())
-        write_durably(log, "".join(kept))
+        size = superseded.stat().st_size if superseded.exists() else 0
+        pending = log.with_name(f"{CUT}{log.name}-{size}")
+        _append_durably(pending, kept)
+        _append_durably(superseded, moved)
+        os.replace(pending, log)
+        fsync_folder(self.path)
         logger.info(f"{plural(len(moved), 'logged line')} past step {step} moved to {superseded}")
 
     def describe_run(self, config_toml: str, facts: Mapping[str, Any]) -> None:
         """Write `config.toml`, what was given, and `run.json`, what was derived from it."""
-        write_durably(self.path / "config.toml", config_toml)
-        write_durably(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+        texts = (config_toml, json.dumps(facts, indent=2) + "\n")
+        for name, text in zip(DESCRIPTION_FILES, texts, strict=True):
+            with writing(self.path / name):
+                write_durably(self.path / name, text)
+
+
+def _append_durably(path: Path, lines: list[str]) -> None:
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(path.parent)
 
 
 def _logged_step(line: str) -> float:

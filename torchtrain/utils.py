@@ -1,11 +1,13 @@
 """Small helpers without torch, shared by every room."""
 
 import difflib
+import errno
+import glob
 import importlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +88,25 @@ def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        cause = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{message}: {cause or error}") from error
+        cause = describe_os_error(error) if isinstance(error, OSError) else error
+        raise UserError(f"{message}: {cause}") from error
+
+
+def writing(what: Path | str) -> AbstractContextManager[None]:
+    """Turn an OSError while `what` is written into a UserError that names it and the cause."""
+    return user_errors(f"{what} cannot be written", OSError)
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the cause of a failure to write or read, in plain words where there are some."""
+    words = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file is as large as files may be there, or as `ulimit -f` allows",
+        errno.EROFS: "the file system is read-only",
+    }
+    cause = error.strerror or str(error)
+    return f"{words[error.errno]} ({cause})" if error.errno in words else cause
 
 
 def fsync_folder(folder: Path) -> None:
@@ -105,7 +124,8 @@ def fsync_folder(folder: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replace what is in `path` by `text`, at once.
 
-    A reader, or a crash at any instant, sees either the old file or the new one, whole.
+    A reader, or a crash at any instant, sees either the old file or the new one, whole. A crash
+    can leave a temporary file beside it, see `remove_unfinished`.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -119,3 +139,16 @@ def write_durably(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `write_durably(path, …)` left where it was killed; nobody may be writing now."""
+    random = "[a-z0-9_]" * 8  # as tempfile names
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{random}"):
+        remove_if_possible(leftover)
+
+
+def remove_if_possible(file: Path) -> None:
+    """Remove a file, or leave it where that fails, as on a read-only file system."""
+    with suppress(OSError):
+        file.unlink()

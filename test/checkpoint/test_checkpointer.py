@@ -1,7 +1,9 @@
 """What a run saves, keeps, and resumes from."""
 
+import itertools
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from helpers.checkpoints import (
     train,
     weights,
 )
+from helpers.crashing import Crash
 
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.checkpoint.commit import MARKER, STATE
@@ -78,8 +81,30 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, alone, log, 
     assert loaded(tmp_path)[0] == 2
 
 
-def test_a_checkpoint_is_unmarked_before_it_is_removed(tmp_path, alone, monkeypatch):
-    """Where a removal stops half-way, what is left is not taken for a checkpoint."""
+def test_a_checkpoint_loses_its_name_before_anything_in_it_is_deleted(tmp_path, alone, monkeypatch):
+    """Where a removal stops half-way, what is left is swept, and never taken for a damaged one."""
+    run = saved_run(tmp_path, (1,))
+    events = []
+    rename, fsync, rmtree = os.rename, os.fsync, shutil.rmtree
+
+    def recorded(name, action):
+        def act(*arguments, **options):
+            events.append(name)
+            action(*arguments, **options)
+
+        return act
+
+    monkeypatch.setattr(os, "rename", recorded("rename", rename))
+    monkeypatch.setattr(os, "fsync", recorded("sync", fsync))
+    monkeypatch.setattr(os, "unlink", recorded("delete", os.unlink))
+    monkeypatch.setattr(shutil, "rmtree", recorded("delete all", rmtree))
+    run.save(2, Checkpointer(section(keep_latest_k=1), tmp_path))
+    assert events[-1] == "delete"
+    assert events[: events.index("delete all") + 1][-3:] == ["rename", "sync", "delete all"]
+    assert names(tmp_path) == ["step-2"]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_stays_whole(tmp_path, alone, log, monkeypatch):
     run = saved_run(tmp_path, (1,))
     rename = os.rename
 
@@ -90,8 +115,9 @@ def test_a_checkpoint_is_unmarked_before_it_is_removed(tmp_path, alone, monkeypa
 
     monkeypatch.setattr(os, "rename", busy_when_removing)
     run.save(2, Checkpointer(section(keep_latest_k=1), tmp_path))
+    assert "could not be removed" in log.text
     assert names(tmp_path) == ["step-1", "step-2"]
-    assert not (tmp_path / "checkpoint/step-1" / MARKER).exists()
+    assert run.checkpointer.verify(tmp_path / "checkpoint/step-1").progress.step == 1
 
 
 # Choosing what to resume from
@@ -192,13 +218,44 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, alon
         Checkpointer(section(), tmp_path).prepare(weights(model), optimizer)
 
 
+def leave_unfinished(run: Path) -> None:
+    folder = run / "checkpoint"
+    for name in (".tmp-step-2-dead", ".tmp-removed-step-0-dead"):
+        (folder / name).mkdir()
+        (folder / name / "__0_0.distcp").write_text("half")
+    (folder / ".tmp-probe-dead").write_text("x")
+    (folder / "..tmp-probe-dead.k1_m2n3o").write_text("of an earlier version")
+
+
 def test_what_dead_runs_left_is_swept(tmp_path, alone):
     run = saved_run(tmp_path, (1,))
-    (tmp_path / "checkpoint/.tmp-step-2-dead").mkdir()
-    (tmp_path / "checkpoint/.tmp-step-2-dead/__0_0.distcp").write_text("half")
-    (tmp_path / "checkpoint/.tmp-probe-dead").write_text("x")
+    leave_unfinished(tmp_path)
+    Checkpointer(section(load_only=True), tmp_path).find()
+    assert len(names(tmp_path)) == 5, "who only loads removes nothing"
+    run.checkpointer.find()  # which is all that a run does that has no steps left
+    assert names(tmp_path) == ["step-1"]
+    leave_unfinished(tmp_path)
     run.checkpointer.prepare(weights(run.model), run.optimizer)
     assert names(tmp_path) == ["step-1"]
+
+
+def test_the_probe_is_found_by_the_sweep_whenever_the_run_is_killed(tmp_path, alone):
+    run = saved_run(tmp_path, (1,))
+    crash = Crash(tmp_path / "checkpoint")
+    seen = set()
+    died = True
+    for operations in itertools.count():
+        crash.left = operations
+        with suppress(OSError, UserError):
+            run.checkpointer.prepare(weights(run.model), run.optimizer)
+        died = crash.left < 0
+        crash.left = None
+        seen.update(names(tmp_path))
+        run.checkpointer.find()
+        assert names(tmp_path) == ["step-1"]
+        if not died:
+            break
+    assert any("probe" in name for name in seen)
 
 
 def test_the_optimizer_is_as_before_after_preparing(tmp_path, alone):

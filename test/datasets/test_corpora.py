@@ -16,7 +16,7 @@ from helpers.corpora import open_corpus
 from helpers.tokens import encode
 
 from torchtrain.datasets import cache_folder, token_cache
-from torchtrain.datasets.cache_folder import cache_root
+from torchtrain.datasets.cache_folder import cache_root, find_facts
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files, read_stdlib
 from torchtrain.datasets.token_cache import open_token_cache
@@ -489,6 +489,30 @@ def test_killed_builder_leaves_nothing_that_is_used(tmp_path, opened, stalls_in,
     assert not left, "the next builder clears up"
     (cache,) = folder.glob("*/manifest.json")
     assert json.loads(cache.read_text())["corpus_fingerprint"] == fingerprint
+
+
+def test_what_a_process_that_was_killed_while_writing_left_is_removed(
+    tmp_path, opened, monkeypatch
+):
+    corpus = write(tmp_path / "corpus", a="text")
+    replace = os.replace
+
+    def killed(source, target):
+        if "manifest" in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            opened(corpus)
+    opened(corpus)
+    (cache,) = (tmp_path / "cache" / "tokens").glob("*/manifest.json")
+    assert sorted(path.name for path in cache.parent.iterdir()) == ["manifest.json", "tokens.bin"]
+    (tmp_path / ".facts.json.a1b2_3c4").write_text("half")
+    find_facts("a", tmp_path / "facts.json", lambda: ("state", 0), lambda: {"rows": 1})
+    assert not (tmp_path / ".facts.json.a1b2_3c4").exists()
 
 
 @pytest.mark.slow

@@ -207,6 +207,17 @@ def test_faults_of_the_command(export, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next_to_the_same_folder(tmp_path):
+    dead = "0123456789abcdef" * 2
+    for name in (f".tmp-out-{dead}", f".tmp-out-2-{dead}", ".tmp-out-of-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    with convert.new_folder(tmp_path / "out") as temporary:
+        temporary.rename(tmp_path / "out")
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [f".tmp-out-2-{dead}", ".tmp-out-of-mine", "out"]
+
+
 def test_a_model_that_hugging_face_lacks_is_refused(tmp_path, alone):
     from dataclasses import replace
 

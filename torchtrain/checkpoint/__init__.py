@@ -15,7 +15,8 @@ the disk and synced; the marker is the last file; one rename to `step-N`, synced
 Since a rename is atomic, `step-N` has its marker from its first instant, and a crash before leaves
 a `.tmp-` folder that nothing takes for a checkpoint. Where a rename is not atomic (some network and
 object stores copy), or after half a copy by hand, the sizes and digests in the marker tell. Removal
-goes the other way: the marker first, then the name, then the contents.
+goes the other way: one rename, synced, takes the name `step-N` away from the whole checkpoint; then
+its contents go.
 
 Why not DCP alone: it has no notion of complete, overwrites a checkpoint in place, syncs a file
 before flushing it, never syncs a folder, and its index is a pickle, which runs code when it is

@@ -52,7 +52,7 @@ class Checkpointer(Saver):
         The run's own newest complete checkpoint, or `load_step`; where the run has none yet,
         `initial_load_path`. A damaged one of the run's own is set aside by a rename, with a
         warning, and the next older one is taken; so it is where the newest holds the weights alone
-        and is not that of the run's `last_step`.
+        and is not that of the run's `last_step`. What dead runs left unfinished is removed.
 
         Raises:
             UserError: `load_step` or `initial_load_path` is missing, damaged or another program's,
@@ -61,6 +61,8 @@ class Checkpointer(Saver):
         """
         if not self.config.enable:
             return None
+        if not self.config.load_only:
+            self._on_rank_zero(lambda: commit.sweep(self.folder))
         steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step, last_step)

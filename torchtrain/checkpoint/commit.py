@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +16,16 @@ import torch.distributed as dist
 
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import fsync_folder, user_errors, write_durably
+from torchtrain.utils import fsync_folder, remove_if_possible, user_errors, write_durably
 
 FORMAT = 1
 MARKER = "complete.json"
 STATE = "train_state.json"
 INDEX = ".metadata"
+TEMPORARY = ".tmp-"
+"""What begins so is unfinished or being removed, and is swept at the next start or save."""
+OLD_PROBE = "..tmp-probe-"
+"""What earlier versions left when they were killed at their start."""
 
 
 class FileRecord(TypedDict):
@@ -190,3 +196,24 @@ def set_aside_unusable(path: Path, fault: str) -> None:
     """Rename a checkpoint that cannot be used, and warn."""
     target = set_aside(path, "damaged" if (path / MARKER).exists() else "incomplete")
     logger.warning(f"the checkpoint {path} is not usable and was renamed to {target.name}: {fault}")
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint.
+
+    It loses its name at once, by a rename that is synced before anything in it is deleted: a crash
+    at any instant leaves it whole, or something to sweep.
+    """
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}-{uuid.uuid4().hex}")
+    os.rename(path, doomed)
+    fsync_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead runs left unfinished; what cannot be removed now is left for later."""
+    for leftover in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{OLD_PROBE}*")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            remove_if_possible(leftover)

@@ -1,6 +1,5 @@
 """What a run saves, when, and how long it is kept."""
 
-import os
 import re
 import shutil
 import time
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
 from torchtrain.checkpoint.asynchronous import BackgroundWriter
-from torchtrain.checkpoint.commit import MARKER, Marker, Progress
+from torchtrain.checkpoint.commit import TEMPORARY, Marker, Progress
 from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import write_tensors
 from torchtrain.config.schema import Checkpoint
@@ -33,10 +32,7 @@ from torchtrain.errors import (
 )
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import fsync_folder, user_errors, write_durably
-
-TEMPORARY = ".tmp-"
-"""What begins so is unfinished or being removed, and is swept at the next start or save."""
+from torchtrain.utils import fsync_folder, user_errors
 
 T = TypeVar("T")
 
@@ -247,18 +243,15 @@ class Saver:
         """Make the folder, and remove what dead runs left unfinished in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(self.folder.parent)
-        for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        commit.sweep(self.folder)
 
     def _write_probe(self, needed: int) -> Path:
         """Write a file for the other ranks to see, and require room for `needed` bytes."""
         with user_errors(f"checkpoints cannot be written to {self.folder}", OSError):
             self._make_folder()
             probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
-            write_durably(probe, "")
+            probe.write_text("seen by every rank?")  # under its own name, which the sweep finds
+            fsync_folder(self.folder)
             free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -299,12 +292,7 @@ class Saver:
             for step in older[self.config.keep_latest_k - 1 :]:
                 if self.config.keep_every and step % self.config.keep_every == 0:
                     continue
-                path = self.path(step)
-                doomed = self.folder / f"{TEMPORARY}removed-{step}-{uuid.uuid4().hex}"
-                (path / MARKER).unlink()
-                fsync_folder(path)
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                commit.remove(self.path(step))
         except (OSError, UserError) as fault:
             logger.warning(f"old checkpoints in {self.folder} could not be removed: {fault}")
 

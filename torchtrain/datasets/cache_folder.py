@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import clear_progress, draw_progress, logger
-from torchtrain.utils import expand_user, user_errors, write_durably
+from torchtrain.utils import expand_user, remove_unfinished, user_errors, write_durably
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again without another time
@@ -138,6 +138,8 @@ def find_facts(
 ) -> dict[str, Any]:
     """Return the facts in `path`, or find and keep them if the state is not that of `path`.
 
+    The caller holds the lock under which `path` is written.
+
     Args:
         name: what the facts are about, for messages.
         path: where they are kept.
@@ -152,6 +154,7 @@ def find_facts(
     known = load_facts(path, state)
     if known:
         return known
+    remove_unfinished(path)
     facts = find()
     if find_state()[0] != state:
         raise UserError(f"{name} changed while it was read; start again when nothing writes to it")

@@ -46,7 +46,13 @@ from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, encode_documents, in_batches
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import count_cores, fsync_folder, plural, write_durably
+from torchtrain.utils import (
+    count_cores,
+    fsync_folder,
+    plural,
+    remove_unfinished,
+    write_durably,
+)
 
 FORMAT = 1
 """Bump when the on-disk layout changes."""
@@ -305,7 +311,9 @@ class _Build:
             left_out_places=self.corpus.skipped.locations,
         )
         text = json.dumps(asdict(manifest), indent=2)
-        write_durably(self.building / "cache" / "manifest.json", text)
+        path = self.building / "cache" / "manifest.json"
+        remove_unfinished(path)  # the rest of `building` is not published
+        write_durably(path, text)
 
 
 def _publish(building: Path, target: Path) -> None:

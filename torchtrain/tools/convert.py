@@ -9,6 +9,7 @@ tensors at a time, or one tensor.
 """
 
 import argparse
+import glob
 import shutil
 import sys
 import uuid
@@ -185,11 +186,16 @@ def describe_model(folder: HFFolder) -> dict[str, Any]:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder, to be renamed to `target`; after an error it is gone.
 
+    What a killed conversion to the same target left is removed.
+
     Raises:
         UserError: the target is there and not empty, or cannot be made.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{str(target)!r} is there already, and not empty")
+    random = "[0-9a-f]" * 32
+    for leftover in target.parent.glob(f".tmp-{glob.escape(target.name)}-{random}"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex}")
     with user_errors(f"{str(target)!r} cannot be written", OSError):
         temporary.mkdir(parents=True)
