@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtrain.attempts import begin_step, end_for_good, log_restart
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
@@ -85,6 +86,7 @@ def train(
     with profiler.recording(), checkpointer.finishing():
         for step in range(first_step, config.training.steps + 1):
             stopwatch = Stopwatch()
+            begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_grad_norm_(
@@ -323,6 +325,7 @@ def run(config: JobConfig, device: torch.device) -> None:
     trainer = set_up(config, device, find_saved_progress(source))
     if source is not None:
         resume(trainer, checkpointer, source)
+    log_restart(trainer.step)
     profiler = together(lambda: Profiler(config.profiling, folder.path, device, rank))
     if is_own:
         on_rank_zero(lambda: folder.resume_at(trainer.step))
@@ -359,17 +362,17 @@ def main(config: JobConfig) -> int:
     except (SharedUserError, NonFinite) as fault:
         if rank == 0:
             logger.error(str(fault))
-        return 1 if isinstance(fault, NonFinite) else 2
+        return end_for_good(1 if isinstance(fault, NonFinite) else 2)
     except UserError as fault:
         logger.error(str(fault))
-        return 2
+        return end_for_good(2)
     except PeerFault as fault:
-        return 2 if fault.is_user_error else 1
+        return end_for_good(2) if fault.is_user_error else 1
     except Stopped as stopped:
         logger.warning(str(stopped))
-        return 128 + stopped.signal_number
+        return end_for_good(128 + stopped.signal_number)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return end_for_good(128 + signal.SIGINT)
     except BaseException:
         logger.error(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1

@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = (
     "test_parity.py",
     "test_launch.py",
+    "test_restarts.py",
     "test_validation.py",
     "test_training.py",
     "test_resume.py",

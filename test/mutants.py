@@ -209,8 +209,8 @@ MUTANTS = {
         ),
         (
             "a user error ends with status 1",
-            "        return 1 if isinstance(fault, NonFinite) else 2\n",
-            "        return 1\n",
+            "        return end_for_good(1 if isinstance(fault, NonFinite) else 2)\n",
+            "        return end_for_good(1)\n",
         ),
         (
             "a resumed run throws its log away",
@@ -2055,6 +2055,33 @@ MUTANTS = {
             "the prefix is not counted",
             "    return columns - max(map(len, prefixes), default=0)",
             "    return columns",
+        ),
+    ],
+    "torchtrain/attempts.py": [
+        (
+            "an attempt finds the addresses of the dead",
+            'dist.PrefixStore(f"attempt-{name_attempt()}", _store)',
+            'dist.PrefixStore("attempt", _store)',
+        ),
+        (
+            "what ended for good is tried again",
+            "    if _store.check([ENDED]):",
+            "    if False:",
+        ),
+        (
+            "a user error of an earlier attempt is a crash",
+            "fault.is_user_error = status == 2",
+            "fault.is_user_error = False",
+        ),
+        (
+            "the step that was not finished counts as taken again",
+            "_store.get(STEP).split()[1]) - 1 - done)",
+            "_store.get(STEP).split()[1]) - done)",
+        ),
+        (
+            "a step is taken for the first attempt's",
+            'f"{name_attempt()} {step}"',
+            'f"0 {step}"',
         ),
     ],
     "torchtrain/orphans.py": [

@@ -74,6 +74,7 @@ ROOMS = {
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
     "torchtrain/text_samples.py": ("test/test_text_samples.py",),
     "torchtrain/validation.py": ("test/test_validation.py", "test/test_training_by_hand.py"),
+    "torchtrain/attempts.py": ("test/tools/test_restarts.py", "test/test_ranks.py"),
     "torchtrain/orphans.py": ("test/test_orphans.py", "test/tools/test_launch.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
     "torchtrain/optimizers": (

@@ -17,6 +17,7 @@ FLOORS = {
     "torchtrain.logging_utils": 0.02,
     "torchtrain.early_interrupt": 0.03,
     "torchtrain.orphans": 0.03,
+    "torchtrain.attempts": 0.025,
     "torchtrain.ranks": 0.03,
     "torchtrain.shards": 0.03,
     "torchtrain.step_metrics": 0.04,
@@ -56,7 +57,7 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9368, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9417, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1560,
     "datasets": 1970,

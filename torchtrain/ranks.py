@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from torchtrain import attempts
 from torchtrain.errors import PeerFault, SharedUserError, UserError
 
 T = TypeVar("T")
@@ -35,6 +36,9 @@ def join_process_group(timeout_seconds: int) -> torch.device:
 
     The group carries CPU tensors over gloo and, with an accelerator, device tensors over that
     device's own backend.
+
+    Raises:
+        PeerFault: an earlier attempt of this launch has ended for good.
     """
     accelerator = usable_accelerator()
     device = torch.device("cpu")
@@ -45,10 +49,10 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = attempts.meet(timeout)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device
 
 

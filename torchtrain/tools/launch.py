@@ -4,11 +4,13 @@
 
 Environment: NGPU (processes per node; default every visible GPU, or 2 on a machine without),
 CONFIG_FILE (default train_configs/debug_model.toml), LOG_RANK (ranks whose lines are shown, default
-0). For several nodes set torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR,
-PET_MASTER_PORT (or PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without
-PET_: https://docs.pytorch.org/docs/stable/elastic/run.html
+0), MAX_RESTARTS (how often the ranks are started again after one has died, default 0). For several
+nodes set torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (or
+PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without PET_:
+https://docs.pytorch.org/docs/stable/elastic/run.html
 
-Exit status: 0, or that of the rank that failed first (2: a user error; 128 + n: ended by signal n).
+Exit status: 0, or that of the rank that failed first, in the last attempt (2: a user error;
+128 + n: ended by signal n).
 """
 
 import logging
@@ -16,7 +18,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
 
@@ -30,9 +31,6 @@ from torchtrain.installation import PROGRAM
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.utils import count_cores
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 RENDEZVOUS_VARIABLES = (
     "NNODES",
@@ -74,12 +72,13 @@ def main(trainer_args: list[str]) -> int:
         if name in os.environ:
             os.environ.setdefault(f"PET_{name}", os.environ[name])
     try:
+        restarts = count_restarts()
         gpus = visible_gpus()
         nodes = read_nodes(os.environ)
         processes = count_processes(gpus)
         check_log_rank(processes * nodes.count)
-        config = check_config(trainer_args, processes * nodes.count, nodes)
-        return launch(config, trainer_args, nodes, processes, on_cpu=gpus == 0)
+        config = check_config(trainer_args, processes * nodes.count, nodes, restarts)
+        return launch(config, trainer_args, nodes, processes, restarts, on_cpu=gpus == 0)
     except UserError as fault:
         print(fault, file=sys.stderr)
         return 2
@@ -113,6 +112,18 @@ def count_processes(gpus: int) -> int:
     return int(given)
 
 
+def count_restarts() -> int:
+    """Return MAX_RESTARTS, how often the ranks may be started again after a failure.
+
+    Raises:
+        UserError: it is not a number of times.
+    """
+    given = os.environ.get("PET_MAX_RESTARTS") or os.environ.get("MAX_RESTARTS") or "0"
+    if not given.isdigit():
+        raise UserError(f"MAX_RESTARTS = {given!r}: must be a whole number, at least 0")
+    return int(given)
+
+
 def check_log_rank(world_size: int) -> None:
     """Check that LOG_RANK names ranks of this run.
 
@@ -128,11 +139,23 @@ def check_log_rank(world_size: int) -> None:
             )
 
 
-def check_config(trainer_args: list[str], world_size: int, nodes: Nodes) -> JobConfig:
-    """Read the config. A refused one ends this process, after a word to the nodes that wait."""
+def check_config(
+    trainer_args: list[str], world_size: int, nodes: Nodes, restarts: int
+) -> JobConfig:
+    """Read the config. A refused one ends this process, after a word to the nodes that wait.
+
+    Raises:
+        UserError: restarts are wanted, but there will be no checkpoints to go on from.
+    """
     try:
-        return parse_or_exit(trainer_args, world_size)
-    except SystemExit:
+        config = parse_or_exit(trainer_args, world_size)
+        if restarts and not config.checkpoint.enable:
+            raise UserError(
+                f"MAX_RESTARTS = {restarts} needs checkpoint.enable: without checkpoints every "
+                "restart would begin at step 1 again"
+            )
+        return config
+    except (SystemExit, UserError):
         if nodes.meet_here:
             from torchtrain.tools.meeting import tell_refused
 
@@ -155,7 +178,13 @@ def visible_gpus() -> int:
 
 
 def launch(
-    config: JobConfig, trainer_args: list[str], nodes: Nodes, processes: int, *, on_cpu: bool
+    config: JobConfig,
+    trainer_args: list[str],
+    nodes: Nodes,
+    processes: int,
+    restarts: int,
+    *,
+    on_cpu: bool,
 ) -> int:
     """Meet the other nodes, start `processes` ranks on this one, wait. Returns the exit status.
 
@@ -172,15 +201,18 @@ def launch(
     from torch.distributed.run import get_args_parser, run
 
     from torchtrain.tools.meeting import all_nodes
+    from torchtrain.tools.restarts import Outcome, use_agent
 
-    options = [f"--nproc-per-node={processes}"]
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
+    outcome = Outcome()
+    use_agent(outcome)
     try:
         with all_nodes(nodes, config.comm.init_timeout_seconds):
             run(get_args_parser().parse_args([*options, str(PROGRAM / "train.py"), *trainer_args]))
-    except ChildFailedError as failed:
-        return status_of(failed)
+    except ChildFailedError:
+        return outcome.report()
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except (RendezvousError, DistNetworkError) as fault:
@@ -199,20 +231,6 @@ def set_up_environment(processes: int, *, on_cpu: bool) -> None:
         os.environ[LAUNCHER_PID] = str(os.getpid())
     paths = [str(PROGRAM), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-
-
-def status_of(failed: "ChildFailedError") -> int:
-    """Return the exit status of the rank that failed first, and say so if a signal ended it."""
-    # Times count whole seconds; a rank that was killed comes before those that then failed for want
-    # of it.
-    rank, failure = min(
-        failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
-    )
-    if failure.exitcode >= 0:
-        return failure.exitcode
-    signal_name = failure.signal_name()
-    print(f"rank {rank} was ended by {signal_name}; the others were stopped", file=sys.stderr)
-    return 128 - failure.exitcode
 
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""A rank dies: all start again by themselves, unless a further attempt would end the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.launching import ROOT, TIMEOUT_S, environment, launched, metrics, options
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from torchtrain import attempts
+from torchtrain.errors import PeerFault
+from torchtrain.tools import launch, restarts
+
+STEPS = 10
+CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
+
+FAULT = """
+import os
+import signal
+from torchtrain import attempts
+
+real = attempts.begin_step
+
+
+def begin_step(step):
+    real(step)
+    if step == 8 and os.environ["RANK"] == "1" and CONDITION:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+attempts.begin_step = begin_step  # before train.py imports it
+"""
+
+
+def fault(folder, text):
+    """Options that make every rank execute `text` while it reads the config."""
+    file = folder / "fault.py"
+    file.write_text(textwrap.dedent(text))
+    return {"experimental.custom_import": file}
+
+
+def saving(data, folder, **overrides):
+    return {
+        **data,
+        "job.dump_folder": folder,
+        "training.steps": STEPS,
+        "checkpoint.enable": True,
+        "checkpoint.interval": 5,
+        **overrides,
+    }
+
+
+def curve(folder):
+    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
+
+
+def tensors(folder, scratch):
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{STEPS}", scratch)
+    return torch.load(scratch, weights_only=True)
+
+
+def assert_same_run(folder, untouched, scratch):
+    assert curve(folder) == curve(untouched)
+    mine, theirs = tensors(folder, scratch / "a.pt"), tensors(untouched, scratch / "b.pt")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("untouched") / "run"
+    launched(2, saving(data, folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, data, untouched):
+    first_two = fault(tmp_path, FAULT.replace("CONDITION", "attempts.restarts_so_far() < 2"))
+    folder = tmp_path / "run"
+    output = launched(2, saving(data, folder, **first_two), MAX_RESTARTS="2")
+    for number in (1, 2):
+        cause = "rank 1 was ended by SIGKILL in step 8"
+        assert f"{cause}; all ranks are started again (restart {number} of 2)" in output
+        assert f"restart {number} of 2: goes on after step 5; 2 steps taken again" in output
+    assert_same_run(folder, untouched, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
+    once = fault(tmp_path, FAULT.replace("CONDITION", "attempts.restarts_so_far() == 0"))
+    folder = tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", *torchrun, str(ROOT / "train.py")),
+            *options(saving(data, folder, **once)),
+        ],
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    output = ran.stdout + ran.stderr
+    assert ran.returncode == 0, output
+    assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
+    assert_same_run(folder, untouched, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_third_crash_at_one_step_ends_the_run(tmp_path, data):
+    always = fault(tmp_path, FAULT.replace("CONDITION", "True"))
+    output = launched(
+        2, saving(data, tmp_path / "run", **always), expect=128 + signal.SIGKILL, MAX_RESTARTS="9"
+    )
+    assert output.count("started again (restart") == 2
+    assert (
+        "rank 1 was ended by SIGKILL in step 8, the same step 3 times in a row: not started again"
+        in output
+    )
+
+
+@pytest.mark.slow
+def test_a_crash_before_the_first_step_counts_and_nobody_that_torchrun_ended_is_blamed(
+    tmp_path, data
+):
+    """The other rank imports torch meanwhile, so that torchrun's SIGTERM ends it."""
+    early = fault(
+        tmp_path,
+        """
+        import os
+
+        if os.environ.get("RANK") == "1":
+            os._exit(7)
+        """,
+    )
+    output = launched(2, saving(data, tmp_path / "run", **early), expect=7, MAX_RESTARTS="9")
+    assert output.count("rank 1 failed with exit status 7 before the first step") == 3
+    assert "SIGTERM" not in output
+
+
+@pytest.mark.slow
+def test_what_a_restart_does_not_mend_is_not_started_again(tmp_path, data):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 3}\n')
+    user_error = {"training.dataset": "jsonl", "training.dataset_path": bad}
+    output = launched(2, saving(data, tmp_path / "run", **user_error), expect=2, MAX_RESTARTS="3")
+    assert output.count("bad.jsonl:2") == 1
+    assert "started again" not in output
+    not_finite = {"optimizer.lr": 1e30, "training.max_norm": 1e30}
+    output = launched(2, saving(data, tmp_path / "run", **not_finite), expect=1, MAX_RESTARTS="3")
+    assert output.count("detect_anomaly") == 1
+    assert "started again" not in output
+    sigterm = "os.kill(os.getpid(), signal.SIGTERM)"  # which returns None
+    stopped = fault(tmp_path, FAULT.replace("CONDITION", sigterm))
+    output = launched(2, saving(data, tmp_path / "run", **stopped), expect=143, MAX_RESTARTS="3")
+    assert "stopped by SIGTERM after step 8" in output
+    assert "started again" not in output
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("3", "MAX_RESTARTS = 3 needs checkpoint.enable"),
+        ("often", "MAX_RESTARTS = 'often': must be a whole number, at least 0"),
+        ("-1", "MAX_RESTARTS = '-1': must be a whole number, at least 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["MAX_RESTARTS", "PET_MAX_RESTARTS"])
+def test_impossible_restarts_are_one_line(capfd, data, name, given, text):
+    variables = environment(1) | {name: given}
+    with patch.dict(os.environ, variables, clear=True):
+        assert launch.main(options({**data, "checkpoint.enable": False})) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(text)
+    assert error.count("\n") == 1
+
+
+def failures(**codes):
+    """What torchrun says of ranks that failed, by exit code."""
+    return {int(name[1:]): SimpleNamespace(exitcode=code) for name, code in codes.items()}
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed_first", "first", "status"),
+    [
+        ({"r0": 1, "r1": -9}, {0, 1}, 1, 137),  # rank 0 failed for want of rank 1
+        ({"r0": -15, "r1": 1}, {1}, 1, 1),  # torchrun ended rank 0
+        ({"r0": -15, "r1": 1}, set(), 1, 1),
+        ({"r1": -15, "r0": -15}, {1}, 1, 143),  # somebody else ended rank 1
+        ({"r0": 1, "r1": -9}, {0}, 0, 1),  # rank 1 did not hear torchrun's SIGTERM
+        ({"r0": 2}, {0}, 0, 2),
+    ],
+)
+def test_the_first_cause_is_named(codes, failed_first, first, status):
+    found = restarts.find_first(failures(**codes), failed_first)
+    assert (found.rank, found.status) == (first, status)
+
+
+def test_failures_are_named_as_people_know_them():
+    assert str(restarts.Failure(3, -11)) == "rank 3 was ended by SIGSEGV"
+    assert str(restarts.Failure(3, -250)) == "rank 3 was ended by signal 250"
+    assert str(restarts.Failure(3, 1)) == "rank 3 failed with exit status 1"
+
+
+def test_only_crashes_in_a_row_are_repeated():
+    assert not restarts.Outcome(steps=[8, 8]).is_repeated
+    assert restarts.Outcome(steps=[8, 8, 8]).is_repeated
+    assert not restarts.Outcome(steps=[8, 8, 9, 8]).is_repeated
+    assert restarts.Outcome(steps=[4, None, None, None]).is_repeated
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """torchrun's store, and this process as its only rank."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    variables = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(server.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(attempts, "_store", None)
+    return server
+
+
+def test_attempts_do_not_see_each_others_addresses(store, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    attempts.meet(timedelta(seconds=20))[0].set("address", "of the dead")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not attempts.meet(timedelta(seconds=20))[0].check(["address"])
+
+
+@pytest.mark.parametrize(("status", "is_user_error"), [(2, True), (1, False), (143, False)])
+def test_torchrun_tries_again_in_vain_what_ended_for_good(store, status, is_user_error):
+    attempts.meet(timedelta(seconds=20))
+    assert attempts.end_for_good(status) == status
+    with pytest.raises(PeerFault, match=f"ended for good, with exit status {status}") as caught:
+        attempts.meet(timedelta(seconds=20))
+    assert caught.value.is_user_error == is_user_error
+
+
+def test_without_torchrun_there_is_nothing_to_tell(monkeypatch):
+    monkeypatch.setattr(attempts, "_store", None)
+    attempts.begin_step(3)
+    attempts.log_restart(3)
+    assert attempts.end_for_good(1) == 1

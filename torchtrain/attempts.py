@@ -1,0 +1,85 @@
+"""The attempts of one launch: torchrun starts all ranks again when one has died (--max-restarts).
+
+What they tell each other, and the launcher, lies in torchrun's store, which outlives the ranks.
+Without torchrun there is one attempt, and nothing to tell.
+"""
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from torchtrain.errors import PeerFault
+from torchtrain.logging_utils import logger
+from torchtrain.utils import plural
+
+ATTEMPT = "TORCHTRAIN_ATTEMPT"
+"""The environment variable that names an attempt, equal on all its nodes; the launcher sets it."""
+ENDED = "torchtrain/ended"
+"""Key of the exit status of an attempt that no other can mend: a user error, a stop, not finite."""
+STEP = "torchtrain/step"
+"""Key of the attempt that last began a step, and that step."""
+
+_store: dist.Store | None = None
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Return the store in which the ranks of this attempt meet, this rank and the world size.
+
+    Raises:
+        PeerFault: an earlier attempt has ended for good, and torchrun started one more all the same
+            (our launcher does not).
+    """
+    global _store
+    _store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    _store.set_timeout(timeout)
+    if _store.check([ENDED]):
+        status = int(_store.get(ENDED))
+        fault = PeerFault(f"an earlier attempt ended for good, with exit status {status}")
+        fault.is_user_error = status == 2
+        logger.warning(str(fault))
+        raise fault
+    # The addresses that ranks leave there for each other are those of the dead in the next attempt.
+    return dist.PrefixStore(f"attempt-{name_attempt()}", _store), rank, world_size
+
+
+def name_attempt() -> str:
+    """Return what tells this attempt from all others of its launch."""
+    return os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def end_for_good(status: int) -> int:
+    """Leave word that a further attempt would not mend how this one ends; return its status."""
+    if _store is not None:
+        with suppress(RuntimeError):  # the launcher has gone already
+            _store.set(ENDED, str(status))
+    return status
+
+
+def begin_step(step: int) -> None:
+    """Leave word, from rank 0, of the step that this attempt is in."""
+    if _store is not None and dist.get_rank() == 0 and max_restarts():
+        _store.set(STEP, f"{name_attempt()} {step}")
+
+
+def log_restart(done: int) -> None:
+    """Say where a further attempt goes on: after step `done`, which its checkpoint holds."""
+    if _store is None or restarts_so_far() == 0:
+        return
+    again = 0
+    if _store.check([STEP]):
+        again = max(0, int(_store.get(STEP).split()[1]) - 1 - done)
+    where = f"goes on after step {done}" if done else "begins at step 1"
+    count = f"restart {restarts_so_far()} of {max_restarts()}"
+    logger.info(f"{count}: {where}; {plural(again, 'step')} taken again")
+
+
+def restarts_so_far() -> int:
+    """Return how often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def max_restarts() -> int:
+    """Return how often torchrun may start the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))

@@ -1,0 +1,194 @@
+"""torchrun's agent, which starts the ranks of a node, with judgment about starting them again.
+
+torchrun starts all ranks again whenever one has failed, as often as --max-restarts allows. Ours
+says why, and leaves it at the failure where a further attempt would end the same: after a user
+error, a number that is not finite, a stop, or the third crash in a row at the same step.
+"""
+
+import os
+import signal
+import sys
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.launcher import api
+
+from torchtrain.attempts import ATTEMPT, ENDED, STEP
+
+SAME_STEP = 3
+"""How many crashes in a row at the same step end the run."""
+STORE_TIMEOUT_S = 5.0
+STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass
+class Failure:
+    """How the first rank of an attempt that failed ended; the others failed for want of it."""
+
+    rank: int
+    exit_code: int
+    """As Python gives it: -n if signal n ended the rank."""
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell would give."""
+        return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
+
+    @property
+    def is_stop(self) -> bool:
+        return self.status in [128 + number for number in STOPPED_BY]
+
+    def __str__(self) -> str:
+        if self.exit_code >= 0:
+            return f"rank {self.rank} failed with exit status {self.exit_code}"
+        try:
+            name = signal.Signals(-self.exit_code).name
+        except ValueError:
+            name = f"signal {-self.exit_code}"
+        return f"rank {self.rank} was ended by {name}"
+
+
+@dataclass
+class Outcome:
+    """What became of the attempts of one launch, as far as this node knows."""
+
+    failure: Failure | None = None
+    """The last attempt's, if it failed."""
+    steps: list[int | None] = field(default_factory=list)
+    """In which step each attempt failed; None: before its first, or nobody knows."""
+    is_told: bool = False
+    """Whether the last failure has been printed."""
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the last attempts have all failed in the same step."""
+        last = self.steps[-SAME_STEP:]
+        return len(last) == SAME_STEP and len(set(last)) == 1
+
+    def report(self) -> int:
+        """Return the exit status of a launch that failed; name the rank if a signal ended it."""
+        if self.failure is None:
+            return 1
+        if self.failure.exit_code < 0 and not self.is_told:
+            say(f"{self.failure}; the others were stopped")
+        return self.failure.status
+
+    @property
+    def where(self) -> str:
+        step = self.steps[-1]
+        return "before the first step" if step is None else f"in step {step}"
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent; `outcome` is told how each attempt failed."""
+
+    def __init__(self, *args: Any, outcome: Outcome, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._outcome = outcome
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Do as torchrun does, but note first who has failed before torchrun ends the others."""
+        failed_first = {
+            rank for rank, code in self._exit_codes(worker_group).items() if code not in (None, 0)
+        }
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed() and result.failures:
+            self._outcome.failure = find_first(result.failures, failed_first)
+            if worker_group.spec.max_restarts > 0:
+                self._judge(self._outcome.failure, worker_group)
+        return result
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meet the other nodes, and name the attempt for the ranks."""
+        super()._rendezvous(worker_group)
+        os.environ[ATTEMPT] = self._agree_on_name(worker_group)
+
+    def _agree_on_name(self, worker_group: WorkerGroup) -> str:
+        """Return a name for the attempt, the same on all nodes."""
+        spec = worker_group.spec
+        if spec.rdzv_handler.get_backend() == "static":
+            return str(spec.max_restarts - self._remaining_restarts)
+        # A node that saw another one come back before its own ranks failed has not counted this
+        # restart. But each round of such a rendezvous has a store of its own.
+        store: Any = worker_group.store
+        if worker_group.group_rank == 0:
+            store.set(ATTEMPT, uuid.uuid4().hex)
+        return store.get(ATTEMPT).decode()
+
+    def _exit_codes(self, worker_group: WorkerGroup) -> dict[int, int | None]:
+        """Return how each rank of this node has ended, None for those that run."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        return {
+            worker_group.workers[local_rank].global_rank: handler.proc.poll()
+            for local_rank, handler in handlers.items()
+        }
+
+    def _judge(self, failure: Failure, worker_group: WorkerGroup) -> None:
+        """Say what happens next, and see to it that torchrun does so."""
+        step, ended_for_good = self._ask_store(worker_group)
+        self._outcome.steps.append(step)
+        what = f"{failure} {self._outcome.where}"
+        restarts = worker_group.spec.max_restarts
+        self._outcome.is_told = not (ended_for_good or failure.status == 2 or failure.is_stop)
+        if not self._outcome.is_told:
+            self._remaining_restarts = 0  # the rank has said what it was
+        elif self._outcome.is_repeated:
+            self._remaining_restarts = 0
+            say(f"{what}, the same step {SAME_STEP} times in a row: not started again")
+        elif self._remaining_restarts == 0:
+            say(f"{what}; the ranks have been started again {restarts} times, as often as allowed")
+        else:
+            number = restarts - self._remaining_restarts + 1
+            say(f"{what}; all ranks are started again (restart {number} of {restarts})")
+
+    def _ask_store(self, worker_group: WorkerGroup) -> tuple[int | None, bool]:
+        """Return the step that this attempt was in, and whether it ended for good."""
+        with suppress(RuntimeError):  # the store's node is gone
+            store = TCPStore(
+                str(worker_group.master_addr),
+                int(worker_group.master_port or 0),
+                is_master=False,
+                timeout=timedelta(seconds=STORE_TIMEOUT_S),
+            )
+            step = None
+            if store.check([STEP]):
+                attempt, number = store.get(STEP).decode().split()
+                step = int(number) if attempt == os.environ[ATTEMPT] else None
+            return step, store.check([ENDED])
+        return None, False
+
+
+def use_agent(outcome: Outcome) -> None:
+    """Have torchrun start the ranks by an `Agent`.
+
+    Its run() takes none; it makes the one that has this name.
+    """
+    api.LocalElasticAgent = partial(Agent, outcome=outcome)  # type: ignore[assignment, misc]
+
+
+def find_first(failures: dict[int, ProcessFailure], failed_first: set[int]) -> Failure:
+    """Return the cause among the failures of one attempt.
+
+    Of the ranks that failed before torchrun ended the others, one that was killed comes before
+    those that failed for want of it. A rank that ends between torchrun's looks and ours is not in
+    `failed_first`; then SIGTERM, which torchrun sends to the others, is the last to be the cause.
+    """
+    candidates = {rank: failures[rank] for rank in failures if rank in failed_first} or failures
+    rank, failure = min(
+        candidates.items(),
+        key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].exitcode >= 0),
+    )
+    return Failure(rank, failure.exitcode)
+
+
+def say(line: str) -> None:
+    """Print a line of the launcher's."""
+    print(line, file=sys.stderr, flush=True)
