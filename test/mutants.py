@@ -1618,9 +1618,9 @@ MUTANTS = {
             "if is_own and optimizer is not None:",
         ),
         (
-            "the marker's step is not compared",
-            "        if marker.step != progress.step:\n",
-            "        if False:\n",
+            "a marker need not name all shards",
+            "        if fault is not None:\n            return fault\n        return Source(",
+            "        return Source(",
         ),
         (
             "each rank hashes the first files alone",
@@ -1733,7 +1733,11 @@ MUTANTS = {
             "    write_durably(temporary / STATE, state)  # which syncs the folder, so all names in it\n",
             '    write_durably(temporary / MARKER, "{}")\n    write_durably(temporary / STATE, state)\n',
         ),
-        ("sizes are not compared", "        if found != size:\n", "        if found < 0:\n"),
+        (
+            "sizes are not compared",
+            '        if found != record["bytes"]:\n',
+            "        if found < 0:\n",
+        ),
         (
             "digests are not compared",
             'if digest.hexdigest() != marker.files[name]["sha256"]:',
@@ -1751,13 +1755,33 @@ MUTANTS = {
         ),
         (
             "a later format is taken for damage",
-            "    if marker is None:\n        raise UserError(",
-            "    if marker is None:\n        return str(",
+            "version > FORMAT:\n            raise UserError(",
+            "version > FORMAT:\n            return str(",
         ),
         (
             "a marker may name files elsewhere",
-            "or any(Path(name).name != name for name in sizes)",
+            "        and all(Path(name).name == name for name in value)\n",
             "",
+        ),
+        (
+            "a marker of another step is taken",
+            "    if step is not None and marker.step != step:\n",
+            "    if False:\n",
+        ),
+        (
+            "a number may be true",
+            "return type(value) is int and value >= 0",
+            "return isinstance(value, int) and value >= 0",
+        ),
+        (
+            "the marker's step is not compared",
+            '    if content["step"] != marker.step:\n',
+            "    if False:\n",
+        ),
+        (
+            "an entry that nothing knows stands for another one",
+            "    for name in sorted(content.keys() - checks.keys()):\n",
+            "    for name in ():\n",
         ),
         (
             "what is set aside takes the place of an earlier one",

@@ -57,12 +57,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9417, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9498, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1560,
     "datasets": 1970,
     "parallelisms": 1800,
-    "checkpoint": 1100,
+    "checkpoint": 1181,
     "models": 800,
     "optimizers": 400,
 }

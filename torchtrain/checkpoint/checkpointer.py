@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
-from torchtrain.checkpoint.commit import MARKER, STATE, Source
+from torchtrain.checkpoint.commit import Source
 from torchtrain.checkpoint.foreign import (
     Foreign,
     is_dcp_folder,
@@ -19,7 +19,12 @@ from torchtrain.checkpoint.foreign import (
 from torchtrain.checkpoint.hf_folder import CONFIG as HF_CONFIG
 from torchtrain.checkpoint.saving import Saver
 from torchtrain.checkpoint.state import Weights
-from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors
+from torchtrain.checkpoint.storage import (
+    find_contradiction,
+    list_entries,
+    read_index,
+    read_tensors,
+)
 from torchtrain.errors import (
     SharedUserError,
     UserError,
@@ -67,7 +72,7 @@ class Checkpointer(Saver):
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step, last_step)
         for step in steps:
-            found = self.verify(self.path(step))
+            found = self.verify(self.path(step), step)
             if isinstance(found, Source) and found.progress.model_only and step < last_step:
                 logger.warning(f"{found.path} is passed over: {WEIGHTS_ALONE}")
                 continue
@@ -89,12 +94,23 @@ class Checkpointer(Saver):
             return None
         return self._find_initial(expand_user(self.config.initial_load_path))
 
-    def verify(self, path: Path, *, model_only: bool = False) -> Source | str:
+    def verify(
+        self, path: Path, step: int | None = None, *, model_only: bool = False
+    ) -> Source | str:
         """Return the checkpoint at `path`, or what is wrong with it; it is left as it is.
 
         Rank 0 looks at names and sizes, then each rank hashes a share of the files.
+
+        Args:
+            path: of its folder.
+            step: the one that it must be of; None: any.
+            model_only: whether only the weights are wanted.
+
+        Raises:
+            UserError: a later version or another program wrote it, it cannot be read, or its index
+                would run code.
         """
-        marker = self._on_rank_zero(lambda: commit.inspect(path))
+        marker = self._on_rank_zero(lambda: commit.inspect(path, step))
         if isinstance(marker, str):
             return marker
         share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
@@ -102,9 +118,12 @@ class Checkpointer(Saver):
         for fault in gathered(altered, self.group):
             if fault is not None:
                 return fault
-        progress = self._on_rank_zero(lambda: commit.read_progress(path))
-        if marker.step != progress.step:
-            raise SharedUserError(f"{path}: {MARKER} and {STATE} are of different checkpoints")
+        progress = self._on_rank_zero(lambda: commit.read_progress(path, marker))
+        if isinstance(progress, str):
+            return progress
+        fault = self._on_rank_zero(lambda: find_contradiction(path, marker))
+        if fault is not None:
+            return fault
         return Source(path=path, progress=progress, model_only=model_only, marker=marker)
 
     def load_foreign(self, source: Foreign, weights: Weights) -> None:
@@ -170,7 +189,7 @@ class Checkpointer(Saver):
     def _find_step(self, step: int, last_step: int) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
         path = self.path(step)
-        found = self.verify(path)
+        found = self.verify(path, step)
         if isinstance(found, Source) and found.progress.model_only and step < last_step:
             found = WEIGHTS_ALONE
         if isinstance(found, Source):

@@ -4,10 +4,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -78,6 +79,52 @@ class Source:
     marker: Marker
 
 
+Check = tuple[Callable[[Any], bool], str]
+"""Whether the value of an entry can be right, and what it must be, in words."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_config(value: Any) -> bool:
+    return _is_table(value) and all(map(_is_table, value.values()))
+
+
+def _are_records(value: Any) -> bool:
+    """Check the files of a marker: names without a folder, sizes, SHA-256 in hexadecimal."""
+    return (
+        _is_table(value)
+        and {STATE, INDEX} <= value.keys()
+        and all(Path(name).name == name for name in value)
+        and all(_is_table(record) and record.keys() == RECORD for record in value.values())
+        and all(_is_count(record["bytes"]) for record in value.values())
+        and all(re.fullmatch("[0-9a-f]{64}", str(record["sha256"])) for record in value.values())
+    )
+
+
+RECORD = FileRecord.__annotations__.keys()
+MARKER_FIELDS: dict[str, Check] = {
+    "format": (lambda value: type(value) is int and value == FORMAT, f"the number {FORMAT}"),
+    "step": (_is_count, "a number of steps"),
+    "world_size": (lambda value: _is_count(value) and value > 0, "a number of ranks"),
+    "torch": (lambda value: isinstance(value, str), "a version"),
+    "files": (_are_records, "the sizes and digests of a checkpoint's files"),
+}
+STATE_FIELDS: dict[str, Check] = {
+    "step": (_is_count, "a number of steps"),
+    "tokens_seen": (_is_count, "a number of tokens"),
+    "data": (_is_table, "a JSON object"),
+    "config": (_is_config, "keys by section"),
+    "shape": (lambda value: value is None or _is_table(value), "a JSON object"),
+    "model_only": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
 def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, FileRecord]) -> None:
     """Add what rank 0 alone writes to the `files`, the marker last, and rename.
 
@@ -109,8 +156,12 @@ def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, F
     fsync_folder(target.parent)
 
 
-def inspect(path: Path) -> Marker | str:
+def inspect(path: Path, step: int | None = None) -> Marker | str:
     """Return the marker of a checkpoint whose files all have the right size, else what is wrong.
+
+    Args:
+        path: of its folder.
+        step: the one that it must be of; None: any.
 
     Raises:
         UserError: a later version of torchtrain or another program wrote it, so nothing can be
@@ -127,34 +178,68 @@ def inspect(path: Path) -> Marker | str:
                 "checkpoint.initial_load_path"
             )
         return f"it has no {MARKER}, so it was never finished or is half removed"
+    content = _read_object(path / MARKER)
+    if isinstance(content, dict):
+        version = content.get("format")
+        if type(version) is int and version > FORMAT:
+            raise UserError(
+                f"{path} has format {version}; this version of torchtrain reads format {FORMAT}"
+            )
+    fault = _find_fault(content, Marker, MARKER_FIELDS)
+    if fault is not None:
+        return f"its {MARKER} is damaged: {fault}"
+    marker = Marker(**content)
+    if step is not None and marker.step != step:
+        return f"its {MARKER} is damaged: it is of step {marker.step}"
+    return _find_resized(path, marker.files) or marker
+
+
+def _read_object(path: Path) -> Any:
+    """Return what is in a JSON file; where it is not JSON, a text that says what is wrong.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with user_errors(f"{path} cannot be read", OSError):
+        text = path.read_bytes()
     try:
-        content = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        version = content["format"]
-        sizes = {
-            name: int(record["bytes"])
-            for name, record in content["files"].items()
-            if record["sha256"]
-        }
-        marker = Marker(**content) if version == FORMAT else None
-    except (ValueError, TypeError, KeyError, AttributeError) as fault:
-        return f"its {MARKER} is damaged ({type(fault).__name__}: {fault})"
-    if marker is None:
-        raise UserError(
-            f"{path} has format {version}; this version of torchtrain reads format {FORMAT}"
-        )
-    if not {STATE, INDEX} <= sizes.keys() or any(Path(name).name != name for name in sizes):
-        return f"its {MARKER} is damaged: it does not name the files of a checkpoint"
-    return _find_resized(path, sizes) or marker
+        return json.loads(text)
+    except (ValueError, RecursionError) as fault:
+        return f"{type(fault).__name__}: {fault}"
 
 
-def _find_resized(path: Path, sizes: dict[str, int]) -> str | None:
+def _find_fault(content: Any, kind: type, checks: Mapping[str, Check]) -> str | None:
+    """Say what of a JSON object is missing, unknown or of a wrong type, if anything.
+
+    Args:
+        content: from `_read_object`.
+        kind: the dataclass that it is to become; only its fields without a default, and the format,
+            must be there.
+        checks: what their values must be.
+    """
+    if not isinstance(content, dict):
+        return content if isinstance(content, str) else "it is not a JSON object"
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    needed |= checks.keys() & {"format"}
+    for name in sorted(needed - content.keys()):
+        return f"it has no {name}"
+    for name in sorted(content.keys() - checks.keys()):
+        return f"it has an unknown entry {name!r}"
+    for name, value in content.items():
+        is_right, words = checks[name]
+        if not is_right(value):
+            return f"its entry {name!r} is not {words}"
+    return None
+
+
+def _find_resized(path: Path, files: dict[str, FileRecord]) -> str | None:
     """Say which file is missing or has another size, if any."""
-    for name, size in sizes.items():
+    for name, record in files.items():
         if not (path / name).is_file():
             return f"its file {name} is missing"
         found = (path / name).stat().st_size
-        if found != size:
-            return f"its file {name} has {found} bytes instead of {size}"
+        if found != record["bytes"]:
+            return f"its file {name} has {found} bytes instead of {record['bytes']}"
     return None
 
 
@@ -162,7 +247,7 @@ def find_altered(path: Path, names: Iterable[str], marker: Marker) -> str | None
     """Hash these files, and say which is not what was written, if any."""
     for name in names:
         digest = hashlib.sha256()
-        with open(path / name, "rb") as file:
+        with user_errors(f"{path / name} cannot be read", OSError), open(path / name, "rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
         if digest.hexdigest() != marker.files[name]["sha256"]:
@@ -170,14 +255,15 @@ def find_altered(path: Path, names: Iterable[str], marker: Marker) -> str | None
     return None
 
 
-def read_progress(path: Path) -> Progress:
-    """Read train_state.json of the checkpoint at `path`.
-
-    Raises:
-        UserError: it is not what torchtrain writes.
-    """
-    with user_errors(f"{path / STATE} is not what torchtrain writes", ValueError, TypeError):
-        return Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
+def read_progress(path: Path, marker: Marker) -> Progress | str:
+    """Return train_state.json of the checkpoint at `path`, or what is wrong with it."""
+    content = _read_object(path / STATE)
+    fault = _find_fault(content, Progress, STATE_FIELDS)
+    if fault is not None:
+        return f"its {STATE} is damaged: {fault}"
+    if content["step"] != marker.step:
+        return f"its {STATE} is of step {content['step']}, and its {MARKER} of step {marker.step}"
+    return Progress(**content)
 
 
 def set_aside(path: Path, word: str) -> Path:

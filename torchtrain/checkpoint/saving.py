@@ -176,7 +176,7 @@ class Saver:
     def _list_complete(self) -> list[int]:
         """Return the steps that are complete, newest first."""
         steps, _ = self._list()
-        return [step for step in steps if isinstance(commit.inspect(self.path(step)), Marker)]
+        return [step for step in steps if isinstance(commit.inspect(self.path(step), step), Marker)]
 
     def _is_model_only(self, is_last: bool) -> bool:  # noqa: FBT001
         return is_last and self.config.last_save_model_only
@@ -197,7 +197,7 @@ class Saver:
 
     def _save(self, weights: Weights, optimizer: Optimizer, progress: Progress) -> None:
         target = self.path(progress.step)
-        temporary = self._on_rank_zero(lambda: self._begin(target))
+        temporary = self._on_rank_zero(lambda: self._begin(target, progress.step))
         if temporary is None:
             logger.info(f"{target} exists already and is complete; not written again")
             return
@@ -268,11 +268,11 @@ class Saver:
                 "probe file"
             )
 
-    def _begin(self, target: Path) -> Path | None:
+    def _begin(self, target: Path, step: int) -> Path | None:
         """Make a temporary folder; None: the step is complete already. Set aside an incomplete."""
         self._make_folder()
         if target.exists():
-            found = commit.inspect(target)
+            found = commit.inspect(target, step)
             if isinstance(found, Marker):
                 return None
             commit.set_aside_unusable(target, found)

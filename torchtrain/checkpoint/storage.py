@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from torchtrain.checkpoint.commit import INDEX, FileRecord
+from torchtrain.checkpoint.commit import INDEX, MARKER, FileRecord, Marker
 from torchtrain.errors import CheckpointError, UserError
-from torchtrain.utils import user_errors
+from torchtrain.utils import plural, user_errors
 
 
 def write_tensors(
@@ -223,12 +223,33 @@ def list_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return entries
 
 
-def read_index(folder: Path, own_files: Collection[str], *, foreign: bool = False) -> Metadata:
+def find_contradiction(folder: Path, marker: Marker) -> str | None:
+    """Say in what the marker differs from the index, whose digest was checked, if in anything.
+
+    Raises:
+        UserError: the index is not one of tensors in files of its folder.
+    """
+    metadata = read_index(folder, None)
+    files = {info.relative_path for info in metadata.storage_data.values()}
+    for name in sorted(files - marker.files.keys()):
+        return f"its {MARKER} is damaged: it does not name {name}"
+    ranks = {name.split("/")[1] for name in list_entries(metadata) if name.startswith("rng/")}
+    if ranks and len(ranks) != marker.world_size:
+        return (
+            f"its {MARKER} is damaged: its world_size is {marker.world_size}, and it has the "
+            f"random states of {plural(len(ranks), 'rank')}"
+        )
+    return None
+
+
+def read_index(
+    folder: Path, own_files: Collection[str] | None, *, foreign: bool = False
+) -> Metadata:
     """Read DCP's index with the restricted unpickler.
 
     Args:
         folder: of the checkpoint.
-        own_files: the names of its files.
+        own_files: the names of its files; None: any in its folder.
         foreign: whether another program wrote it; its entries that are no tensors are left out.
 
     Raises:
@@ -247,6 +268,8 @@ def read_index(folder: Path, own_files: Collection[str], *, foreign: bool = Fals
             }
         list_entries(metadata)
         files = {info.relative_path for info in metadata.storage_data.values()}
+    if own_files is None:
+        own_files = [name for name in files if Path(name).name == name]
     outside = sorted(files - set(own_files))
     if outside:
         raise UserError(
