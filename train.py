@@ -13,9 +13,8 @@ import sys
 import traceback
 from dataclasses import asdict
 from functools import partial
-from types import FrameType
 
-from torchtrain.early_interrupt import end_on_interrupt, end_watch
+from torchtrain.early_interrupt import end_on_interrupt
 from torchtrain.installation import exit_without_dependencies
 from torchtrain.orphans import end_with_launcher
 
@@ -71,20 +70,25 @@ from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import ParallelModel, Trainer, set_up
 from torchtrain.step_metrics import StepMetrics
+from torchtrain.stopping import StopRequest, describe_deadline, find_deadline
 from torchtrain.text_samples import OfLogits
 from torchtrain.utils import expand_user, plural
 
 
 def train(
-    trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None, profiler: Profiler
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    metrics: MetricsLogger | None,
+    profiler: Profiler,
+    stop: StopRequest,
 ) -> None:
-    """Train from the step after `trainer.step` to `training.steps`, or until a signal says stop."""
+    """Train from the step after `trainer.step` to `training.steps`, or until it is to stop."""
     config = trainer.config
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
-    stop = StopRequest()
     first_step = trainer.step + 1
     with profiler.recording(), checkpointer.finishing():
         for step in range(first_step, config.training.steps + 1):
+            stop.begin_turn(checkpointer.save_seconds)
             stopwatch = Stopwatch()
             begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
@@ -102,9 +106,7 @@ def train(
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if trainer.text_sampler.is_due(step) and not stopped_by:
-                samples = write_texts(trainer)
-                if metrics is not None:
-                    metrics.log_texts(step, samples)
+                show_texts(trainer, metrics)
             checkpointer.poll()
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
                 if metrics is not None:
@@ -173,9 +175,9 @@ def combine_ranks(
     max_loss: Tensor,
     grad_norm: Tensor,
     stopwatch: Stopwatch,
-    stop: "StopRequest",
+    stop: StopRequest,
 ) -> tuple[StepSummary, int]:
-    """Return the step as the whole job sees it, and the signal that asked any rank to stop, or 0.
+    """Return the step as the whole job sees it, and the reason of any rank to stop, or 0.
 
     Metrics that the model and the optimizer add travel in the same small collective.
     """
@@ -185,10 +187,10 @@ def combine_ranks(
     metrics.add("grad_norm", grad_norm, reduce="max")
     metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")
     metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")
-    metrics.add("stop_signal", stop.signal_number, reduce="max")
+    metrics.add("stop_reason", stop.reason, reduce="max")
     metrics.collect(trainer.metric_sources)
     values = metrics.reduce(loss.device)
-    stopped_by = int(values.pop("stop_signal"))
+    stopped_by = int(values.pop("stop_reason"))
     summary = StepSummary(
         step=trainer.step + 1,
         loss=values.pop("loss") / trainer.plan.degrees.ranks_per_stage,
@@ -254,6 +256,13 @@ def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
         return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)
 
 
+def show_texts(trainer: Trainer, metrics: MetricsLogger | None) -> None:
+    """Let the model write, and report it."""
+    samples = write_texts(trainer)
+    if metrics is not None:
+        metrics.log_texts(trainer.step, samples)
+
+
 def write_texts(trainer: Trainer) -> list[TextSample]:
     """Return what the model writes after this step."""
     compute = partial(compute_of_logits, trainer)
@@ -272,25 +281,6 @@ def compute_of_logits(
     return of_logits(model.parts[0](tokens), labels)
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGHUP and the first SIGINT into a request to stop after the current step.
-
-    A repeated SIGTERM changes nothing: schedulers and torchrun each send one. A second Ctrl-C ends
-    at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, self._note)
-        end_watch()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT == self.signal_number:
-            raise KeyboardInterrupt
-        self.signal_number = number
-
-
 MAY_DIFFER_PER_NODE = (
     "job.config_file",
     "data.cache_folder",
@@ -303,8 +293,11 @@ MAY_DIFFER_PER_NODE = (
 """Options whose values may differ between the nodes of a run."""
 
 
-def run(config: JobConfig, device: torch.device) -> None:
-    """Do one run, from claiming its folder to the last step; the process group is up."""
+def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> None:
+    """Do one run, from claiming its folder to the last step; the process group is up.
+
+    It ends before `deadline`, by `time.monotonic`.
+    """
     rank = dist.get_rank()
     require_equal_config(config.model_dump(mode="json"), MAY_DIFFER_PER_NODE)
     if config.job.print_config:
@@ -333,10 +326,12 @@ def run(config: JobConfig, device: torch.device) -> None:
         on_rank_zero(lambda: folder.begin_afresh(list_output_folders(config).values()))
     checkpointer.prepare(trainer.model_state, trainer.optimizer)
     facts = describe(trainer)
+    if math.isfinite(deadline):
+        logger.info(f"time       {describe_deadline(deadline)}")
     on_rank_zero(lambda: folder.describe_run(to_toml(config), asdict(facts)))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
-        train(trainer, checkpointer, metrics, profiler)
+        train(trainer, checkpointer, metrics, profiler, StopRequest(deadline))
     except torch.OutOfMemoryError:
         profiler.write_memory_snapshot("out-of-memory")
         raise
@@ -358,7 +353,8 @@ def main(config: JobConfig) -> int:
     faulthandler.register(signal.SIGUSR1)  # shows where every thread of a rank is
     name_process()  # `pkill -USR1 torchtrain` then finds the ranks, and not torchrun
     try:
-        run(config, join_process_group(config.comm.init_timeout_seconds))
+        deadline = find_deadline(config.job.max_minutes, os.environ)
+        run(config, join_process_group(config.comm.init_timeout_seconds), deadline)
     except (SharedUserError, NonFinite) as fault:
         if rank == 0:
             logger.error(str(fault))
@@ -370,7 +366,7 @@ def main(config: JobConfig) -> int:
         return end_for_good(2) if fault.is_user_error else 1
     except Stopped as stopped:
         logger.warning(str(stopped))
-        return end_for_good(128 + stopped.signal_number)
+        return end_for_good(stopped.status)
     except KeyboardInterrupt:
         return end_for_good(128 + signal.SIGINT)
     except BaseException:

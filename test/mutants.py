@@ -47,8 +47,8 @@ MUTANTS = {
         ),
         (
             "each rank stops by its own signal",
-            'stopped_by = int(values.pop("stop_signal"))',
-            'values.pop("stop_signal")\n    stopped_by = stop.signal_number',
+            'stopped_by = int(values.pop("stop_reason"))',
+            'values.pop("stop_reason")\n    stopped_by = stop.reason',
         ),
         (
             "memory is that of rank 0 alone",
@@ -188,16 +188,6 @@ MUTANTS = {
             "if trainer.text_sampler.is_due(step):",
         ),
         (
-            "a second Ctrl-C waits too",
-            "        if number == signal.SIGINT == self.signal_number:\n            raise KeyboardInterrupt\n",
-            "",
-        ),
-        (
-            "SIGHUP is not a request to stop",
-            "for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):",
-            "for number in (signal.SIGTERM, signal.SIGINT):",
-        ),
-        (
             "the timeout of training is not set",
             "            if step == first_step:\n                set_timeout",
             "            if step == 0:\n                set_timeout",
@@ -248,6 +238,28 @@ MUTANTS = {
             "ranks may see different corpora",
             '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
             "",
+        ),
+    ],
+    "torchtrain/stopping.py": [
+        (
+            "a second Ctrl-C waits too",
+            "        if number == signal.SIGINT == self.signal_number:\n            raise KeyboardInterrupt\n",
+            "",
+        ),
+        (
+            "SIGHUP is not a request to stop",
+            "for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):",
+            "for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):",
+        ),
+        (
+            "only max_minutes counts",
+            "left = min(left, float(given) - (time.time() if now is None else now))",
+            "float(given)",
+        ),
+        (
+            "no time is left for a save",
+            "2 * (self._longest_turn_s + self._save_s)",
+            "2 * (self._longest_turn_s)",
         ),
     ],
     "torchtrain/exporting.py": [

@@ -21,6 +21,7 @@ FLOORS = {
     "torchtrain.ranks": 0.03,
     "torchtrain.shards": 0.03,
     "torchtrain.step_metrics": 0.04,
+    "torchtrain.stopping": 0.05,
     "torchtrain.catalog": 0.1,
     "torchtrain.config": 0.2,
     "torchtrain.config_manager": 0.3,
@@ -57,12 +58,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9498, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9560, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1560,
     "datasets": 1970,
     "parallelisms": 1800,
-    "checkpoint": 1181,
+    "checkpoint": 1184,
     "models": 800,
     "optimizers": 400,
 }

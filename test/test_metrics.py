@@ -369,7 +369,7 @@ def step_of_this_rank(rank, **changes):
         torch.tensor(own["max_loss"], dtype=torch.float64),
         torch.tensor(own["grad_norm"], dtype=torch.float32),
         stopwatch,
-        SimpleNamespace(signal_number=own["signal"]),
+        SimpleNamespace(reason=own["signal"]),
     )
 
 

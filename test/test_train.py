@@ -12,38 +12,8 @@ from torch.distributed.tensor import DTensor
 import train
 from torchtrain import ranks
 from torchtrain.config_manager import JobConfig
-from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.errors import TIME_IS_UP, NonFinite, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.set_up import set_up
-
-
-@pytest.fixture
-def stop():
-    """A StopRequest; the signals' handlers are restored afterwards."""
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield train.StopRequest()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_asks_to_stop(stop, number):
-    assert stop.signal_number == 0
-    signal.raise_signal(number)
-    assert stop.signal_number == number
-
-
-def test_a_second_ctrl_c_ends_at_once(stop):
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_a_repeated_sigterm_changes_nothing(stop):
-    """Slurm and torchrun each send one."""
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    assert stop.signal_number == signal.SIGTERM
 
 
 def peer_fault(*, is_user_error):
@@ -61,6 +31,7 @@ ENDS = {
     "a peer's user error": (peer_fault(is_user_error=True), 2, False, False),
     "a peer's crash": (peer_fault(is_user_error=False), 1, False, False),
     "SIGTERM": (Stopped(signal.SIGTERM, 3), 128 + 15, False, False),
+    "the end of its time": (Stopped(TIME_IS_UP, 3), 75, False, False),
     "a second Ctrl-C": (KeyboardInterrupt(), 128 + 2, False, False),
     "a crash": (RuntimeError("the cause"), 1, True, True),
 }
@@ -82,7 +53,7 @@ def logger(monkeypatch):
 def test_exit_status_and_who_says_why(end, rank, monkeypatch, capfd):
     raised, status, *says = ENDS[end]
 
-    def run(config, device):
+    def run(config, device, deadline):
         if raised is not None:
             raise raised
 

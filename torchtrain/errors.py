@@ -7,9 +7,15 @@ PeerFault              1, 2 another rank has failed and printed the cause; the s
 NonFinite              1    loss or gradient is not a number
 CheckpointError        1    a checkpoint could not be written or read
 Stopped          128 + n    signal n asked the run to stop, and it did after a whole step
+Stopped              75    the same at the end of its time: the job is to be queued again
 """
 
 import signal
+
+TIME_IS_UP = 1000
+"""A reason to stop, beside the numbers of signals and above them."""
+TRY_AGAIN = 75
+"""The exit status that says so: EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(ValueError):
@@ -39,8 +45,16 @@ class CheckpointError(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """A signal asked the run to stop, and it did so after a whole step."""
+    """A signal, or the end of its time, asked the run to stop, and it did so after a whole step.
 
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
-        self.signal_number = signal_number
+    Args:
+        reason: the signal's number, or TIME_IS_UP.
+        step: the last one taken.
+    """
+
+    def __init__(self, reason: int, step: int) -> None:
+        if reason == TIME_IS_UP:
+            cause, self.status = "at the end of its time", TRY_AGAIN
+        else:
+            cause, self.status = f"by {signal.Signals(reason).name}", 128 + reason
+        super().__init__(f"stopped {cause} after step {step}")

@@ -80,6 +80,7 @@ CHANGES_NO_RESULT = (
     "metrics.save_tb_folder",
     "metrics.enable_wandb",
     "metrics.peak_tflops",
+    "job.max_minutes",
     "checkpoint.keep_every",
     "checkpoint.interval_minutes",
     "checkpoint.async_mode",

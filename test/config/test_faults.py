@@ -127,6 +127,7 @@ BOUNDS = {
     "profiling.profile_freq": COUNT,
     "profiling.profiler_active": COUNT,
     "profiling.profiler_warmup": COUNT_OR_ZERO,
+    "job.max_minutes": POSITIVE,
     "metrics.log_freq": COUNT,
     "metrics.peak_tflops": POSITIVE,
     "model.dim": COUNT,

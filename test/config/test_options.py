@@ -92,6 +92,7 @@ SHOWN_BY = {
     "job.config_file": "test_committed_files_fit_the_usual_world_sizes",
     "job.dump_folder": "test_a_run_writes_its_folder",
     "job.description": "test_description_and_config_are_printed",
+    "job.max_minutes": "test_the_deadline_is_the_earlier_of_both",
     "job.print_config": "test_description_and_config_are_printed",
     "profiling.enable_profiling": "test_profiler_traces",
     "profiling.save_traces_folder": "test_profiler_traces",

@@ -59,6 +59,8 @@ class Saver:
         if config.enable and not config.load_only and config.async_mode != "disabled":
             self.background = BackgroundWriter(pinned=config.async_mode == "async_with_pinned_mem")
         self.saved_at = time.monotonic()
+        self.save_seconds = 0.0
+        """What the last save has taken."""
 
     def should_save(self, step: int, last_step: int, *, stopping: bool = False) -> bool:
         """Return whether a checkpoint is due after this step, counted from 1."""
@@ -224,7 +226,8 @@ class Saver:
             files = merge(write_tensors(temporary, tensors, group), group)
             on_rank_zero(lambda: commit.commit(temporary, target, progress, files), group)
         size = sum(record["bytes"] for record in files.values()) / 2**20
-        logger.info(f"saved {target} ({size:,.1f} MiB) in {time.monotonic() - self.saved_at:.1f} s")
+        self.save_seconds = time.monotonic() - self.saved_at
+        logger.info(f"saved {target} ({size:,.1f} MiB) in {self.save_seconds:.1f} s")
         on_rank_zero(lambda: self._retire(progress.step), group)
 
     def _list_saved(

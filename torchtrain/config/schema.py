@@ -51,6 +51,8 @@ class Job(Section):
     """Folder for all outputs of the run."""
     description: Text = "default job"
     """What the run is for, in your words."""
+    max_minutes: Positive | None = None
+    """Save and end before so many minutes have passed, with exit status 75; unset: no limit."""
     print_config: bool = False
     """Print the merged config at the start."""
 

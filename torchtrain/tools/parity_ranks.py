@@ -26,6 +26,7 @@ from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.orphans import end_with_launcher
 from torchtrain.ranks import gathered, join_process_group, set_timeout
 from torchtrain.set_up import set_up
+from torchtrain.stopping import StopRequest
 from torchtrain.utils import IGNORE_INDEX
 
 DONE = "parity: done "  # goes before a case's name in rank 0's output
@@ -64,7 +65,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     set_timeout(config.comm.init_timeout_seconds, trainer.mesh.all_groups())
     initial, _ = gather(trainer.model_state)
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": initial}
-    stop = train.StopRequest()
+    stop = StopRequest()
     for step in range(1, config.training.steps + 1):
         stopwatch = Stopwatch()
         microbatches = trainer.loader.step_batches(step)

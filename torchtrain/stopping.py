@@ -1,0 +1,93 @@
+"""What asks a run to stop after the step at hand: a signal, or the end of its time.
+
+All ranks stop after the same step, since each learns the others' reasons with the step's metrics.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+from torchtrain.early_interrupt import end_watch
+from torchtrain.errors import TIME_IS_UP, SharedUserError
+
+SLURM_END = "SLURM_JOB_END_TIME"
+"""Slurm's variable: when it ends the job, in seconds since 1970."""
+SPARE_S = 30.0
+"""Left at the end, beside what step and save have taken."""
+
+
+def find_deadline(
+    max_minutes: float | None, environment: Mapping[str, str], now: float | None = None
+) -> float:
+    """Return when the run must have ended, by `time.monotonic`; infinity: at no time.
+
+    Args:
+        max_minutes: `job.max_minutes`, counted from now.
+        environment: may have Slurm's end of the job. The earlier of the two counts.
+        now: seconds since 1970; None: the clock's.
+
+    Raises:
+        UserError: Slurm's variable is not a number.
+    """
+    left = math.inf if max_minutes is None else 60 * max_minutes
+    given = environment.get(SLURM_END)
+    if given:
+        try:
+            left = min(left, float(given) - (time.time() if now is None else now))
+        except ValueError:
+            raise SharedUserError(f"{SLURM_END} = {given!r} is not a time in seconds") from None
+    return time.monotonic() + left
+
+
+def describe_deadline(deadline: float) -> str:
+    """Return what will happen, in words."""
+    left = deadline - time.monotonic()
+    at = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+    return f"{left / 60:,.1f} minutes are left: the run saves and ends before {at}, with status 75"
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGHUP, SIGUSR2 and the first SIGINT into a request to stop, as it does time.
+
+    A repeated SIGTERM changes nothing: schedulers and torchrun each send one. A second Ctrl-C ends
+    at once.
+
+    Args:
+        deadline: when the run must have ended, by `time.monotonic`.
+    """
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline = deadline
+        self.signal_number = 0
+        self._turn_began: float | None = None
+        self._longest_turn_s = 0.0
+        self._save_s = 0.0
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._note)
+        end_watch()
+
+    def begin_turn(self, save_seconds: float) -> None:
+        """Note that a turn of the loop begins, and how long a save takes.
+
+        A turn is a step with its validation, its save and whatever comes between two steps.
+        """
+        now = time.monotonic()
+        if self._turn_began is not None:
+            self._longest_turn_s = max(self._longest_turn_s, now - self._turn_began)
+        self._turn_began = now
+        self._save_s = save_seconds
+
+    @property
+    def reason(self) -> int:
+        """The signal that has asked to stop, or TIME_IS_UP, or 0."""
+        needed = 2 * (self._longest_turn_s + self._save_s) + SPARE_S
+        if not self.signal_number and time.monotonic() + needed > self.deadline:
+            return TIME_IS_UP
+        return self.signal_number
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT == self.signal_number:
+            raise KeyboardInterrupt
+        self.signal_number = number
