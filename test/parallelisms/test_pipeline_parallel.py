@@ -32,7 +32,7 @@ from torchtrain.catalog.schedules import (
     split_evenly,
     stages_of,
 )
-from torchtrain.checkpoint.checkpointer import Progress
+from torchtrain.checkpoint import Progress
 from torchtrain.config.layout import plan_stages
 from torchtrain.config.plans import plan_run
 from torchtrain.config_manager import JobConfig
