@@ -2096,12 +2096,12 @@ MUTANTS = {
     "torchtrain/attempts.py": [
         (
             "an attempt finds the addresses of the dead",
-            'dist.PrefixStore(f"attempt-{name_attempt()}", _store)',
-            'dist.PrefixStore("attempt", _store)',
+            'dist.PrefixStore(f"attempt-{name_attempt()}", store)',
+            'dist.PrefixStore("attempt", store)',
         ),
         (
             "what ended for good is tried again",
-            "    if _store.check([ENDED]):",
+            "    if store.check([ENDED]):",
             "    if False:",
         ),
         (
@@ -2111,8 +2111,8 @@ MUTANTS = {
         ),
         (
             "the step that was not finished counts as taken again",
-            "_store.get(STEP).split()[1]) - 1 - done)",
-            "_store.get(STEP).split()[1]) - done)",
+            "store.get(STEP).split()[1]) - 1 - done)",
+            "store.get(STEP).split()[1]) - done)",
         ),
         (
             "a step is taken for the first attempt's",

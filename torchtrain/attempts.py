@@ -21,8 +21,6 @@ ENDED = "torchtrain/ended"
 STEP = "torchtrain/step"
 """Key of the attempt that last began a step, and that step."""
 
-_store: dist.Store | None = None
-
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the store in which the ranks of this attempt meet, this rank and the world size.
@@ -31,17 +29,26 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         PeerFault: an earlier attempt has ended for good, and torchrun started one more all the same
             (our launcher does not).
     """
-    global _store
-    _store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    _store.set_timeout(timeout)
-    if _store.check([ENDED]):
-        status = int(_store.get(ENDED))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if store.check([ENDED]):
+        status = int(store.get(ENDED))
         fault = PeerFault(f"an earlier attempt ended for good, with exit status {status}")
         fault.is_user_error = status == 2
         logger.warning(str(fault))
         raise fault
     # The addresses that ranks leave there for each other are those of the dead in the next attempt.
-    return dist.PrefixStore(f"attempt-{name_attempt()}", _store), rank, world_size
+    return dist.PrefixStore(f"attempt-{name_attempt()}", store), rank, world_size
+
+
+def find_store() -> dist.Store | None:
+    """Return torchrun's store, that of the process group without its prefixes; None if none is."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def name_attempt() -> str:
@@ -51,25 +58,30 @@ def name_attempt() -> str:
 
 def end_for_good(status: int) -> int:
     """Leave word that a further attempt would not mend how this one ends; return its status."""
-    if _store is not None:
+    store = find_store()
+    if store is not None:
         with suppress(RuntimeError):  # the launcher has gone already
-            _store.set(ENDED, str(status))
+            store.set(ENDED, str(status))
     return status
 
 
 def begin_step(step: int) -> None:
     """Leave word, from rank 0, of the step that this attempt is in."""
-    if _store is not None and dist.get_rank() == 0 and max_restarts():
-        _store.set(STEP, f"{name_attempt()} {step}")
+    if max_restarts() == 0 or dist.get_rank() != 0:
+        return
+    store = find_store()
+    if store is not None:
+        store.set(STEP, f"{name_attempt()} {step}")
 
 
 def log_restart(done: int) -> None:
     """Say where a further attempt goes on: after step `done`, which its checkpoint holds."""
-    if _store is None or restarts_so_far() == 0:
+    store = find_store()
+    if store is None or restarts_so_far() == 0:
         return
     again = 0
-    if _store.check([STEP]):
-        again = max(0, int(_store.get(STEP).split()[1]) - 1 - done)
+    if store.check([STEP]):
+        again = max(0, int(store.get(STEP).split()[1]) - 1 - done)
     where = f"goes on after step {done}" if done else "begins at step 1"
     count = f"restart {restarts_so_far()} of {max_restarts()}"
     logger.info(f"{count}: {where}; {plural(again, 'step')} taken again")

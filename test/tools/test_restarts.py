@@ -15,7 +15,7 @@ import torch.distributed as dist
 from helpers.launching import ROOT, TIMEOUT_S, environment, launched, metrics, options
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from torchtrain import attempts
+from torchtrain import attempts, ranks
 from torchtrain.errors import PeerFault
 from torchtrain.tools import launch, restarts
 
@@ -228,10 +228,10 @@ def store(monkeypatch):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(server.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "test",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(attempts, "_store", None)
     return server
 
 
@@ -244,15 +244,15 @@ def test_attempts_do_not_see_each_others_addresses(store, monkeypatch):
 
 @pytest.mark.parametrize(("status", "is_user_error"), [(2, True), (1, False), (143, False)])
 def test_torchrun_tries_again_in_vain_what_ended_for_good(store, status, is_user_error):
-    attempts.meet(timedelta(seconds=20))
+    ranks.join_process_group(20)
     assert attempts.end_for_good(status) == status
+    dist.destroy_process_group()
     with pytest.raises(PeerFault, match=f"ended for good, with exit status {status}") as caught:
         attempts.meet(timedelta(seconds=20))
     assert caught.value.is_user_error == is_user_error
 
 
-def test_without_torchrun_there_is_nothing_to_tell(monkeypatch):
-    monkeypatch.setattr(attempts, "_store", None)
+def test_without_torchrun_there_is_nothing_to_tell(alone):
     attempts.begin_step(3)
     attempts.log_restart(3)
     assert attempts.end_for_good(1) == 1

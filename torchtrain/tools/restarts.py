@@ -26,7 +26,7 @@ from torchtrain.attempts import ATTEMPT, ENDED, STEP
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
 STORE_TIMEOUT_S = 5.0
-STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass
