@@ -205,6 +205,23 @@ def test_the_first_cause_is_named(codes, failed_first, first, status):
     assert (found.rank, found.status) == (first, status)
 
 
+def test_a_rank_that_does_not_hear_sigterm_delays_a_restart_by_seconds():
+    ready = "import signal, time; print(flush=True); time.sleep(600)"
+    deaf = ready.replace("print", "signal.signal(signal.SIGTERM, signal.SIG_IGN); print")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+        )
+        for code in (deaf, ready)
+    ]
+    for process in processes:
+        process.stdout.readline()
+    restarts.end_ranks(processes, grace_s=1.0)
+    assert [process.wait(timeout=20) for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
+    for process in processes:
+        process.stdout.close()
+
+
 def test_failures_are_named_as_people_know_them():
     assert str(restarts.Failure(3, -11)) == "rank 3 was ended by SIGSEGV"
     assert str(restarts.Failure(3, -250)) == "rank 3 was ended by signal 250"

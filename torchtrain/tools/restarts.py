@@ -7,8 +7,11 @@ error, a number that is not finite, a stop, or the third crash in a row at the s
 
 import os
 import signal
+import subprocess
 import sys
+import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +29,8 @@ from torchtrain.attempts import ATTEMPT, ENDED, STEP
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
 STORE_TIMEOUT_S = 5.0
+GRACE_S = 5.0
+"""How long the other ranks have to say what they died of, before all are started again."""
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -96,9 +101,10 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Do as torchrun does, but note first who has failed before torchrun ends the others."""
-        failed_first = {
-            rank for rank, code in self._exit_codes(worker_group).items() if code not in (None, 0)
-        }
+        processes = self._processes(worker_group)
+        failed_first = {rank for rank, process in processes.items() if process.poll()}
+        if failed_first and self._remaining_restarts > 0:
+            end_ranks(processes.values())
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and result.failures:
             self._outcome.failure = find_first(result.failures, failed_first)
@@ -123,11 +129,11 @@ class Agent(LocalElasticAgent):
             store.set(ATTEMPT, uuid.uuid4().hex)
         return store.get(ATTEMPT).decode()
 
-    def _exit_codes(self, worker_group: WorkerGroup) -> dict[int, int | None]:
-        """Return how each rank of this node has ended, None for those that run."""
+    def _processes(self, worker_group: WorkerGroup) -> dict[int, subprocess.Popen[bytes]]:
+        """Return the processes of this node's ranks."""
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
         return {
-            worker_group.workers[local_rank].global_rank: handler.proc.poll()
+            worker_group.workers[local_rank].global_rank: handler.proc
             for local_rank, handler in handlers.items()
         }
 
@@ -164,6 +170,23 @@ class Agent(LocalElasticAgent):
                 step = int(number) if attempt == os.environ[ATTEMPT] else None
             return step, store.check([ENDED])
         return None, False
+
+
+def end_ranks(processes: Collection[subprocess.Popen[bytes]], grace_s: float = GRACE_S) -> None:
+    """End the ranks that are left of an attempt: with SIGTERM, after `grace_s` with SIGKILL.
+
+    torchrun would wait half a minute for a rank that does not hear SIGTERM, and one whose GPU waits
+    for the rank that failed does not. Nothing is lost: a checkpoint needs all ranks.
+    """
+    deadline = time.monotonic() + grace_s
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)  # it leads a session of its own
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def use_agent(outcome: Outcome) -> None:
