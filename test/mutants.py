@@ -870,13 +870,13 @@ MUTANTS = {
     "torchtrain/parallelisms/overlap.py": [
         (
             "both lanes run at once",
-            "        self._changed.wait_for(lambda: self._turn == lane or self._fault is not None)\n",
+            "        self._changed.wait_for(lambda: self._turn == lane)  # a lane that ends hands over\n",
             "",
         ),
         (
             "a lane that has failed leaves the other one waiting",
-            "lambda: self._turn == lane or self._fault is not None",
-            "lambda: self._turn == lane",
+            "            self._turn = OTHER[lane]\n            self._changed.notify_all()\n\n\ndef",
+            "            self._changed.notify_all()\n\n\ndef",
         ),
         (
             "the second fault is raised",

@@ -80,7 +80,7 @@ class Lanes:
             self._wait_for_turn(lane)
 
     def _wait_for_turn(self, lane: Lane) -> None:
-        self._changed.wait_for(lambda: self._turn == lane or self._fault is not None)
+        self._changed.wait_for(lambda: self._turn == lane)  # a lane that ends hands over
         if self._fault is not None:
             raise LaneAborted(f"the {OTHER[lane]} lane failed") from self._fault
 
