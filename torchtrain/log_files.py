@@ -6,8 +6,8 @@ is room again; TensorBoard's files end where they cannot be written.
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,22 @@ class TensorBoard:
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Write numbers by their tags."""
-        self._write("add_scalar", scalars, step)
+        with self._ending_on_fault():
+            for tag, value in scalars.items() if self.writer is not None else ():
+                self.writer.add_scalar(tag, value, step)
 
     def add_texts(self, texts: Mapping[str, str], step: int) -> None:
         """Write texts, which are Markdown, by their tags."""
-        self._write("add_text", texts, step)
+        with self._ending_on_fault():
+            for tag, value in texts.items() if self.writer is not None else ():
+                self.writer.add_text(tag, value, step)
 
-    def _write(self, method: str, values: Mapping[str, Any], step: int) -> None:
-        if self.writer is None:
-            return
+    @contextmanager
+    def _ending_on_fault(self) -> Iterator[None]:
         try:
-            for tag, value in values.items():
-                getattr(self.writer, method)(tag, value, step)
-            self.writer.flush()  # a killed run then lacks nothing up to its last checkpoint
+            yield
+            if self.writer is not None:
+                self.writer.flush()  # a killed run then lacks nothing up to its last checkpoint
         except OSError as fault:  # its thread has ended, and writes nothing any more
             self.writer = None
             logger.warning(
