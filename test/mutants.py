@@ -26,6 +26,11 @@ NAMED = (
 MUTANTS = {
     "train.py": [
         (
+            "a checkpoint may be complete without its lines",
+            "                    metrics.sync()",
+            "                    pass",
+        ),
+        (
             "memory is that of the best rank",
             'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")',
             'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="min")',

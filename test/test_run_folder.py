@@ -182,6 +182,7 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
         (path / name).write_text(name)
     (path / "profiling" / "traces").mkdir(parents=True)
     (path / "wandb").mkdir()
+    (path / "wandb" / "run-id").write_text("1")
     for number in (4, 10, 9):
         (path / f"previous-{number}").mkdir()
     (path / "previous-old").mkdir()
@@ -206,6 +207,7 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
     ]
     assert (path / "previous-11" / "metrics.jsonl").read_text() == "metrics.jsonl"
     assert outside.is_dir()
+    (path / "tb").mkdir()
     folder.begin_afresh(outputs)
     assert not (path / "previous-12").exists(), "nothing to move"
 

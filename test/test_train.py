@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 
 import train
 from torchtrain import ranks
+from torchtrain.checkpoint import Checkpointer
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import TIME_IS_UP, NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.metrics import MetricsLogger
 from torchtrain.set_up import set_up
 
 
@@ -93,3 +95,27 @@ def test_a_validation_leaves_the_weights_sharded(trainer):
     train.validate(trainer)
     for name, parameter in trainer.parts[0].named_parameters():
         assert isinstance(parameter, DTensor), name
+
+
+def test_what_is_logged_is_synced_before_a_checkpoint_is_written(
+    data, alone, tmp_path, monkeypatch
+):
+    """After a power cut no complete checkpoint lacks the lines of its steps."""
+    events = []
+
+    def recorded(kind, name):
+        action = getattr(kind, name)
+
+        def act(*arguments, **options):
+            events.append(name)
+            return action(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, act)
+
+    recorded(MetricsLogger, "log")
+    recorded(MetricsLogger, "sync")
+    recorded(Checkpointer, "save")
+    saving = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 3}
+    given = options({**data, **saving, "job.dump_folder": tmp_path / "run"})
+    train.run(JobConfig().parse_args(given, world_size=1), torch.device("cpu"))
+    assert events == ["log", "log", "sync", "save", "log", "sync", "save"]

@@ -95,7 +95,7 @@ class RunFolder:
         """
         names = {*LOGS.keys(), *LOGS.values(), *DESCRIPTION_FILES, "wandb"}
         names |= {output.parts[0] for output in outputs if not output.is_absolute()}
-        earlier = sorted(name for name in names if (self.path / name).exists())
+        earlier = sorted(name for name in names if _holds_something(self.path / name))
         if not earlier:
             return
         target = self._next_previous()
@@ -149,6 +149,11 @@ class RunFolder:
         for name, text in zip(DESCRIPTION_FILES, texts, strict=True):
             with writing(self.path / name):
                 write_durably(self.path / name, text)
+
+
+def _holds_something(path: Path) -> bool:
+    """Return whether it is there, and no empty folder, as a start that was refused leaves it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _append_durably(path: Path, lines: list[str]) -> None:

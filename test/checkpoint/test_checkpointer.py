@@ -209,6 +209,7 @@ def test_room_for_two_checkpoints_is_asked_for(tmp_path, alone, monkeypatch):
     said = f"{tmp_path}/checkpoint has .* GiB free, but two checkpoints need"
     with pytest.raises(UserError, match=said):
         checkpointer.prepare(weights(model), optimizer)
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, alone):

@@ -32,7 +32,7 @@ from torchtrain.errors import (
 )
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import fsync_folder, user_errors
+from torchtrain.utils import fsync_folder, user_errors, writing
 
 T = TypeVar("T")
 
@@ -252,9 +252,6 @@ class Saver:
         """Write a file for the other ranks to see, and require room for `needed` bytes."""
         with user_errors(f"checkpoints cannot be written to {self.folder}", OSError):
             self._make_folder()
-            probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
-            probe.write_text("seen by every rank?")  # under its own name, which the sweep finds
-            fsync_folder(self.folder)
             free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -262,6 +259,10 @@ class Saver:
                 f"{needed / 2**30:.2f} GiB: the last is kept until the next is complete. Make "
                 "room, choose another checkpoint.folder, or turn checkpoint.enable off."
             )
+        probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
+        with writing(probe):  # under its own name, which the sweep finds
+            probe.write_text("seen by every rank?")
+            fsync_folder(self.folder)
         return probe
 
     def _look_for(self, probe: Path) -> None:
