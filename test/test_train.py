@@ -97,9 +97,8 @@ def test_a_validation_leaves_the_weights_sharded(trainer):
         assert isinstance(parameter, DTensor), name
 
 
-def test_what_is_logged_is_synced_before_a_checkpoint_is_written(
-    data, alone, tmp_path, monkeypatch
-):
+@pytest.mark.usefixtures("trainer")  # for its process group
+def test_what_is_logged_is_synced_before_a_checkpoint_is_written(data, tmp_path, monkeypatch):
     """After a power cut no complete checkpoint lacks the lines of its steps."""
     events = []
 
