@@ -63,8 +63,8 @@ from torchtrain.resuming import (
     check_model,
     find_saved_progress,
     has_steps_left,
-    progress_of,
     resume,
+    save_progress,
 )
 from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
@@ -88,7 +88,8 @@ def train(
     first_step = trainer.step + 1
     with profiler.recording(), checkpointer.finishing():
         for step in range(first_step, config.training.steps + 1):
-            stop.begin_turn(checkpointer.save_seconds)
+            is_last = step == config.training.steps
+            stop.begin_turn(checkpointer.save_seconds, is_last=is_last)
             stopwatch = Stopwatch()
             begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
@@ -111,9 +112,7 @@ def train(
             if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
                 if metrics is not None:
                     metrics.sync()  # no complete checkpoint without the lines of its steps
-                is_last = step == config.training.steps
-                progress = progress_of(trainer)
-                checkpointer.save(trainer.model_state, trainer.optimizer, progress, is_last=is_last)
+                save_progress(trainer, checkpointer, is_last=is_last, stopping=stopped_by != 0)
             profiler.step(step)
             collector.step(step)
             if step == first_step:
@@ -353,7 +352,8 @@ def main(config: JobConfig) -> int:
     faulthandler.register(signal.SIGUSR1)  # shows where every thread of a rank is
     name_process()  # `pkill -USR1 torchtrain` then finds the ranks, and not torchrun
     try:
-        deadline = find_deadline(config.job.max_minutes, os.environ)
+        saves = config.checkpoint.enable and not config.checkpoint.load_only
+        deadline = find_deadline(config.job.max_minutes, os.environ, saves=saves)
         run(config, join_process_group(config.comm.init_timeout_seconds), deadline)
     except (SharedUserError, NonFinite) as fault:
         if rank == 0:

@@ -171,7 +171,11 @@ MUTANTS = {
             "if trainer.validator.is_due(step) and not stopped_by:",
             "if trainer.validator.is_due(step):",
         ),
-        ("a stop does not save", "stopping=stopped_by != 0)", "stopping=False)"),
+        (
+            "a stop does not save",
+            "config.training.steps, stopping=stopped_by != 0)",
+            "config.training.steps, stopping=False)",
+        ),
         (
             "a stopped run trains on",
             "            if stopped_by:\n                raise Stopped(stopped_by, step)\n",
@@ -258,13 +262,13 @@ MUTANTS = {
         ),
         (
             "only max_minutes counts",
-            "left = min(left, float(given) - (time.time() if now is None else now))",
+            "left = min(left, float(given) - now)",
             "float(given)",
         ),
         (
             "no time is left for a save",
-            "2 * (self._longest_turn_s + self._save_s)",
-            "2 * (self._longest_turn_s)",
+            "2 * (turn_s + self._save_s)",
+            "2 * turn_s",
         ),
     ],
     "torchtrain/exporting.py": [

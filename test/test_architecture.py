@@ -58,12 +58,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9560, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9610, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1560,
+    "config": 1565,
     "datasets": 1970,
     "parallelisms": 1800,
-    "checkpoint": 1184,
+    "checkpoint": 1205,
     "models": 800,
     "optimizers": 400,
 }

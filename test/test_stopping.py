@@ -68,25 +68,39 @@ def test_the_deadline_is_the_earlier_of_both(clock):
     assert find_deadline(None, slurm, now=1790000000) == 1100
     assert find_deadline(2.5, slurm, now=1790000000) == 1100
     assert find_deadline(1.0, slurm, now=1790000000) == 1060
+    started = {"TORCHTRAIN_STARTED": "1789999970"}  # an earlier attempt has had 30 s
+    assert find_deadline(1.0, started, now=1790000000) == 1030
+    assert find_deadline(None, slurm, saves=False, now=1790000000) == math.inf
     with pytest.raises(UserError, match="SLURM_JOB_END_TIME = 'soon' is not a time in seconds"):
         find_deadline(None, {"SLURM_JOB_END_TIME": "soon"})
     said = describe_deadline(1090)
-    assert "1.5 minutes are left: the run saves and ends before " in said
+    assert "1.5 minutes are left: the run stops before " in said
     assert said.endswith("with status 75")
 
 
 def test_a_run_stops_while_there_is_time_for_a_step_and_a_save(clock, stop):
     """Twice the longest turn of 10 s, twice a save of 5 s, and 30 s to spare: 60 s."""
     stop.deadline = 2000.0
-    for seconds, save in ((10, 0.0), (4, 5.0), (3, 5.0)):
+    for seconds, save in ((100, 0.0), (10, 0.0), (4, 5.0), (3, 5.0)):  # the first one compiles
         stop.begin_turn(save)
         clock.now += seconds
     clock.now = 1939.9
     assert stop.reason == 0
     clock.now = 1940.1
     assert stop.reason == TIME_IS_UP
+    stop.begin_turn(5.0, is_last=True)
+    assert stop.reason == 0, "the run is done after this step"
+    stop.begin_turn(5.0)
     signal.raise_signal(signal.SIGTERM)
     assert stop.reason == signal.SIGTERM, "a signal that has come says why"
+
+
+def test_the_first_turn_counts_until_there_is_another(clock, stop):
+    stop.deadline = 2000.0
+    stop.begin_turn(0.0)
+    clock.now += 600
+    stop.begin_turn(0.0)
+    assert stop.reason == TIME_IS_UP, "1,600 + 2 x 600 + 30 s"
 
 
 def run_until_stopped(config, device, deadline):

@@ -124,3 +124,16 @@ def progress_of(trainer: Trainer) -> Progress:
         config=trainer.config.model_dump(mode="json"),
         shape=asdict(trainer.plan.shape),
     )
+
+
+def save_progress(
+    trainer: Trainer, checkpointer: Checkpointer, *, is_last: bool, stopping: bool
+) -> None:
+    """Save what the run has; with `checkpoint.async_mode` beside the next steps. Collective."""
+    checkpointer.save(
+        trainer.model_state,
+        trainer.optimizer,
+        progress_of(trainer),
+        is_last=is_last,
+        stopping=stopping,
+    )

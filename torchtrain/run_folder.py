@@ -113,7 +113,6 @@ class RunFolder:
 
     def resume_at(self, step: int) -> None:
         """Move logged lines past `step`, and a torn last one, aside: those steps come again."""
-        self._clean_up()
         for name, superseded in LOGS.items():
             if (self.path / name).exists():
                 with writing(self.path / superseded):

@@ -14,28 +14,38 @@ from torchtrain.errors import TIME_IS_UP, SharedUserError
 
 SLURM_END = "SLURM_JOB_END_TIME"
 """Slurm's variable: when it ends the job, in seconds since 1970."""
+STARTED = "TORCHTRAIN_STARTED"
+"""The launcher's: when it started, in seconds since 1970, whatever attempt this is."""
 SPARE_S = 30.0
 """Left at the end, beside what step and save have taken."""
 
 
 def find_deadline(
-    max_minutes: float | None, environment: Mapping[str, str], now: float | None = None
+    max_minutes: float | None,
+    environment: Mapping[str, str],
+    *,
+    saves: bool = True,
+    now: float | None = None,
 ) -> float:
     """Return when the run must have ended, by `time.monotonic`; infinity: at no time.
 
     Args:
-        max_minutes: `job.max_minutes`, counted from now.
+        max_minutes: `job.max_minutes`, counted from the launch.
         environment: may have Slurm's end of the job. The earlier of the two counts.
+        saves: whether the run saves checkpoints; else it has no use of stopping before Slurm does.
         now: seconds since 1970; None: the clock's.
 
     Raises:
         UserError: Slurm's variable is not a number.
     """
-    left = math.inf if max_minutes is None else 60 * max_minutes
-    given = environment.get(SLURM_END)
+    now = time.time() if now is None else now
+    left = math.inf
+    if max_minutes is not None:
+        left = 60 * max_minutes - (now - float(environment.get(STARTED, now)))
+    given = environment.get(SLURM_END) if saves else None
     if given:
         try:
-            left = min(left, float(given) - (time.time() if now is None else now))
+            left = min(left, float(given) - now)
         except ValueError:
             raise SharedUserError(f"{SLURM_END} = {given!r} is not a time in seconds") from None
     return time.monotonic() + left
@@ -44,8 +54,8 @@ def find_deadline(
 def describe_deadline(deadline: float) -> str:
     """Return what will happen, in words."""
     left = deadline - time.monotonic()
-    at = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
-    return f"{left / 60:,.1f} minutes are left: the run saves and ends before {at}, with status 75"
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
+    return f"{left / 60:,.1f} minutes are left: the run stops before {at}, with status 75"
 
 
 class StopRequest:
@@ -62,28 +72,37 @@ class StopRequest:
         self.deadline = deadline
         self.signal_number = 0
         self._turn_began: float | None = None
+        self._first_turn_s = 0.0  # it compiles, and warms up
         self._longest_turn_s = 0.0
+        self._is_last_turn = False
         self._save_s = 0.0
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._note)
         end_watch()
 
-    def begin_turn(self, save_seconds: float) -> None:
+    def begin_turn(self, save_seconds: float, *, is_last: bool = False) -> None:
         """Note that a turn of the loop begins, and how long a save takes.
 
         A turn is a step with its validation, its save and whatever comes between two steps.
         """
         now = time.monotonic()
         if self._turn_began is not None:
-            self._longest_turn_s = max(self._longest_turn_s, now - self._turn_began)
+            turn_s = now - self._turn_began
+            if self._first_turn_s:
+                self._longest_turn_s = max(self._longest_turn_s, turn_s)
+            else:
+                self._first_turn_s = turn_s
         self._turn_began = now
         self._save_s = save_seconds
+        self._is_last_turn = is_last
 
     @property
     def reason(self) -> int:
         """The signal that has asked to stop, or TIME_IS_UP, or 0."""
-        needed = 2 * (self._longest_turn_s + self._save_s) + SPARE_S
-        if not self.signal_number and time.monotonic() + needed > self.deadline:
+        turn_s = self._longest_turn_s or self._first_turn_s
+        needed = 2 * (turn_s + self._save_s) + SPARE_S
+        is_out_of_time = time.monotonic() + needed > self.deadline and not self._is_last_turn
+        if not self.signal_number and is_out_of_time:
             return TIME_IS_UP
         return self.signal_number
 

@@ -119,7 +119,7 @@ class TextSampler:
         draws = torch.full_like(tokens, IGNORE_INDEX)
         for row, text in enumerate(texts):
             tokens[row, : len(text)] = torch.tensor(text)
-            draws[row, len(text) - 1] = row * self.length + len(text)
+            draws[row, len(text) - 1] = (row << 32) + len(text)
         return tokens.to(device), draws.to(device)
 
     def _choose(self, step: int, logits: Tensor, draws: Tensor) -> Tensor:

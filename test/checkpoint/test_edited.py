@@ -67,7 +67,6 @@ EDITS = {
     ],
     ("state", "shape"): [(1, "its entry 'shape' is not a JSON object")],
     ("state", "model_only"): [(0, "its entry 'model_only' is not true or false")],
-    ("state", "news"): [(1, "it has an unknown entry 'news'")],
 }
 """By file and field: a value, None for none, a text of JSON for more, and what is said of it."""
 
@@ -114,6 +113,16 @@ def test_any_field_that_is_edited_is_damage_and_the_older_one_is_used(
             reseal(step, STATE)
         assert_the_older_is_taken(tmp_path, log, reason)
         shutil.copytree(tmp_path / "whole", step)
+
+
+def test_what_a_later_version_has_added_is_refused_and_left_alone(tmp_path, alone):
+    saved_run(tmp_path, (1, 2))
+    step = tmp_path / "checkpoint/step-2"
+    edit(step / STATE, "news", 1)
+    reseal(step, STATE)
+    with pytest.raises(UserError, match=r"train_state.json has news, .* a later one wrote it"):
+        Checkpointer(section(), tmp_path).find()
+    assert step.exists()
 
 
 def test_a_record_of_a_file_that_is_edited_is_damage(tmp_path, alone, log):

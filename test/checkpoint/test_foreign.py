@@ -67,7 +67,7 @@ def test_what_transformers_saved_trains_on_with_the_loss_it_computes(name, data,
         "fsdp2": (2, {}),
         "tp2": (2, {"parallelism.tensor_parallel_degree": 2}),
         "pp2": (2, {"parallelism.pipeline_parallel_degree": 2}),
-        "fsdp4": (4, {}),
+        "fsdp2-tp2": (4, {"parallelism.tensor_parallel_degree": 2}),
     }
     if shape.n_experts:  # how they are cut; the rest is as in a dense model
         layouts = {layout: layouts[layout] for layout in ("whole", "fsdp2")}

@@ -176,14 +176,17 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     assert_same_state(folder, whole[1], STEPS, tmp_path)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, data, whole):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_from_there(
+    tmp_path, data, whole, number
+):
     folder = tmp_path / "run"
     with launching.running(2, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
         wait_for_step(lambda: process.poll() is None, folder, 2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "stopped by SIGTERM" in output
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {number.name}" in output
     last = metrics(folder)[-1]["step"]
     assert [path.name for path in (folder / "checkpoint").glob("step-*")] == [f"step-{last}"]
     train(2, saving(data, folder))

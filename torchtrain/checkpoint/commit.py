@@ -256,8 +256,18 @@ def find_altered(path: Path, names: Iterable[str], marker: Marker) -> str | None
 
 
 def read_progress(path: Path, marker: Marker) -> Progress | str:
-    """Return train_state.json of the checkpoint at `path`, or what is wrong with it."""
+    """Return train_state.json of the checkpoint at `path`, or what is wrong with it.
+
+    Raises:
+        UserError: a later version of torchtrain wrote it.
+    """
     content = _read_object(path / STATE)
+    unknown = sorted(content.keys() - STATE_FIELDS.keys()) if isinstance(content, dict) else []
+    if unknown:  # its digest was right
+        raise UserError(
+            f"{path / STATE} has {', '.join(unknown)}, which this version of torchtrain does not "
+            "know: a later one wrote it"
+        )
     fault = _find_fault(content, Progress, STATE_FIELDS)
     if fault is not None:
         return f"its {STATE} is damaged: {fault}"

@@ -77,6 +77,7 @@ class Saver:
             UserError: the folder cannot be written, is not seen by all ranks, or lacks room for two
                 checkpoints; or the optimizer keeps what a checkpoint cannot hold.
         """
+        self.saved_at = time.monotonic()
         if not self.config.enable or self.config.load_only:
             return
         sizes = merge(self._together(lambda: state.measure(weights, optimizer)), self.group)
@@ -97,6 +98,7 @@ class Saver:
         progress: Progress,
         *,
         is_last: bool = False,
+        stopping: bool = False,
     ) -> None:
         """Write `step-N`, unless it is complete already, and remove what is no longer kept.
 
@@ -109,11 +111,11 @@ class Saver:
 
         Raises:
             CheckpointError, OSError: on all ranks, naming the rank that failed; with
-                `on_save_error = "continue"` only of the run's last one.
+                `on_save_error = "continue"` only where the run ends with it.
         """
         self.finish()
         self.saved_at = time.monotonic()
-        with self._failing(must_succeed=is_last):
+        with self._failing(must_succeed=is_last or stopping):
             self._save(
                 weights, optimizer, replace(progress, model_only=self._is_model_only(is_last))
             )
@@ -142,8 +144,14 @@ class Saver:
         """Finish what is being saved before the run ends, unless it crashes."""
         try:
             yield
-        except (Stopped, NonFinite):
+        except Stopped:
             self.finish(must_succeed=True)
+            raise
+        except NonFinite:
+            try:
+                self.finish(must_succeed=True)
+            except (CheckpointError, OSError, PeerFault) as fault:
+                logger.warning(f"the save before was lost too: {fault}")
             raise
         self.finish(must_succeed=True)
 

@@ -41,14 +41,16 @@ def write_tensors(
     Raises:
         CheckpointError: writing failed on any rank.
     """
-    writer = Writer(folder)
+    # To copy from the device ahead of writing waits for its stream: nothing for a copy on the host.
+    on_host = all(tensor.device.type == "cpu" for tensor in tensors.values())
+    writer = Writer(folder, copy_ahead=0 if on_host else 10**7)
     planner = planner or DefaultSavePlanner(flatten_state_dict=False)
     try:
         with plain_faults(f"writing {folder}"):
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointError as fault:
         # What a full disk raises need not say so: a stream that is cut off fails in its own words.
-        free = shutil.disk_usage(folder).free / 2**30
+        free = shutil.disk_usage(folder.parent).free / 2**30
         raise CheckpointError(f"{fault} ({free:,.2f} GiB are free there)") from fault
     return writer.files.written
 
@@ -118,9 +120,14 @@ class HashingFileSystem(FileSystem):
 class Writer(dcp.FileSystemWriter):
     """One thread and one file per rank, through the hashing file system, which also syncs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, copy_ahead: int) -> None:
         super().__init__(
-            path, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False
+            path,
+            single_file_per_rank=True,
+            sync_files=False,
+            thread_count=1,
+            per_thread_copy_ahead=copy_ahead,
+            overwrite=False,
         )
         self.files = HashingFileSystem()
         self.fs = self.files

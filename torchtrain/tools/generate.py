@@ -33,10 +33,6 @@ DEFAULTS = {
 }
 
 
-BATCH_SIZE = 16
-"""Prompts that are continued together: the cache of keys and values grows with their number."""
-
-
 class Writer:
     """Writes the text of one prompt as it is made."""
 
@@ -134,14 +130,13 @@ def write_all(loaded: TrainedModel, given: argparse.Namespace, prompts: list[str
     is_first = dist.get_rank() == 0
     if single and is_first:
         print(prompts[0], end="", flush=True)
-    for first in range(0, len(prompts), BATCH_SIZE):
-        batch = prompts[first : first + BATCH_SIZE]
-        records = write_texts(loaded, batch, given, as_made=single and is_first)
-        if single and is_first:
-            print()
-        elif is_first:
-            for record in records:
-                print(json.dumps(record) if given.json else f"{record['prompt']}{record['text']}\n")
+    records = write_texts(loaded, prompts, given, as_made=single and is_first)
+    if not is_first:
+        return
+    if single:
+        print()
+    for record in [] if single else records:
+        print(json.dumps(record) if given.json else f"{record['prompt']}{record['text']}\n")
 
 
 def talk(loaded: TrainedModel, given: argparse.Namespace) -> None:

@@ -10,13 +10,14 @@ PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without PET
 https://docs.pytorch.org/docs/stable/elastic/run.html
 
 Exit status: 0, or that of the rank that failed first, in the last attempt (2: a user error;
-128 + n: ended by signal n).
+75: the end of its time; 128 + n: ended by signal n).
 """
 
 import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -29,6 +30,7 @@ from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.installation import PROGRAM
 from torchtrain.orphans import LAUNCHER_PID
+from torchtrain.stopping import STARTED
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.utils import count_cores
 
@@ -41,6 +43,8 @@ RENDEZVOUS_VARIABLES = (
     "RDZV_ENDPOINT",
     "RDZV_ID",
 )
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
+"""What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2."""
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
 PROCESSES_WITHOUT_GPU = 2  # enough to show a layout; one process is the faster way to use a CPU
 
@@ -193,6 +197,7 @@ def launch(
         PeerFault: another node does not come.
     """
     set_up_environment(processes, on_cpu=on_cpu)
+    os.environ[STARTED] = str(time.time())
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -203,7 +208,11 @@ def launch(
     from torchtrain.tools.meeting import all_nodes
     from torchtrain.tools.restarts import Outcome, use_agent
 
-    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    options = [
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+        f"--signals-to-handle={','.join(SIGNALS)}",
+    ]
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
     outcome = Outcome()

@@ -103,7 +103,8 @@ class Agent(LocalElasticAgent):
         """Do as torchrun does, but note first who has failed before torchrun ends the others."""
         processes = self._processes(worker_group)
         failed_first = {rank for rank, process in processes.items() if process.poll()}
-        if failed_first and self._remaining_restarts > 0:
+        may_restart = failed_first and self._remaining_restarts > 0
+        if may_restart and not self._ask_store(worker_group)[1]:  # else they have work to finish
             end_ranks(processes.values())
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and result.failures:
