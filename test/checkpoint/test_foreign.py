@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_in_one_message(data, tmp_path, alone):
     ]
     for number, (more, message) in enumerate(cases):
         folder = tmp_path / f"refused{number}"
-        said = launched(1, options(data, folder, shape, **more), expect=2)
+        said = train_on_ranks(1, options(data, folder, shape, **more), expect=2)
         assert message in " ".join(said.split()), said
         assert "Traceback" not in said
         assert not (folder / "metrics.jsonl").exists()
