@@ -23,7 +23,6 @@ LONGEST = (
     "test_text_samples.py",
     "test_foreign.py",
     "test_last_save.py",
-    "test_restarts.py",
     "test_validation.py",
     "test_training.py",
     "test_resume.py",

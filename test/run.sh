@@ -10,5 +10,5 @@ cd "$root"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-export OMP_NUM_THREADS=1  # four workers, which wait much, and their ranks share the cores as it is
-exec "$PYTHON" -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
+export OMP_NUM_THREADS=1  # three workers and their ranks share the cores as it is
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
