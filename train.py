@@ -176,7 +176,7 @@ def combine_ranks(
     stopwatch: Stopwatch,
     stop: StopRequest,
 ) -> tuple[StepSummary, int]:
-    """Return the step as the whole job sees it, and the reason of any rank to stop, or 0.
+    """Return the step as the whole job sees it, and the reason to stop that a rank has, or 0.
 
     Metrics that the model and the optimizer add travel in the same small collective.
     """

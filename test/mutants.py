@@ -1652,8 +1652,8 @@ MUTANTS = {
     "torchtrain/checkpoint/saving.py": [
         (
             "every checkpoint is of the weights alone",
-            "return is_last and self.config.last_save_model_only",
-            "return self.config.last_save_model_only",
+            "model_only = is_last and self.config.last_save_model_only",
+            "model_only = self.config.last_save_model_only",
         ),
         (
             "the last step is not saved",

@@ -17,7 +17,7 @@ SLURM_END = "SLURM_JOB_END_TIME"
 STARTED = "TORCHTRAIN_STARTED"
 """The launcher's: when it started, in seconds since 1970, whatever attempt this is."""
 SPARE_S = 30.0
-"""Left at the end, beside what step and save have taken."""
+"""Seconds kept in reserve, beyond what a step and a save take."""
 
 
 def find_deadline(
@@ -32,7 +32,8 @@ def find_deadline(
     Args:
         max_minutes: `job.max_minutes`, counted from the launch.
         environment: may have Slurm's end of the job. The earlier of the two counts.
-        saves: whether the run saves checkpoints; else it has no use of stopping before Slurm does.
+        saves: whether the run saves checkpoints; one that does not gains nothing by stopping before
+            Slurm stops it.
         now: seconds since 1970; None: the clock's.
 
     Raises:
@@ -59,7 +60,7 @@ def describe_deadline(deadline: float) -> str:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGHUP, SIGUSR2 and the first SIGINT into a request to stop, as it does time.
+    """Turns SIGTERM, SIGHUP, SIGUSR2, the first SIGINT and a deadline into a request to stop.
 
     A repeated SIGTERM changes nothing: schedulers and torchrun each send one. A second Ctrl-C ends
     at once.

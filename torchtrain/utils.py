@@ -43,9 +43,9 @@ def describe_differences(differences: Mapping[str, list[str]]) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Return a text that does to a terminal nothing but to appear: control characters are U+FFFD.
+    """Return the text with control characters replaced by U+FFFD: it cannot move the cursor.
 
-    Line ends stay, tabs are spaces.
+    Newlines stay, and tabs become spaces.
     """
     characters = text.expandtabs(4)
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in characters)

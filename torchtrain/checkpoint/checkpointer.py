@@ -25,10 +25,7 @@ from torchtrain.checkpoint.storage import (
     read_index,
     read_tensors,
 )
-from torchtrain.errors import (
-    SharedUserError,
-    UserError,
-)
+from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered
 from torchtrain.utils import expand_user, first_few, user_errors
@@ -40,15 +37,9 @@ WEIGHTS_ALONE = (
 
 
 class Checkpointer(Saver):
-    """Saves and loads the checkpoints of one run.
+    """Saves the checkpoints of one run, chooses the one to resume from, and loads it.
 
-    All ranks call its methods together. Rank 0 alone decides what exists, since ranks can disagree
-    about that on a shared file system; an error on any rank is raised on all.
-
-    Args:
-        config: the config's section.
-        run_folder: `job.dump_folder`, whose lock the caller holds; `checkpoint.folder` is relative
-            to it.
+    Arguments, and how ranks call its methods, are `Saver`'s.
     """
 
     def find(self, last_step: int = 0) -> Source | Foreign | None:
@@ -61,8 +52,8 @@ class Checkpointer(Saver):
 
         Raises:
             UserError: `load_step` or `initial_load_path` is missing, damaged or another program's,
-                or the run has checkpoints of which none is complete (a start at step 0 would hide
-                that), or has what it takes to go on.
+                or the run has checkpoints, but none that is complete and can be resumed from (a
+                start at step 0 would hide that).
         """
         if not self.config.enable:
             return None

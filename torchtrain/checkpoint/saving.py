@@ -23,13 +23,7 @@ from torchtrain.checkpoint.commit import TEMPORARY, Marker, Progress
 from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import write_tensors
 from torchtrain.config.schema import Checkpoint
-from torchtrain.errors import (
-    CheckpointError,
-    NonFinite,
-    PeerFault,
-    Stopped,
-    UserError,
-)
+from torchtrain.errors import CheckpointError, NonFinite, PeerFault, Stopped, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
 from torchtrain.utils import fsync_folder, user_errors, writing
@@ -116,9 +110,8 @@ class Saver:
         self.finish()
         self.saved_at = time.monotonic()
         with self._failing(must_succeed=is_last or stopping):
-            self._save(
-                weights, optimizer, replace(progress, model_only=self._is_model_only(is_last))
-            )
+            model_only = is_last and self.config.last_save_model_only
+            self._save(weights, optimizer, replace(progress, model_only=model_only))
 
     def poll(self) -> None:
         """Report a save beside training that has ended. Costs nothing without one.
@@ -151,7 +144,7 @@ class Saver:
             try:
                 self.finish(must_succeed=True)
             except (CheckpointError, OSError, PeerFault) as fault:
-                logger.warning(f"the save before was lost too: {fault}")
+                logger.warning(f"the save that was under way failed too: {fault}")
             raise
         self.finish(must_succeed=True)
 
@@ -187,9 +180,6 @@ class Saver:
         """Return the steps that are complete, newest first."""
         steps, _ = self._list()
         return [step for step in steps if isinstance(commit.inspect(self.path(step), step), Marker)]
-
-    def _is_model_only(self, is_last: bool) -> bool:  # noqa: FBT001
-        return is_last and self.config.last_save_model_only
 
     @contextmanager
     def _failing(self, *, must_succeed: bool) -> Iterator[None]:

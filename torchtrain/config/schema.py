@@ -328,7 +328,7 @@ class Checkpoint(Section):
     keep_latest_k: CountOrZero = 10
     """Number of checkpoints to keep, 0 for all."""
     keep_every: CountOrZero = 0
-    """Keep those of every so many steps for ever, beside the latest; 0: none."""
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     interval_minutes: Positive | None = None
     """Save also when so many minutes have passed since the last save; unset: never."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
