@@ -33,14 +33,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.attempts import begin_step, end_for_good, log_restart
+from torchtrain.bad_numbers import describe_samples
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
-from torchtrain.datasets.loader import DataLoader, Microbatch
-from torchtrain.errors import NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.datasets.loader import Microbatch
+from torchtrain.errors import BadNumbers, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid
+from torchtrain.lr_scheduling import set_step
 from torchtrain.metrics import (
     MetricsLogger,
     StepSummary,
@@ -94,12 +96,10 @@ def train(
             begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
             loss, max_loss = forward_backward(trainer, microbatches)
-            grad_norm = clip_grad_norm_(
-                trainer.weights.values(), config.training.max_norm, trainer.mesh.group("pp")
-            )
+            grad_norm = clip_gradients(trainer)
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
-            check_finite(summary, trainer.loader)
-            optimizer_step(trainer)
+            summary = trainer.guard.judge(summary, loss)
+            optimizer_step(trainer, skips=summary.skipped)
             validated: dict[str, float | None] = {}
             if trainer.validator.is_due(step) and not stopped_by:  # the time to save may be short
                 with stopwatch.paused():
@@ -168,6 +168,12 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
     return losses.sum() / valid, (losses / valid_by_sequence.clamp(min=1)).max()
 
 
+def clip_gradients(trainer: Trainer) -> Tensor:
+    """Clip the gradient, and return its norm before that, which is the same on every rank."""
+    stages = trainer.mesh.group("pp")
+    return clip_grad_norm_(trainer.weights.values(), trainer.config.training.max_norm, stages)
+
+
 def combine_ranks(
     trainer: Trainer,
     loss: Tensor,
@@ -204,35 +210,18 @@ def combine_ranks(
     return summary, stopped_by
 
 
-def check_finite(summary: StepSummary, loader: DataLoader) -> None:
-    """Stop before a loss or gradient that is not a number reaches the weights.
+def optimizer_step(trainer: Trainer, *, skips: bool = False) -> None:
+    """Update weights and routers' biases, set the next step's learning rate, count the step.
 
-    Raises:
-        NonFinite: the same on every rank, since the summary is.
+    A step that is skipped has no update, and counts all the same.
     """
-    if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):
-        return
-    raise NonFinite(
-        f"step {summary.step}: loss {summary.loss}, gradient norm {summary.grad_norm}, on "
-        f"{describe_samples(loader, summary.step)}. The weights are still those of step "
-        f"{summary.step - 1}. Find the operation with --debug.detect_anomaly; a lower optimizer.lr "
-        "or a longer warm-up often helps."
-    )
-
-
-def describe_samples(loader: DataLoader, step: int) -> str:
-    """Return the global samples of one step, in words, for error messages."""
-    first = loader.samples_before(step)
-    last = loader.samples_before(step + 1) - 1
-    return f"global samples {first} to {last}"
-
-
-def optimizer_step(trainer: Trainer) -> None:
-    """Update weights and routers' biases, set the next step's learning rate, count the step."""
-    trainer.optimizer.step()
-    trainer.lr_scheduler.step()
+    if skips:
+        set_step(trainer.lr_scheduler, trainer.step + 1)
+    else:
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
     trainer.optimizer.zero_grad()
-    if trainer.expert_balance is not None:
+    if trainer.expert_balance is not None and not skips:
         trainer.expert_balance.update_biases()
     trainer.step += 1
     trainer.tokens_seen += trainer.tokens_per_step
@@ -355,10 +344,10 @@ def main(config: JobConfig) -> int:
         saves = config.checkpoint.enable and not config.checkpoint.load_only
         deadline = find_deadline(config.job.max_minutes, os.environ, saves=saves)
         run(config, join_process_group(config.comm.init_timeout_seconds), deadline)
-    except (SharedUserError, NonFinite) as fault:
+    except (SharedUserError, BadNumbers) as fault:
         if rank == 0:
             logger.error(str(fault))
-        return end_for_good(1 if isinstance(fault, NonFinite) else 2)
+        return end_for_good(1 if isinstance(fault, BadNumbers) else 2)
     except UserError as fault:
         logger.error(str(fault))
         return end_for_good(2)

@@ -92,28 +92,28 @@ MUTANTS = {
         ),
         (
             "the schedule is stepped before the optimizer",
-            "    trainer.optimizer.step()\n    trainer.lr_scheduler.step()\n",
-            "    trainer.lr_scheduler.step()\n    trainer.optimizer.step()\n",
+            "        trainer.optimizer.step()\n        trainer.lr_scheduler.step()\n",
+            "        trainer.lr_scheduler.step()\n        trainer.optimizer.step()\n",
         ),
         (
             "gradients are not clipped",
-            "trainer.weights.values(), config.training.max_norm,",
+            "trainer.weights.values(), trainer.config.training.max_norm,",
             "trainer.weights.values(), 1e30,",
         ),
         (
             "the finite check comes after the update",
-            "            check_finite(summary, trainer.loader)\n            optimizer_step(trainer)\n",
-            "            optimizer_step(trainer)\n            check_finite(summary, trainer.loader)\n",
+            "            summary = trainer.guard.judge(summary, loss)\n            optimizer_step(trainer, skips=summary.skipped)\n",
+            "            optimizer_step(trainer)\n            summary = trainer.guard.judge(summary, loss)\n",
         ),
         (
-            "a non-finite gradient with a finite loss is let through",
-            "if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):",
-            "if math.isfinite(summary.loss):",
+            "a skipped step shifts the rates",
+            "        set_step(trainer.lr_scheduler, trainer.step + 1)\n",
+            "        pass\n",
         ),
         (
-            "a non-finite loss with a finite gradient is let through",
-            "if math.isfinite(summary.loss) and math.isfinite(summary.grad_norm):",
-            "if math.isfinite(summary.grad_norm):",
+            "a skipped step moves the routers' biases",
+            "    if trainer.expert_balance is not None and not skips:\n",
+            "    if trainer.expert_balance is not None:\n",
         ),
         (
             "document masking is not applied in validation",
@@ -208,7 +208,7 @@ MUTANTS = {
         ),
         (
             "a user error ends with status 1",
-            "        return end_for_good(1 if isinstance(fault, NonFinite) else 2)\n",
+            "        return end_for_good(1 if isinstance(fault, BadNumbers) else 2)\n",
             "        return end_for_good(1)\n",
         ),
         (
@@ -943,8 +943,65 @@ MUTANTS = {
         ),
         ("Adam is AdamW", "return torch.optim.Adam(", "return torch.optim.AdamW("),
     ],
+    "torchtrain/bad_numbers.py": [
+        (
+            "a non-finite gradient with a finite loss is let through",
+            "return math.isfinite(summary.loss) and math.isfinite(summary.grad_norm)",
+            "return math.isfinite(summary.loss)",
+        ),
+        (
+            "a non-finite loss with a finite gradient is let through",
+            "return math.isfinite(summary.loss) and math.isfinite(summary.grad_norm)",
+            "return math.isfinite(summary.grad_norm)",
+        ),
+        (
+            "one more step in a row is skipped",
+            "self.in_a_row <= limit",
+            "self.in_a_row <= limit + 1",
+        ),
+        (
+            "skipped steps are counted in a row though good ones lie between",
+            "            self.in_a_row = 0\n        else:",
+            "            pass\n        else:",
+        ),
+        (
+            "a spike does not enter the past",
+            "            self.recent.append(numbers)\n",
+            "            if fault is None:\n                self.recent.append(numbers)\n",
+        ),
+        (
+            "a drop is a spike",
+            "if value - mean > deviations * deviation:",
+            "if abs(value - mean) > deviations * deviation:",
+        ),
+        (
+            "a spike is seen from the second step on",
+            "if len(recent) < max(2, recent.maxlen // 2):",
+            "if len(recent) < 2:",
+        ),
+        (
+            "the deviation is that of a whole population",
+            "squares / (len(before) - 1)",
+            "squares / len(before)",
+        ),
+        (
+            "the parameter of the lowest rank is named, not the model's first",
+            "        first = min(found)\n",
+            "        first = found[0]\n",
+        ),
+        (
+            "a resumed run has skipped none in a row",
+            '            self.in_a_row = saved["in_a_row"]\n',
+            "",
+        ),
+    ],
     "torchtrain/optimizers/clipping.py": [
         ("gradients are scaled up to the norm", ".clamp(max=1.0)", ""),
+        (
+            "clipping hides which gradient is not finite",
+            ".where(norm.isfinite(), 1.0)",
+            "",
+        ),
         (
             "the norm of other pipeline stages is left out",
             "    if stages is not None:\n        dist.all_reduce(total, group=stages)\n",
@@ -1952,13 +2009,18 @@ MUTANTS = {
         ("a window goes on over the next", "            self.window.clear()\n", ""),
         (
             "the last step is not logged",
-            "step % self.section.log_freq == 0 or step == self.total_steps or validated",
-            "step % self.section.log_freq == 0 or validated",
+            "is_turn = step % self.section.log_freq == 0 or step == self.total_steps\n",
+            "is_turn = step % self.section.log_freq == 0\n",
         ),
         (
             "a validation is not logged between steps that are",
-            "step == self.total_steps or validated:",
-            "step == self.total_steps:",
+            "if is_turn or validated or summary.skipped:",
+            "if is_turn or summary.skipped:",
+        ),
+        (
+            "a skipped step is not logged between steps that are",
+            "if is_turn or validated or summary.skipped:",
+            "if is_turn or validated:",
         ),
         (
             "throughput is that of one step",
@@ -1979,8 +2041,8 @@ MUTANTS = {
         ),
         (
             "a metric that is not finite breaks the JSON",
-            "record[name] = value if math.isfinite(value) else None",
-            "record[name] = value",
+            "                record[name] = None  # JSON has no NaN\n",
+            "                pass\n",
         ),
         (
             "the remaining time counts all steps",

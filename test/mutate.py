@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "train.py": (
         "test/test_training_by_hand.py",
+        "test/test_bad_numbers.py",
         "test/test_metrics.py",
         "test/test_step_metrics.py",
         "test/test_training.py",
@@ -46,6 +47,7 @@ ROOMS = {
         "test/config",
         "test/test_training.py",
     ),
+    "torchtrain/bad_numbers.py": ("test/test_bad_numbers.py", "test/test_training_by_hand.py"),
     "torchtrain/exporting.py": ("test/checkpoint/test_last_save.py",),
     "torchtrain/resuming.py": (
         "test/test_resuming.py",

@@ -38,6 +38,7 @@ FLOORS = {
     "torchtrain.parallelisms": 2,
     "torchtrain.checkpoint": 2,
     "torchtrain.text_samples": 2,
+    "torchtrain.bad_numbers": 2,
     "torchtrain.validation": 2,
     "torchtrain.set_up": 3,
     "torchtrain.exporting": 2.1,
@@ -58,12 +59,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9610, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 9770, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1565,
+    "config": 1575,
     "datasets": 1970,
     "parallelisms": 1800,
-    "checkpoint": 1205,
+    "checkpoint": 1219,
     "models": 800,
     "optimizers": 400,
 }

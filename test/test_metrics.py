@@ -14,7 +14,8 @@ from helpers.forking import in_group
 from helpers.logged import FixedStopwatch, log, metrics_logger, records, summary
 
 import train
-from torchtrain.config.schema import Metrics
+from torchtrain.bad_numbers import StepGuard
+from torchtrain.config.schema import Metrics, Training
 from torchtrain.errors import NonFinite, UserError
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.metrics import (
@@ -394,7 +395,8 @@ def combine_by_hand():
         memory_gib=4.0,  # rank 1's
         data_time_s=0.5,  # rank 2's
     )
-    train.check_finite(summary, Samples())
+    loss = torch.tensor(summary.loss)
+    assert not StepGuard(Training(), Samples(), {}).judge(summary, loss).skipped
 
     # Each rank has its own signal, or none: all stop after the same step, for the same reason.
     _, stopped_by = step_of_this_rank(rank, signal=[0, 2, 15, 0][rank])
@@ -407,7 +409,7 @@ def combine_by_hand():
             on_one = {changed: value} if rank == 3 else {}
             summary, _ = step_of_this_rank(rank, **on_one)
             with pytest.raises(NonFinite, match=r"step 7: loss .* on global samples 48 to 55"):
-                train.check_finite(summary, Samples())
+                StepGuard(Training(), Samples(), {}).judge(summary, loss)
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ UserError              2    a user error: its message alone, no traceback
   SharedUserError      2    raised by every rank with one text, printed by rank 0 alone
   ConfigError          2    all faults of a configuration, one per line
 PeerFault              1, 2 another rank has failed and printed the cause; the status is that rank's
-NonFinite              1    loss or gradient is not a number
+BadNumbers             1    no good step can follow: a further attempt would end the same
+  NonFinite            1    loss or gradient is not a number, or too many steps were skipped
 CheckpointError        1    a checkpoint could not be written or read
 Stopped          128 + n    signal n asked the run to stop, and it did after a whole step
 Stopped              75    the same at the end of its time: the job is to be queued again
@@ -36,8 +37,12 @@ class PeerFault(RuntimeError):
     is_user_error = False
 
 
-class NonFinite(RuntimeError):
-    """The loss or the gradient is infinite or not a number."""
+class BadNumbers(RuntimeError):
+    """The numbers are such that training cannot go on; every rank raises it with the same text."""
+
+
+class NonFinite(BadNumbers):
+    """The loss or the gradient is infinite or not a number, or too many steps were skipped."""
 
 
 class CheckpointError(RuntimeError):

@@ -73,10 +73,12 @@ FIRST_METRICS = {
 }
 # Added metrics stand here.
 LAST_METRICS = {
+    "skipped_steps": Metric("optimizer", "skipped", "{}"),
     "eta": Metric("throughput", "eta", "{}"),
     "memory_gib": Metric("memory", "mem", "{:.2f}GiB"),
     "data_time_pct": Metric("throughput", "data", "{:.0f}%"),
     "max_loss": Metric("loss"),
+    "skipped": Metric("optimizer"),
     "tokens_seen": Metric("throughput"),
     "step_time_s": Metric("throughput"),
 }
@@ -125,6 +127,10 @@ class StepSummary:
     """Peak of the worst rank."""
     data_time_s: float
     """Time the step waited for data, on the worst rank."""
+    skipped: bool = False
+    """Whether the step leaves the weights as they were."""
+    skipped_steps: int | None = None
+    """Steps skipped so far, with this one; None where none would be."""
     added: Mapping[str, float] = field(default_factory=dict)
     """What the model, the optimizer or a user's code has added, by name."""
 
@@ -203,7 +209,7 @@ class MetricsLogger:
     def log(
         self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]
     ) -> None:
-        """Report one step: in full every `log_freq` steps, at the last, and where it was validated.
+        """Report one step, in full if it is one of `log_freq`, the last, validated or skipped.
 
         Of any other step, print at most the learning rate.
         """
@@ -211,7 +217,8 @@ class MetricsLogger:
         step_time = stopwatch.elapsed()
         if step != self.first_step:
             self.window.append((step_time, summary.data_time_s))
-        if step % self.section.log_freq == 0 or step == self.total_steps or validated:
+        is_turn = step % self.section.log_freq == 0 or step == self.total_steps
+        if is_turn or validated or summary.skipped:
             self._log_in_full({**self._make_record(summary, step_time), **validated})
             self.window.clear()
         elif self.log_lr:
@@ -273,14 +280,20 @@ class MetricsLogger:
                 mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         record = asdict(summary)
         del record["data_time_s"], record["added"]
+        if not summary.skipped:
+            del record["skipped"]
+        if summary.skipped_steps is None:
+            del record["skipped_steps"]
         record |= {
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_time_pct": 100 * data_time / total_time,
             "step_time_s": total_time / len(steps),
         }
-        for name, value in summary.added.items():
-            record[name] = value if math.isfinite(value) else None  # JSON has no NaN
+        record |= summary.added
+        for name, value in record.items():
+            if value is not None and not math.isfinite(value):
+                record[name] = None  # JSON has no NaN
         return record
 
     def _format_record(self, record: dict[str, Any]) -> str:

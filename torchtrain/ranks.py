@@ -192,12 +192,12 @@ def require_equal_config(
         for rank, theirs in enumerate(by_rank):
             ranks_by_value[theirs.get(key, "not there")].append(rank)
         if len(ranks_by_value) > 1:
-            parts = [f"{value} on {_name_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
+            parts = [f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
             lines.append(f"  {key} = {', '.join(parts)}")
     raise SharedUserError("\n".join(lines))
 
 
-def _name_ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
     """Return "rank 3", "ranks 0 to 7" or "ranks 0, 2, 5"."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"

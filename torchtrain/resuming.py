@@ -90,6 +90,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
     checkpointer.load(source, trainer.model_state, trainer.optimizer)
     trainer.step = saved.step
     trainer.tokens_seen = saved.tokens_seen
+    trainer.guard.resume(saved.guard)
     set_step(trainer.lr_scheduler, trainer.step)
     for change in find_schedule_changes(trainer, saved):
         logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
@@ -123,6 +124,7 @@ def progress_of(trainer: Trainer) -> Progress:
         data=trainer.loader.state(trainer.step, positions),
         config=trainer.config.model_dump(mode="json"),
         shape=asdict(trainer.plan.shape),
+        guard=trainer.guard.state(),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtrain.bad_numbers import StepGuard
 from torchtrain.checkpoint import Progress
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run
 from torchtrain.config.schema import Compile, Debug
@@ -93,6 +94,7 @@ class Trainer(ParallelModel):
     """Is never due where there is no validation."""
     text_sampler: TextSampler
     """Is never due without prompts."""
+    guard: StepGuard
     metric_sources: list[MetricSource]
     """What of the model, and the optimizer if it does, has metrics of its own."""
     step: int = 0
@@ -133,13 +135,15 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     data_rank = model.mesh.data_rank
     optimizer = build_optimizer(model.weights, config.optimizer)
     stall_s = config.data.stall_timeout_seconds
+    loader = DataLoader(dataset, plan.batch, data_rank, separators, stall_s)
     return Trainer(
         **vars(model),
-        loader=DataLoader(dataset, plan.batch, data_rank, separators, stall_s),
+        loader=loader,
         optimizer=optimizer,
         lr_scheduler=get_lr_scheduler(optimizer, config),
         validator=Validator(plan.validation, validation_set, plan.degrees, data_rank, device),
         text_sampler=text_sampler,
+        guard=StepGuard(config.training, loader, model.parts),
         metric_sources=[
             *([] if model.expert_balance is None else [model.expert_balance]),
             *find_metric_sources(model.parts.values(), optimizer),

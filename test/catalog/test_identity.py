@@ -95,6 +95,7 @@ CHANGES_NO_RESULT = (
     "lr_scheduler.log_schedule",
     "lr_scheduler.log_lr",
     "router.log_layers_freq",
+    "training.max_skips",
     "training.gc_freq",
     "training.gc_debug",
     "data.cache_folder",

@@ -113,6 +113,7 @@ BELOW_1 = 1 - 2**-53  # the largest float below 1
 
 # The bounds of every number: values that are taken, and values that are refused.
 COUNT = ([1, LARGEST_COUNT], [0, -1, LARGEST_COUNT + 1])
+AT_LEAST_TWO = ([2, LARGEST_COUNT], [1, 0, LARGEST_COUNT + 1])
 COUNT_OR_ZERO = ([0, 1, LARGEST_COUNT], [-1, LARGEST_COUNT + 1])
 COUNT_OR_AUTO = ([-1, 1, LARGEST_COUNT], [-2, 0, LARGEST_COUNT + 1])
 POSITIVE = ([TINY, 1e300], [0.0, -0.0, -TINY, "inf", "nan"])
@@ -168,6 +169,9 @@ BOUNDS = {
     "training.global_batch_size": COUNT_OR_AUTO,
     "training.seq_len": COUNT,
     "training.max_norm": POSITIVE,
+    "training.max_skips": COUNT,
+    "training.spike_deviations": POSITIVE,
+    "training.spike_window": AT_LEAST_TWO,
     "training.steps": COUNT,
     "training.gc_freq": COUNT,
     "data.streams": COUNT,

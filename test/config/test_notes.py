@@ -80,6 +80,14 @@ IDLE = {
         "[model]\nn_experts = 4\nexpert_hidden_dim = 64\nffn_hidden_dim = 128",
         ["model.ffn_hidden_dim = 128 has no effect: all layers are sparse"],
     ),
+    "most of no skips": (
+        "[training]\nmax_skips = 3",
+        ["training.max_skips = 3 has no effect: no step is skipped"],
+    ),
+    "window of no spikes": (
+        "[training]\nspike_window = 64",
+        ["spike_window = 64 has no effect while training.spike_deviations is unset"],
+    ),
     "warning only": (
         "[debug]\ndeterministic_warn_only = true",
         ["has no effect", "debug.deterministic = false"],

@@ -150,7 +150,8 @@ class Checkpointer(Saver):
             optimizer = None
         metadata = self._together(lambda: read_index(source.path, source.marker.files))
         entries = list_entries(metadata)
-        tensors = self._together(lambda: state.list_training_state(weights, optimizer, entries))
+        stateful = optimizer if source.progress.has_updates else None
+        tensors = self._together(lambda: state.list_training_state(weights, stateful, entries))
         everyones: set[str] = set().union(*gathered(list(tensors), self.group))
         converted = self._together(
             lambda: state.check_tensors(source, entries, tensors, everyones, optimizer)

@@ -64,8 +64,15 @@ class Progress:
     """The resolved config by section, to be compared with the next launch's."""
     shape: dict[str, Any] | None = None
     """The resolved shape of the model; None in old checkpoints, whose config tells it."""
+    guard: dict[str, Any] | None = None
+    """Which steps were skipped, and what decides whether the next are; None in old checkpoints."""
     model_only: bool = False
     """Whether the checkpoint holds the weights alone, so that no run goes on from it."""
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether a step has changed the weights, so that the optimizer has a state."""
+        return self.guard is None or self.guard["skipped"] < self.step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,17 @@ def _are_records(value: Any) -> bool:
     )
 
 
+def _is_guard(value: Any) -> bool:
+    """Check what `bad_numbers.StepGuard` has saved; old checkpoints have nothing of it."""
+    return value is None or (
+        _is_table(value)
+        and value.keys() == {"skipped", "in_a_row", "recent"}
+        and _is_count(value["skipped"])
+        and _is_count(value["in_a_row"])
+        and isinstance(value["recent"], list)
+    )
+
+
 RECORD = FileRecord.__annotations__.keys()
 MARKER_FIELDS: dict[str, Check] = {
     "format": (lambda value: type(value) is int and value == FORMAT, f"the number {FORMAT}"),
@@ -121,6 +139,7 @@ STATE_FIELDS: dict[str, Check] = {
     "data": (_is_table, "a JSON object"),
     "config": (_is_config, "keys by section"),
     "shape": (lambda value: value is None or _is_table(value), "a JSON object"),
+    "guard": (_is_guard, "counts of skipped steps and recent losses and norms"),
     "model_only": (lambda value: isinstance(value, bool), "true or false"),
 }
 

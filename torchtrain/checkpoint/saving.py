@@ -23,7 +23,7 @@ from torchtrain.checkpoint.commit import TEMPORARY, Marker, Progress
 from torchtrain.checkpoint.state import Weights
 from torchtrain.checkpoint.storage import write_tensors
 from torchtrain.config.schema import Checkpoint
-from torchtrain.errors import CheckpointError, NonFinite, PeerFault, Stopped, UserError
+from torchtrain.errors import BadNumbers, CheckpointError, PeerFault, Stopped, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
 from torchtrain.utils import fsync_folder, user_errors, writing
@@ -140,7 +140,7 @@ class Saver:
         except Stopped:
             self.finish(must_succeed=True)
             raise
-        except NonFinite:
+        except BadNumbers:
             try:
                 self.finish(must_succeed=True)
             except (CheckpointError, OSError, PeerFault) as fault:

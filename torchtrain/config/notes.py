@@ -68,6 +68,7 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.on_save_error",
     ),
     ("checkpoint.keep_latest_k", 0): ("checkpoint.keep_every",),
+    ("training.spike_deviations", None): ("training.spike_window",),
     ("validation.dataset", None): ("validation.dataset_path",),
     ("validation.dataset", SET): ("validation.held_out_share",),
     ("debug.deterministic", False): ("debug.deterministic_warn_only",),
@@ -90,6 +91,10 @@ def find_idle_options(config: Config) -> list[str]:
     if config.data.token_dtype and "tokens" not in {*datasets, config.validation.dataset}:
         text = 'has no effect: no data source is a token file (dataset "tokens")'
         found["data.token_dtype"] = text
+    training = config.training
+    may_skip = training.on_nonfinite == "skip" or training.spike_deviations is not None
+    if not may_skip and training.max_skips != options()["training.max_skips"].default:
+        found["training.max_skips"] = "has no effect: no step is skipped"
     checkpoint = config.checkpoint
     exports = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
     if checkpoint.export_dtype is not None and not exports:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 CountOrAuto = Count | Literal[-1]
 Positive = Annotated[float, Field(gt=0)]
@@ -224,6 +225,14 @@ class Training(Section):
     """Sequence length, in tokens."""
     max_norm: Positive = 1.0
     """Largest gradient norm; a larger gradient is clipped to it."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do in a step whose loss or gradient is not finite: end the run, or skip the step."""
+    max_skips: Count = 10
+    """Most steps that may be skipped in a row; one more ends the run."""
+    spike_deviations: Positive | None = None
+    """Skip a step whose loss or norm is so many standard deviations above the mean; unset: none."""
+    spike_window: AtLeastTwo = 128
+    """Steps whose mean that is, the last ones; without half of them none is skipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
     document_masking: bool = False

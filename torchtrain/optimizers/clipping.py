@@ -29,8 +29,9 @@ def clip_grad_norm_(
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = compute_norm(gradients, stages)
-    # As PyTorch's own clipping does; a norm that is NaN stays visible.
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # As PyTorch's own clipping does; but where the norm is not finite, the gradients stay as they
+    # are, to show which of them is not.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
     for gradient in gradients:
         local(gradient).mul_(scale)
     return norm
