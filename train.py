@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrain.attempts import begin_step, end_for_good, log_restart
+from torchtrain.attempts import end_for_good, log_restart
 from torchtrain.bad_numbers import describe_samples
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.plans import list_output_folders
@@ -58,7 +58,6 @@ from torchtrain.ranks import (
     name_process,
     on_rank_zero,
     require_equal_config,
-    set_timeout,
     together,
 )
 from torchtrain.resuming import (
@@ -72,9 +71,10 @@ from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import ParallelModel, Trainer, set_up
 from torchtrain.step_metrics import StepMetrics
-from torchtrain.stopping import StopRequest, describe_deadline, find_deadline
+from torchtrain.stopping import StopRequest, find_deadline, log_deadline
 from torchtrain.text_samples import OfLogits
 from torchtrain.utils import expand_user, plural
+from torchtrain.watchdog import Watchdog
 
 
 def train(
@@ -83,17 +83,17 @@ def train(
     metrics: MetricsLogger | None,
     profiler: Profiler,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> None:
     """Train from the step after `trainer.step` to `training.steps`, or until it is to stop."""
     config = trainer.config
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
-    first_step = trainer.step + 1
-    with profiler.recording(), checkpointer.finishing():
-        for step in range(first_step, config.training.steps + 1):
+    with watchdog.watching(), profiler.recording(), checkpointer.finishing():
+        for step in range(trainer.step + 1, config.training.steps + 1):
             is_last = step == config.training.steps
             stop.begin_turn(checkpointer.save_seconds, is_last=is_last)
             stopwatch = Stopwatch()
-            begin_step(step)
+            watchdog.begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_gradients(trainer)
@@ -115,8 +115,7 @@ def train(
                 save_progress(trainer, checkpointer, is_last=is_last, stopping=stopped_by != 0)
             profiler.step(step)
             collector.step(step)
-            if step == first_step:
-                set_timeout(config.comm.train_timeout_seconds, trainer.mesh.all_groups())
+            watchdog.end_step()
             if stopped_by:
                 raise Stopped(stopped_by, step)
 
@@ -313,13 +312,13 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     else:
         on_rank_zero(lambda: folder.begin_afresh(list_output_folders(config).values()))
     checkpointer.prepare(trainer.model_state, trainer.optimizer)
+    watchdog = Watchdog(config.comm, folder.path, trainer.mesh, loop=train)
     facts = describe(trainer)
-    if math.isfinite(deadline):
-        logger.info(f"time       {describe_deadline(deadline)}")
+    log_deadline(deadline)
     on_rank_zero(lambda: folder.describe_run(to_toml(config), asdict(facts)))
     metrics = together(lambda: open_metrics(trainer, folder, facts))
     try:
-        train(trainer, checkpointer, metrics, profiler, StopRequest(deadline))
+        train(trainer, checkpointer, metrics, profiler, StopRequest(deadline), watchdog)
     except torch.OutOfMemoryError:
         profiler.write_memory_snapshot("out-of-memory")
         raise

@@ -197,11 +197,6 @@ MUTANTS = {
             "if trainer.text_sampler.is_due(step):",
         ),
         (
-            "the timeout of training is not set",
-            "            if step == first_step:\n                set_timeout",
-            "            if step == 0:\n                set_timeout",
-        ),
-        (
             "a crash ends with status 0",
             '        logger.error(f"rank {rank} failed:\\n{traceback.format_exc()}")\n        return 1\n',
             '        logger.error(f"rank {rank} failed:\\n{traceback.format_exc()}")\n        return 0\n',
@@ -1928,6 +1923,55 @@ MUTANTS = {
             "slices that DCP did not write are not missed",
             "        if written != planned:\n",
             "        if written > planned:\n",
+        ),
+    ],
+    "torchtrain/watchdog.py": [
+        (
+            "the timeout of training is not set",
+            "        if self._is_first:",
+            "        if False:",
+        ),
+        (
+            "a rank that is stopped in a save is waited for",
+            "elif position.is_patient and silent_s >= self.timeout_s:",
+            "elif position.is_patient and silent_s >= 100 * self.timeout_s:",
+        ),
+        (
+            "a rank that has ended is taken for one that is stopped",
+            'return 0.0 if beat == "ended" else silent_s',
+            "return silent_s",
+        ),
+        (
+            "a slow disk is taken for a hang",
+            "elif not position.is_patient and waited_s >= limit_s",
+            "elif waited_s >= limit_s",
+        ),
+        (
+            "what was no hang stays the cause of a later failure",
+            "        store.delete_key(HANG)\n",
+            "",
+        ),
+        (
+            "a rank that was stopped with all others blames them",
+            "min(time.monotonic() - looked, self.timeout_s / 4)",
+            "time.monotonic() - looked",
+        ),
+    ],
+    "torchtrain/hangs.py": [
+        (
+            "a rank that waits itself is blamed",
+            "return sorted(behind - ahead or behind)",
+            "return sorted(behind)",
+        ),
+        (
+            "a rank is blamed for the counts of another group",
+            "            if name in position.entered\n",
+            "",
+        ),
+        (
+            "a rank that says nothing is not missing",
+            "    if silent:\n        return silent\n",
+            "",
         ),
     ],
     "torchtrain/step_metrics.py": [

@@ -76,6 +76,8 @@ ROOMS = {
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
     "torchtrain/text_samples.py": ("test/test_text_samples.py",),
     "torchtrain/validation.py": ("test/test_validation.py", "test/test_training_by_hand.py"),
+    "torchtrain/watchdog.py": ("test/test_watchdog.py", "test/config/test_options.py"),
+    "torchtrain/hangs.py": ("test/test_hangs.py", "test/test_watchdog.py"),
     "torchtrain/attempts.py": ("test/tools/test_restarts.py", "test/test_ranks.py"),
     "torchtrain/orphans.py": ("test/test_orphans.py", "test/tools/test_launch.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),

@@ -181,6 +181,7 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
     for name in ("metrics.jsonl", "metrics.superseded.jsonl", "config.toml", "run.json", "notes"):
         (path / name).write_text(name)
     (path / "profiling" / "traces").mkdir(parents=True)
+    (path / "hang" / "step-3").mkdir(parents=True)
     (path / "wandb").mkdir()
     (path / "wandb" / "run-id").write_text("1")
     for number in (4, 10, 9):
@@ -199,6 +200,7 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
     ]
     assert sorted(entry.name for entry in (path / "previous-11").iterdir()) == [
         "config.toml",
+        "hang",
         "metrics.jsonl",
         "metrics.superseded.jsonl",
         "profiling",

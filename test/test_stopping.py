@@ -12,7 +12,7 @@ import train
 from torchtrain import ranks, stopping
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import TIME_IS_UP, Stopped, UserError
-from torchtrain.stopping import StopRequest, describe_deadline, find_deadline
+from torchtrain.stopping import StopRequest, find_deadline, log_deadline
 
 
 @pytest.fixture
@@ -73,9 +73,16 @@ def test_the_deadline_is_the_earlier_of_both(clock):
     assert find_deadline(None, slurm, saves=False, now=1790000000) == math.inf
     with pytest.raises(UserError, match="SLURM_JOB_END_TIME = 'soon' is not a time in seconds"):
         find_deadline(None, {"SLURM_JOB_END_TIME": "soon"})
-    said = describe_deadline(1090)
-    assert "1.5 minutes are left: the run stops before " in said
-    assert said.endswith("with status 75")
+
+
+def test_a_deadline_is_said_if_there_is_one(clock, monkeypatch):
+    said = []
+    monkeypatch.setattr(stopping.logger, "info", said.append)
+    log_deadline(math.inf)
+    assert not said
+    log_deadline(1090)
+    assert "1.5 minutes are left: the run stops before " in said[0]
+    assert said[0].endswith("with status 75")
 
 
 def test_a_run_stops_while_there_is_time_for_a_step_and_a_save(clock, stop):

@@ -20,6 +20,8 @@ ENDED = "torchtrain/ended"
 """Key of the exit status of an attempt that no other can mend: a user error, a stop, not finite."""
 STEP = "torchtrain/step"
 """Key of the attempt that last began a step, and that step."""
+HANG = "hang"
+"""Key of the line that says who had not arrived, among those of one attempt."""
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -45,7 +47,27 @@ def find_store() -> dist.Store | None:
     """Return torchrun's store, that of the process group without its prefixes; None if none is."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_initialized():
         return None
-    store = dist.distributed_c10d._get_default_store()
+    return _without_prefixes(dist.distributed_c10d._get_default_store())
+
+
+def connect_to_store(timeout: timedelta) -> dist.Store | None:
+    """Return a connection to the process group's store for one thread; None if it has no server.
+
+    A connection that another thread uses can be busy for as long as that waits for a key.
+    """
+    store = _without_prefixes(dist.distributed_c10d._get_default_store())
+    if not isinstance(store, dist.TCPStore):
+        return None
+    connection = dist.TCPStore(store.host, store.port, is_master=False, timeout=timeout)
+    return of_attempt(connection)
+
+
+def of_attempt(store: dist.Store) -> dist.PrefixStore:
+    """Return the part of a store in which the ranks of this attempt tell of themselves."""
+    return dist.PrefixStore(f"torchtrain/{name_attempt()}", store)
+
+
+def _without_prefixes(store: dist.Store) -> dist.Store:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return store

@@ -17,6 +17,9 @@ from torchtrain.errors import PeerFault, SharedUserError, UserError
 
 T = TypeVar("T")
 
+FLIGHT_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+"""How many collectives NCCL's flight recorder keeps: the variable and its older name."""
+
 
 def usable_accelerator() -> str | None:
     """Return the type of this machine's accelerator, or None: train on the CPU.
@@ -48,6 +51,8 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         torch.accelerator.set_device_index(device.index)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
+    if not any(name in os.environ for name in FLIGHT_RECORDER_SIZE):
+        os.environ[FLIGHT_RECORDER_SIZE[0]] = "2000"
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = attempts.meet(timeout)
     else:

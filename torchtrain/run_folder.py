@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from torchtrain.errors import UserError
+from torchtrain.hangs import HANG_FOLDER
 from torchtrain.logging_utils import logger
 from torchtrain.utils import (
     METRICS_FILE,
@@ -93,7 +94,7 @@ class RunFolder:
         Args:
             outputs: the folders that a run writes to; the relative ones are in this folder.
         """
-        names = {*LOGS.keys(), *LOGS.values(), *DESCRIPTION_FILES, "wandb"}
+        names = {*LOGS.keys(), *LOGS.values(), *DESCRIPTION_FILES, "wandb", HANG_FOLDER}
         names |= {output.parts[0] for output in outputs if not output.is_absolute()}
         earlier = sorted(name for name in names if _holds_something(self.path / name))
         if not earlier:

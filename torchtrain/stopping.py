@@ -11,6 +11,7 @@ from types import FrameType
 
 from torchtrain.early_interrupt import end_watch
 from torchtrain.errors import TIME_IS_UP, SharedUserError
+from torchtrain.logging_utils import logger
 
 SLURM_END = "SLURM_JOB_END_TIME"
 """Slurm's variable: when it ends the job, in seconds since 1970."""
@@ -52,11 +53,13 @@ def find_deadline(
     return time.monotonic() + left
 
 
-def describe_deadline(deadline: float) -> str:
-    """Return what will happen, in words."""
-    left = deadline - time.monotonic()
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
-    return f"{left / 60:,.1f} minutes are left: the run stops before {at}, with status 75"
+def log_deadline(deadline: float) -> None:
+    """Say what will happen at a deadline, if there is one."""
+    if math.isfinite(deadline):
+        left = deadline - time.monotonic()
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
+        when = f"{left / 60:,.1f} minutes are left: the run stops before {at}"
+        logger.info(f"time       {when}, with status 75")
 
 
 class StopRequest:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from torchtrain import ranks
+from torchtrain import ranks, watchdog
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config.options import options as all_options
 from torchtrain.config.schema import Parallelism
@@ -803,7 +803,9 @@ def test_compile_options(data, device, monkeypatch):
 
 def test_timeouts_reach_the_process_group(run, monkeypatch):
     given = {}
-    monkeypatch.setattr(train, "set_timeout", lambda seconds, _: given.update(in_training=seconds))
+    monkeypatch.setattr(
+        watchdog, "set_timeout", lambda seconds, _: given.update(in_training=seconds)
+    )
     run(**{"comm.train_timeout_seconds": 23})
     assert given == {"in_training": 23}
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **arguments: given.update(arguments))

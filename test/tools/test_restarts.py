@@ -233,6 +233,39 @@ def test_only_crashes_in_a_row_are_repeated():
     assert restarts.Outcome(steps=[4, None, None, None]).is_repeated
 
 
+HANG = "rank 1 did not answer in step 8 (forward and backward) for 30 s; see outputs/hang/step-8"
+
+
+def test_a_rank_that_did_not_answer_is_the_cause_and_not_the_signal_that_ended_it(capfd):
+    killed = restarts.Failure(1, -signal.SIGKILL)
+    outcome = restarts.Outcome(killed, hang=HANG)
+    assert outcome.report() == 137
+    assert capfd.readouterr().err == f"{HANG}; the others were stopped\n"
+    agent = SimpleNamespace(_outcome=outcome, _remaining_restarts=2)
+    word = restarts.Word(step=8, hang=HANG)
+    for count in (1, 2):
+        restarts.Agent._judge(agent, killed, word, restarts=4)
+        agent._remaining_restarts -= 1
+        what = f"all ranks are started again (restart {2 + count} of 4)"
+        assert capfd.readouterr().err == f"{HANG}; {what}\n"
+    assert outcome.report() == 137
+    assert not capfd.readouterr().err
+
+
+def test_the_launcher_hears_of_a_hang_from_its_own_attempt_alone(store, monkeypatch):
+    group = SimpleNamespace(master_addr="localhost", master_port=store.port)
+    monkeypatch.setenv("TORCHTRAIN_ATTEMPT", "2")
+    assert restarts.Agent._ask_store(None, group) == restarts.Word()
+    attempts.of_attempt(store).set(attempts.HANG, HANG)
+    assert restarts.Agent._ask_store(None, group) == restarts.Word(hang=HANG)
+    store.set(attempts.STEP, "2 8")
+    store.set(attempts.ENDED, "1")
+    word = restarts.Word(step=8, ended_for_good=True, hang=HANG)
+    assert restarts.Agent._ask_store(None, group) == word
+    monkeypatch.setenv("TORCHTRAIN_ATTEMPT", "3")
+    assert restarts.Agent._ask_store(None, group) == restarts.Word(ended_for_good=True)
+
+
 @pytest.fixture
 def store(monkeypatch):
     """torchrun's store, and this process as its only rank."""

@@ -24,7 +24,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
-from torchtrain.attempts import ATTEMPT, ENDED, STEP
+from torchtrain.attempts import ATTEMPT, ENDED, HANG, STEP, of_attempt
 
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
@@ -62,6 +62,17 @@ class Failure:
 
 
 @dataclass
+class Word:
+    """What the ranks of an attempt have left in the store."""
+
+    step: int | None = None
+    """The one that it was in; None: before its first, or nobody knows."""
+    ended_for_good: bool = False
+    hang: str = ""
+    """Who had not arrived, in words; empty: nobody was waited for in vain."""
+
+
+@dataclass
 class Outcome:
     """What became of the attempts of one launch, as far as this node knows."""
 
@@ -69,6 +80,8 @@ class Outcome:
     """The last attempt's, if it failed."""
     steps: list[int | None] = field(default_factory=list)
     """In which step each attempt failed; None: before its first, or nobody knows."""
+    hang: str = ""
+    """The cause of the last failure, if it was that a rank was waited for in vain."""
     is_told: bool = False
     """Whether the last failure has been printed."""
 
@@ -79,17 +92,19 @@ class Outcome:
         return len(last) == SAME_STEP and len(set(last)) == 1
 
     def report(self) -> int:
-        """Return the exit status of a launch that failed; name the rank if a signal ended it."""
+        """Return the exit status of a launch that failed; name the rank if it has not done so."""
         if self.failure is None:
             return 1
-        if self.failure.exit_code < 0 and not self.is_told:
-            say(f"{self.failure}; the others were stopped")
+        if (self.failure.exit_code < 0 or self.hang) and not self.is_told:
+            say(f"{self.hang or self.failure}; the others were stopped")
         return self.failure.status
 
     @property
-    def where(self) -> str:
+    def cause(self) -> str:
+        """What ended the last attempt, and where."""
         step = self.steps[-1]
-        return "before the first step" if step is None else f"in step {step}"
+        where = "before the first step" if step is None else f"in step {step}"
+        return self.hang or f"{self.failure} {where}"
 
 
 class Agent(LocalElasticAgent):
@@ -103,14 +118,17 @@ class Agent(LocalElasticAgent):
         """Do as torchrun does, but note first who has failed before torchrun ends the others."""
         processes = self._processes(worker_group)
         failed_first = {rank for rank, process in processes.items() if process.poll()}
-        may_restart = failed_first and self._remaining_restarts > 0
-        if may_restart and not self._ask_store(worker_group)[1]:  # else they have work to finish
+        word = self._ask_store(worker_group) if failed_first else Word()
+        may_restart = self._remaining_restarts > 0 and not word.ended_for_good
+        if failed_first and (may_restart or word.hang):  # else they may have work to finish
             end_ranks(processes.values())
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and result.failures:
             self._outcome.failure = find_first(result.failures, failed_first)
+            word = word if failed_first else self._ask_store(worker_group)
+            self._outcome.hang = word.hang
             if worker_group.spec.max_restarts > 0:
-                self._judge(self._outcome.failure, worker_group)
+                self._judge(self._outcome.failure, word, worker_group.spec.max_restarts)
         return result
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -138,13 +156,11 @@ class Agent(LocalElasticAgent):
             for local_rank, handler in handlers.items()
         }
 
-    def _judge(self, failure: Failure, worker_group: WorkerGroup) -> None:
+    def _judge(self, failure: Failure, word: Word, restarts: int) -> None:
         """Say what happens next, and see to it that torchrun does so."""
-        step, ended_for_good = self._ask_store(worker_group)
-        self._outcome.steps.append(step)
-        what = f"{failure} {self._outcome.where}"
-        restarts = worker_group.spec.max_restarts
-        self._outcome.is_told = not (ended_for_good or failure.status == 2 or failure.is_stop)
+        self._outcome.steps.append(word.step)
+        what = self._outcome.cause
+        self._outcome.is_told = not (word.ended_for_good or failure.status == 2 or failure.is_stop)
         if not self._outcome.is_told:
             self._remaining_restarts = 0  # the rank has said what it was
         elif self._outcome.is_repeated:
@@ -156,8 +172,9 @@ class Agent(LocalElasticAgent):
             number = restarts - self._remaining_restarts + 1
             say(f"{what}; all ranks are started again (restart {number} of {restarts})")
 
-    def _ask_store(self, worker_group: WorkerGroup) -> tuple[int | None, bool]:
-        """Return the step that this attempt was in, and whether it ended for good."""
+    def _ask_store(self, worker_group: WorkerGroup) -> Word:
+        """Return what the ranks of this attempt have left there."""
+        word = Word()
         with suppress(RuntimeError):  # the store's node is gone
             store = TCPStore(
                 str(worker_group.master_addr),
@@ -165,12 +182,14 @@ class Agent(LocalElasticAgent):
                 is_master=False,
                 timeout=timedelta(seconds=STORE_TIMEOUT_S),
             )
-            step = None
+            word.ended_for_good = store.check([ENDED])
             if store.check([STEP]):
                 attempt, number = store.get(STEP).decode().split()
-                step = int(number) if attempt == os.environ[ATTEMPT] else None
-            return step, store.check([ENDED])
-        return None, False
+                word.step = int(number) if attempt == os.environ[ATTEMPT] else None
+            own = of_attempt(store)
+            if own.check([HANG]):
+                word.hang = own.get(HANG).decode()
+        return word
 
 
 def end_ranks(processes: Collection[subprocess.Popen[bytes]], grace_s: float = GRACE_S) -> None:

@@ -1,0 +1,102 @@
+"""Who had not arrived, by what the ranks tell of themselves; where the loop is, by its stack."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+import train
+from torchtrain import hangs
+from torchtrain.hangs import Position, describe_hang, find_missing, find_place, write_stacks
+
+
+def at(place="forward and backward", step=3, **entered):
+    return Position(step, place, entered)
+
+
+def test_a_rank_that_is_silent_is_missing_whatever_the_others_say():
+    assert find_missing({0: at(world=7), 2: at(world=6)}, 4) == [1, 3]
+
+
+def test_a_rank_that_has_entered_fewer_collectives_of_a_group_is_missing():
+    assert find_missing({0: at(world=7), 1: at(world=6), 2: at(world=7)}, 3) == [1]
+    assert find_missing({0: at(world=7), 1: at(world=7)}, 2) == []
+    # Ranks 0 and 1 share one group, ranks 2 and 3 another, of a different name and count.
+    assert find_missing({0: at(a=5), 1: at(a=5), 2: at(b=9), 3: at(b=8)}, 4) == [3]
+
+
+def test_a_rank_that_waits_itself_is_not_the_one_that_is_missing():
+    """Rank 3 is stuck; rank 2 waits for it in their group, and ranks 0 and 1 for both."""
+    positions = {
+        0: at(world=7, pair=4),
+        1: at(world=7, pair=4),
+        2: at(world=6, other=3),
+        3: at(world=6, other=2),
+    }
+    assert find_missing(positions, 4) == [3]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "line"),
+    [
+        ({}, "rank 1 did not answer in step 3 (saving) for 30 s; see hang/step-3"),
+        (
+            {1: at("validation", step=2, world=6)},
+            "rank 1 had not arrived, in step 2 (validation); others waited for 30 s; "
+            "see hang/step-3",
+        ),
+        ({1: at(world=7)}, "no rank has moved in step 3 (saving) for 30 s; see hang/step-3"),
+    ],
+)
+def test_a_hang_is_one_line(theirs, line):
+    own = at("saving", world=7)
+    assert describe_hang({0: own, **theirs}, 2, own, 30.2, "hang/step-3") == line
+
+
+def test_a_position_is_told_as_it_is():
+    assert Position.from_json(at(world=7).to_json()) == at(world=7)
+
+
+def test_the_place_is_the_function_that_the_loop_has_called():
+    here = threading.get_ident()
+    found = []
+
+    def validate():
+        found.append(find_place(loop.__code__, here))
+
+    def loop():
+        found.append(find_place(loop.__code__, here))
+        validate()
+        [None].sort(key=lambda _: found.append(find_place(loop.__code__, here)))
+
+    loop()
+    assert found == ["find_place", "validation", "<lambda>"]
+
+
+def test_places_are_parts_of_the_loop():
+    """A function that is named anew must be so in the table of places."""
+    called = {*train.train.__code__.co_names, "__exit__"}
+    assert hangs.PLACES.keys() <= called
+    assert set(hangs.PATIENT_PLACES) <= set(hangs.PLACES.values())
+
+
+def test_stacks_are_those_of_all_threads(tmp_path, alone):
+    asleep, end = threading.Event(), threading.Event()
+
+    def sleep_in_a_thread():
+        asleep.set()
+        end.wait()
+
+    thread = threading.Thread(target=sleep_in_a_thread)
+    thread.start()
+    asleep.wait()
+    write_stacks(tmp_path / "hang" / "step-3", at(world=7), 24.04)
+    end.set()
+    thread.join()
+    assert dist.get_backend() == "gloo"
+    assert [path.name for path in (tmp_path / "hang" / "step-3").iterdir()] == ["rank-0.txt"]
+    text = (tmp_path / "hang" / "step-3" / "rank-0.txt").read_text()
+    assert text.startswith("rank 0 of 1, process ")
+    assert "step 3 (forward and backward), unmoved for 24.0 s" in text
+    assert "in sleep_in_a_thread" in text
+    assert "in test_stacks_are_those_of_all_threads" in text

@@ -1,0 +1,194 @@
+"""Ranks that are stopped or stuck: their stacks are written, and the one not there is named."""
+
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from helpers.forking import Ranks, run_trainer
+from helpers.launching import metrics, options
+
+from torchtrain import watchdog
+from torchtrain.attempts import HANG
+from torchtrain.config.schema import Comm
+from torchtrain.hangs import Position
+from torchtrain.watchdog import SUSPICION, Watchdog
+
+TIMEOUT_S = 8
+
+STUCK = """
+import os
+import time
+
+import train
+
+real = train.forward_backward
+
+
+def forward_backward(trainer, microbatches):
+    if trainer.step == 2 and os.environ["RANK"] == "1":
+        time.sleep(14)
+    return real(trainer, microbatches)
+
+
+train.forward_backward = forward_backward
+"""
+
+IN_A_SAVE = """
+import os
+import signal
+import time
+
+from torchtrain.checkpoint import saving
+
+real = saving.write_tensors
+
+
+def write_tensors(*arguments):
+    if os.environ["RANK"] == "1":
+        FAULT
+    return real(*arguments)
+
+
+saving.write_tensors = write_tensors
+"""
+
+
+def start(tmp_path, data, fault, timeout_s=TIMEOUT_S, **overrides):
+    """Two ranks, each of which executes `fault` while it reads the config."""
+    file = tmp_path / "fault.py"
+    file.write_text(textwrap.dedent(fault))
+    given = {
+        **data,
+        "job.dump_folder": tmp_path / "run",
+        "experimental.custom_import": file,
+        "comm.train_timeout_seconds": timeout_s,
+        **overrides,
+    }
+    return Ranks(2, run_trainer, options(given))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_is_named_and_its_stack_shows_where(tmp_path, data):
+    ranks = start(tmp_path, data, STUCK)
+    assert ranks.finish(60) == [1, 1]
+    folder = tmp_path / "run" / "hang" / "step-3"
+    cause = "error: rank 1 had not arrived, in step 3 (forward and backward); others waited for "
+    assert ranks.printed.count(cause) == 1, ranks.printed
+    assert f"see {folder}" in ranks.printed
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.txt", "rank-1.txt"]
+    stuck, waiting = ((folder / f"rank-{rank}.txt").read_text() for rank in (1, 0))
+    assert "fault.py" in stuck
+    assert "fault.py" not in waiting.partition("in forward_backward")[0]
+    assert "in all_reduce" in waiting
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_in_a_save_ends_the_run_and_a_slow_disk_does_not(tmp_path, data):
+    save = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 2}
+    stop = IN_A_SAVE.replace("FAULT", "os.kill(os.getpid(), signal.SIGSTOP)")
+    stopped = start(tmp_path, data, stop, timeout_s=4, **save)
+    try:
+        stopped.processes[0].join(60)
+        assert stopped.statuses == [1, None], stopped.printed
+    finally:
+        stopped.kill()
+    cause = "error: rank 1 did not answer in step 2 (saving) for 4 s; see "
+    assert stopped.printed.count(cause) == 1, stopped.printed
+    folder = tmp_path / "run" / "hang" / "step-2"
+    assert [path.name for path in folder.iterdir()] == ["rank-0.txt"]
+    assert "in save_progress" in (folder / "rank-0.txt").read_text()
+
+    save["job.dump_folder"] = tmp_path / "slow"
+    slow = start(tmp_path, data, IN_A_SAVE.replace("FAULT", "time.sleep(8)"), timeout_s=4, **save)
+    assert slow.finish(60) == [0, 0], slow.printed
+    assert not (tmp_path / "slow" / "hang").exists()
+    assert len(metrics(tmp_path / "slow")) == 2
+
+
+@pytest.fixture
+def watch(tmp_path, alone, monkeypatch):
+    """Rank 0's watchdog of two ranks, at the place that a test says, and its look at the store."""
+    mesh = SimpleNamespace(all_groups=list, group=lambda _: None)
+    comm = Comm(init_timeout_seconds=4, train_timeout_seconds=1)
+    dog = Watchdog(comm, tmp_path, mesh, loop=lambda: None)
+    dog.world_size, dog.timeout_s = 2, 1.0
+    store = dist.HashStore()
+
+    def look(place, passed_s, step=3, entered=7):
+        position = Position(step, place, {"0": entered})
+        monkeypatch.setattr(dog, "_find_position", lambda: position)
+        dog._look(store, passed_s)
+        return store.get(HANG).decode() if store.check([HANG]) else ""
+
+    monkeypatch.setattr(watchdog.os, "_exit", lambda status: ended.append(status))
+    ended = []
+    return SimpleNamespace(look=look, store=store, ended=ended, folder=tmp_path / "hang", dog=dog)
+
+
+def test_a_rank_that_enters_no_collective_suspects_a_hang_before_the_timeout(watch):
+    assert not watch.look("validation", 0.25)
+    for number in range(10):  # it moves
+        assert not watch.look("validation", 0.6, entered=8 + number)
+    assert not watch.look("validation", 0.5, entered=17)
+    assert "rank 1 did not answer in step 3 (validation) for 1 s" in watch.look(
+        "validation", 0.25, entered=17
+    )
+    assert (watch.folder / "step-3" / "rank-0.txt").exists()
+    assert not watch.ended, "its collective raises"
+
+
+def test_what_was_no_hang_is_taken_back_and_the_next_one_has_more_time(watch):
+    watch.look("validation", 0.25)
+    assert watch.look("validation", 0.75)
+    assert watch.look("validation", 0.1), "it has not moved yet"
+    assert watch.look("finishing", 0.0), "it has not entered a collective"
+    assert not watch.look("validation", 0.05, entered=8)
+    assert not watch.store.check([SUSPICION])
+    assert not watch.look("validation", 0.9, entered=8)
+    assert watch.look("validation", 0.06, entered=8)
+
+
+def test_a_disk_may_be_waited_for_as_long_as_the_next_rank_gives_signs_of_life(watch):
+    for beat in range(20):
+        watch.store.set("beat/1", str(beat))
+        assert not watch.look("saving", 0.25)
+    for _ in range(3):
+        assert not watch.look("saving", 0.25)
+    assert not watch.ended
+    assert "rank 1 did not answer in step 3 (saving) for 1 s" in watch.look("saving", 0.25)
+    assert watch.ended == [1]
+
+
+def test_a_rank_that_has_ended_needs_to_give_no_sign_of_life(watch):
+    watch.store.set("beat/1", "ended")
+    for _ in range(20):
+        assert not watch.look("finishing", 0.25)
+    assert not watch.ended
+
+
+def test_a_rank_answers_once_to_what_another_suspects(watch):
+    watch.store.set("beat/1", "ended")
+    watch.look("reading data", 0.25)
+    watch.store.set(SUSPICION, "2-of-rank-1")
+    watch.look("reading data", 0.25)
+    told = watch.store.get("2-of-rank-1/0")
+    assert Position.from_json(told) == Position(3, "reading data", {"0": 7})
+    assert (watch.folder / "step-2" / "rank-0.txt").exists()
+    watch.store.delete_key("2-of-rank-1/0")
+    watch.look("reading data", 0.25)
+    assert not watch.store.check(["2-of-rank-1/0"])
+
+
+def test_time_in_which_all_were_stopped_does_not_count(watch, monkeypatch):
+    """The rank, stopped by Ctrl-Z and continued, finds the clock an hour further."""
+    passed = []
+    monkeypatch.setattr(watchdog, "connect_to_store", lambda _: watch.store)
+    monkeypatch.setattr(watch.dog, "_look", lambda _, passed_s: passed.append(passed_s))
+    clock = iter([0.0, 3600.0, 3600.0, 3600.1, 3600.1])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
+    waits = iter([False, False, True])
+    watch.dog._ended = SimpleNamespace(wait=lambda _: next(waits))
+    watch.dog._watch()
+    assert passed == [0.25, pytest.approx(0.1)]
+    assert watch.store.get("beat/0") == b"ended"
