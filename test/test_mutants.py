@@ -49,7 +49,7 @@ def tiny_tree(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_mutant_is_killed_or_survives(tiny_tree, tmp_path):
-    given = argparse.Namespace(level=4, workers=0, timeout=60, trust=False)
+    given = argparse.Namespace(level=2, workers=0, timeout=60, trust=False)
     subprocess.run(["git", "init", "-q"], cwd=tiny_tree, check=True)
     subprocess.run(["git", "add", "."], cwd=tiny_tree, check=True)
     judge = Judge(Copy(tmp_path / "copy"), given)

@@ -13,7 +13,7 @@ from helpers.launching import environment, ranks_of, running
 from torchtrain import orphans
 
 ASK = "from torchtrain.orphans import end_with_launcher; end_with_launcher(); print('lives')"
-LEFT_S = 5  # for a rank, once its launcher is dead
+LEFT_S = 10  # for a rank, once its launcher is dead
 
 
 def ask(**variables):
@@ -53,7 +53,7 @@ def alive(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("delay_s", [0.1, 1.0])
 def test_no_rank_is_left_when_the_launcher_is_killed_early(tmp_path, data, delay_s):
     """As early as while they import torch; `test_launch.py` has the case of a run that trains."""
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
@@ -64,8 +64,10 @@ def test_no_rank_is_left_when_the_launcher_is_killed_early(tmp_path, data, delay
         time.sleep(delay_s)
         os.kill(process.pid, signal.SIGKILL)
         try:
-            time.sleep(LEFT_S)
-            assert not [rank for rank, pid in ranks.items() if alive(pid)]
+            deadline = time.monotonic() + LEFT_S
+            while left := [rank for rank, pid in ranks.items() if alive(pid)]:
+                assert time.monotonic() < deadline, f"ranks {left} live on"
+                time.sleep(0.05)
         finally:
             for pid in filter(alive, ranks.values()):
                 os.kill(pid, signal.SIGKILL)

@@ -224,7 +224,6 @@ CP = {"parallelism.context_parallel_degree": 2}
 PP = {"parallelism.pipeline_parallel_degree": 2}
 EP = {"parallelism.expert_parallel_degree": 2}
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
-REPLICAS = {"parallelism.data_parallel_replicate_degree": 2}
 WHOLE = {"parallelism.disable_loss_parallel": True}
 SPARSE = {"model.n_experts": 4, "model.experts_per_token": 2, "model.n_layers": 4}
 TIED = {"model.tied_embeddings": True}
@@ -235,7 +234,6 @@ LAYOUTS = {
     "one:sparse": (1, SPARSE),
     "one:tied": (1, TIED),
     "fsdp2-offload": (2, {"training.enable_cpu_offload": True}),
-    "hsdp2-tp2": (4, {**TP, **REPLICAS}),
     "tp2-whole-logits": (2, {**TP, **WHOLE}),
     "cp2-ring": (2, CP),
     "cp2-ulysses": (2, {**CP, "parallelism.context_parallel_method": "ulysses"}),

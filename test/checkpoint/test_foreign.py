@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers.forking import train as train_on_ranks
 from helpers.hf import SHAPES, build, save_checkpoint
-from helpers.launching import launched, metrics
+from helpers.launching import metrics
 from helpers.launching import options as command_line
 
 from torchtrain.config_manager import JobConfig
@@ -65,7 +65,6 @@ def test_what_transformers_saved_trains_on_with_the_loss_it_computes(name, data,
         "whole": (1, {}),
         "parts": (1, {}),
         "fsdp2": (2, {}),
-        "tp2": (2, {"parallelism.tensor_parallel_degree": 2}),
         "pp2": (2, {"parallelism.pipeline_parallel_degree": 2}),
         "fsdp2-tp2": (4, {"parallelism.tensor_parallel_degree": 2}),
     }
@@ -107,14 +106,13 @@ def test_torchtitans_weights_are_taken_and_the_rest_is_named(data, tmp_path, alo
     }
     dcp.save(state, checkpoint_id=tmp_path / "titan")
     step = save_checkpoint(tmp_path, "llama", model)
-    for name, source in (("ours", step), ("one", tmp_path / "titan"), ("two", tmp_path / "titan")):
+    said = ""
+    for name, source in (("ours", step), ("two", tmp_path / "titan"), ("one", tmp_path / "titan")):
         given = options(data, tmp_path / name, shape, **{"checkpoint.initial_load_path": source})
         given["checkpoint.accept_changed_model"] = name == "ours"
-        train_on_ranks(2 if name == "two" else 1, given)
+        said = train_on_ranks(2 if name == "two" else 1, given)
     assert losses(tmp_path / "one") == losses(tmp_path / "ours")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "ours"), rel=2e-6)
-    given = {"checkpoint.initial_load_path": tmp_path / "titan"}
-    said = launched(1, options(data, tmp_path / "said", shape, **given))
     assert "weights of torchtitan's; left out: optimizer.state.norm.weight.exp_avg" in said
     assert "frequencies: check [model]" in said
 

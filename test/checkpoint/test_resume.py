@@ -176,12 +176,12 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     assert_same_state(folder, whole[1], STEPS, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGUSR2, 1)])
 def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_from_there(
-    tmp_path, data, whole, number
+    tmp_path, data, whole, number, ranks
 ):
     folder = tmp_path / "run"
-    with launching.running(2, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
+    with launching.running(ranks, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
         wait_for_step(lambda: process.poll() is None, folder, 2)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
@@ -189,8 +189,8 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_from_there(
     assert f"stopped by {number.name}" in output
     last = metrics(folder)[-1]["step"]
     assert [path.name for path in (folder / "checkpoint").glob("step-*")] == [f"step-{last}"]
-    train(2, saving(data, folder))
-    assert curve(folder) == curve(whole[2])
+    train(ranks, saving(data, folder))
+    assert curve(folder) == curve(whole[ranks])
 
 
 def test_changed_schedule_is_logged_and_changed_data_is_refused(tmp_path, data, whole):

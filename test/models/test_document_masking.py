@@ -83,8 +83,9 @@ def test_packed_documents_have_the_loss_and_gradients_of_each_alone(shape, backe
     assert loss == pytest.approx(expected, rel=1e-6)
     for name, gradient in packed.items():
         assert (gradient - gradients[name]).norm() <= 2e-6 * gradients[name].norm(), name
-    unmasked, _ = loss_and_gradients(model, [(tokens, labels, None)])
-    assert abs(unmasked - expected) > 1e-3 * expected, "the documents make no difference"
+    if backend is None:  # it would be compiled once more
+        unmasked, _ = loss_and_gradients(model, [(tokens, labels, None)])
+        assert abs(unmasked - expected) > 1e-3 * expected, "the documents make no difference"
 
 
 def test_logits_do_not_depend_on_what_stands_before():

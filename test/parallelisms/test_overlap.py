@@ -177,7 +177,7 @@ def train_steps(trainer: Trainer, steps: int) -> list[Tensor]:
 
 def compare_with_serial(given: dict, steps: int) -> None:
     device = join_process_group(60)
-    for mode in MODES.values():
+    for mode in (MODES["none"], MODES["full"], MODES["op"]):
         serial = set_up(JobConfig().parse_args(options({**given, **mode, OVERLAP: False})), device)
         expected = train_steps(serial, steps)
         overlapped = set_up(JobConfig().parse_args(options({**given, **mode})), device)
@@ -231,8 +231,8 @@ def fail_in_a_lane(given: dict, lane: str) -> None:
     hand_over = lanes.hand_over
 
     def failing() -> None:
-        if len(lanes._running) == 2 and lanes._turn == lane:
-            raise ValueError(f"the {lane} lane of rank {dist.get_rank()}")
+        if dist.get_rank() == 0 and len(lanes._running) == 2 and lanes._turn == lane:
+            raise ValueError(f"the {lane} lane")
         hand_over()
 
     for part in trainer.parts.values():
@@ -242,7 +242,8 @@ def fail_in_a_lane(given: dict, lane: str) -> None:
     causes = [fault.value]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    assert isinstance(causes[-1], ValueError), causes
+    # The others fail in whatever they do when rank 0 has gone.
+    assert isinstance(causes[-1], ValueError) == (dist.get_rank() == 0), causes
     os._exit(0)
 
 

@@ -359,7 +359,7 @@ def test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process(tmp_path, 
     )
     train(1, whole)
     train(
-        4,
+        2,
         {
             **moved,
             "parallelism.pipeline_parallel_degree": 2,
@@ -367,7 +367,7 @@ def test_a_run_goes_on_from_a_pipeline_to_tensor_ranks_to_one_process(tmp_path, 
             "training.steps": 2,
         },
     )
-    output = train(4, {**moved, "parallelism.tensor_parallel_degree": 4, "training.steps": 4})
+    output = train(2, {**moved, "parallelism.tensor_parallel_degree": 2, "training.steps": 4})
     assert "step-2 (step 2, model and optimizer)" in output
     train(
         2,

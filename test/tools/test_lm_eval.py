@@ -5,8 +5,6 @@ import math
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +50,17 @@ doc_to_text: "{{question}}"
 doc_to_target: "-"
 generation_kwargs: {until: ["\\0"], max_gen_toks: 8, do_sample: false}
 metric_list: [{metric: exact_match}]
+"""
+RUN_ALL = """
+import json
+import sys
+from importlib.metadata import entry_points
+
+(script,) = entry_points(group="console_scripts", name="lm_eval")
+main = script.load()
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    main()
 """
 
 
@@ -131,25 +140,35 @@ def write_tasks(folder, answers):
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def measure(beginning, home, tasks):
-    """Run the docs' command where `my-model` and `my-tasks` are; return results and responses.
-
-    The network is closed to it: the Hub is off, and no proxy answers.
-    """
+def command_on(beginning, home, tasks):
+    """Return the docs' command for these tasks, and the folder that it writes to."""
     command = documented(beginning)
     command[command.index("--tasks") + 1] = ",".join(tasks)
     output = home / "-".join(tasks)
     command += ["--include_path", "my-tasks", "--output_path", str(output), "--log_samples"]
+    return command, output
+
+
+def measure(home, commands):
+    """Run commands of `lm_eval` where `my-model` and `my-tasks` are.
+
+    In one process, since it is its imports that take long. The network is closed to it: the Hub is
+    off, and no proxy answers.
+    """
     closed = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     done = subprocess.run(
-        [Path(sys.executable).with_name(command[0]), *command[1:]],
+        [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
         cwd=home,
-        env=environment(1, HF_HUB_OFFLINE="1", HF_HOME=str(output / "cache"), **closed),
+        env=environment(1, HF_HUB_OFFLINE="1", HF_HOME=str(home / "cache"), **closed),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr
+
+
+def read_output(output, tasks):
+    """Return the results and the responses to each task's documents."""
     (results,) = output.glob("*/results_*.json")
     responses = {}
     for task in tasks:
@@ -180,12 +199,12 @@ def exported(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def measured(exported):
-    """What the two commands found, which take seconds each and run beside each other."""
+    """What the two commands found."""
     folder = exported[0]
-    with ThreadPoolExecutor() as pool:
-        texts = pool.submit(measure, ON_TEXTS, folder, ["my_texts"])
-        others = pool.submit(measure, ON_OTHERS, folder, ["my_choices", "my_prompts"])
-        return texts.result(), others.result()
+    asked = ((ON_TEXTS, ["my_texts"]), (ON_OTHERS, ["my_choices", "my_prompts"]))
+    made = [command_on(beginning, folder, tasks) for beginning, tasks in asked]
+    measure(folder, [command for command, _ in made])
+    return [read_output(made[place][1], tasks) for place, (_, tasks) in enumerate(asked)]
 
 
 def test_the_likelihood_of_whole_texts_is_ours(exported, measured):

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.forking import train
 from helpers.launching import ROOT, TIMEOUT_S, environment, launched, metrics, options
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -32,7 +33,7 @@ real = attempts.begin_step
 
 def begin_step(step):
     real(step)
-    if step == 8 and os.environ["RANK"] == "1" and CONDITION:
+    if step == 8 and os.environ["RANK"] == LAST and CONDITION:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,35 +76,43 @@ def assert_same_run(folder, untouched, scratch):
         assert torch.equal(mine[name], theirs[name]), name
 
 
+def killed_once(folder, ranks):
+    """Options that end the last rank once, in step 8."""
+    first_attempt = FAULT.replace("CONDITION", "attempts.restarts_so_far() == 0")
+    return fault(folder, first_attempt.replace("LAST", repr(str(ranks - 1))))
+
+
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("untouched") / "run"
-    launched(2, saving(data, folder))
-    return folder
+    """The folders of two runs that nothing happens to, by their number of ranks."""
+    folders = {ranks: tmp_path_factory.mktemp("untouched") / str(ranks) for ranks in (1, 2)}
+    for count, folder in folders.items():
+        train(count, saving(data, folder))
+    return folders
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, data, untouched):
-    once = fault(tmp_path, FAULT.replace("CONDITION", "attempts.restarts_so_far() == 0"))
     folder = tmp_path / "run"
+    once = killed_once(tmp_path, ranks=2)
     output = launched(2, saving(data, folder, **once), MAX_RESTARTS="2")
     cause = "rank 1 was ended by SIGKILL in step 8"
     assert f"{cause}; all ranks are started again (restart 1 of 2)" in output
     assert "restart 1 of 2: goes on after step 5; 2 steps taken again" in output
-    assert_same_run(folder, untouched, tmp_path)
+    assert_same_run(folder, untouched[2], tmp_path)
 
 
 @pytest.mark.slow
 def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
-    once = fault(tmp_path, FAULT.replace("CONDITION", "attempts.restarts_so_far() == 0"))
     folder = tmp_path / "run"
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    once = killed_once(tmp_path, ranks=1)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"]
     ran = subprocess.run(
         [
             *(sys.executable, "-m", *torchrun, str(ROOT / "train.py")),
             *options(saving(data, folder, **once)),
         ],
-        env=environment(2),
+        env=environment(1),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -111,7 +120,7 @@ def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
     output = ran.stdout + ran.stderr
     assert ran.returncode == 0, output
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
-    assert_same_run(folder, untouched, tmp_path)
+    assert_same_run(folder, untouched[1], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +166,10 @@ def test_what_a_restart_does_not_mend_is_not_started_again(tmp_path, data):
     user_error = {"training.dataset": "jsonl", "training.dataset_path": bad}
     output = launched(2, saving(data, tmp_path / "run", **user_error), expect=2, MAX_RESTARTS="3")
     assert output.count("bad.jsonl:2") == 1
+    assert "Traceback" not in output
     assert "started again" not in output
     not_finite = {"optimizer.lr": 1e30, "training.max_norm": 1e30}
-    output = launched(2, saving(data, tmp_path / "run", **not_finite), expect=1, MAX_RESTARTS="3")
+    output = launched(1, saving(data, tmp_path / "run", **not_finite), expect=1, MAX_RESTARTS="3")
     assert output.count("detect_anomaly") == 1
     assert "started again" not in output
 
