@@ -100,6 +100,8 @@ def train(
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
             summary = trainer.guard.judge(summary, loss)
             optimizer_step(trainer, skips=summary.skipped)
+            if trainer.replica_check.is_due(step):
+                trainer.replica_check.run(step)
             validated: dict[str, float | None] = {}
             if trainer.validator.is_due(step) and not stopped_by:  # the time to save may be short
                 with stopwatch.paused():

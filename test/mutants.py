@@ -106,6 +106,11 @@ MUTANTS = {
             "            optimizer_step(trainer)\n            summary = trainer.guard.judge(summary, loss)\n",
         ),
         (
+            "a corrupt state is saved before it is looked for",
+            "            if trainer.replica_check.is_due(step):\n",
+            "            if trainer.replica_check.is_due(step - 1):\n",
+        ),
+        (
             "a skipped step shifts the rates",
             "        set_step(trainer.lr_scheduler, trainer.step + 1)\n",
             "        pass\n",
@@ -937,6 +942,39 @@ MUTANTS = {
 """,
         ),
         ("Adam is AdamW", "return torch.optim.Adam(", "return torch.optim.AdamW("),
+    ],
+    "torchtrain/parallelisms/replica_check.py": [
+        (
+            "what the optimizer keeps is not compared",
+            "        for state in self._states_of(tensor):\n",
+            "        for state in ():\n",
+        ),
+        (
+            "the hash of a large tensor is that of its end",
+            "            total = total * BASE + (words",
+            "            total = (words",
+        ),
+        (
+            "numbers may change places",
+            "(words * factors[: len(words)]).sum()",
+            "words.long().sum()",
+        ),
+        ("a factor is even", "(2 * random + 1)", "(2 * random)"),
+        (
+            "whatever has one name is compared",
+            'own = [f"{name} {find_local_box(tensor)}" for',
+            'own = [f"{name} {tensor.shape}" for',
+        ),
+        (
+            "no check is due",
+            "return self.freq > 0 and step % self.freq == 0",
+            "return self.freq > 0 and step % self.freq == 1",
+        ),
+        (
+            "the ranks that differ are not told apart",
+            "found[part][by_rank[place]].append(rank)",
+            "found[part][by_rank[place]].append(0)",
+        ),
     ],
     "torchtrain/bad_numbers.py": [
         (

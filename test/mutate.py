@@ -91,6 +91,7 @@ ROOMS = {
         "test/test_training_by_hand.py",
         "test/tools/test_parity.py",
     ),
+    "torchtrain/parallelisms/replica_check.py": ("test/parallelisms/test_replica_check.py",),
     "torchtrain/parallelisms/fsdp.py": ("test/config/test_options.py", "test/parallelisms"),
     "torchtrain/tools": ("test/tools",),
 }

@@ -13,7 +13,15 @@ import train
 from torchtrain import ranks
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config_manager import JobConfig
-from torchtrain.errors import TIME_IS_UP, NonFinite, PeerFault, SharedUserError, Stopped, UserError
+from torchtrain.errors import (
+    TIME_IS_UP,
+    NonFinite,
+    PeerFault,
+    ReplicasDiffer,
+    SharedUserError,
+    Stopped,
+    UserError,
+)
 from torchtrain.metrics import MetricsLogger
 from torchtrain.set_up import set_up
 
@@ -30,6 +38,7 @@ ENDS = {
     "a user error of this rank": (UserError("the cause"), 2, True, True),
     "a user error of all ranks": (SharedUserError("the cause"), 2, True, False),
     "a loss that is not finite": (NonFinite("the cause"), 1, True, False),
+    "replicas that differ": (ReplicasDiffer("the cause"), 1, True, False),
     "a peer's user error": (peer_fault(is_user_error=True), 2, False, False),
     "a peer's crash": (peer_fault(is_user_error=False), 1, False, False),
     "SIGTERM": (Stopped(signal.SIGTERM, 3), 128 + 15, False, False),

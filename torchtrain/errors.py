@@ -6,6 +6,7 @@ UserError              2    a user error: its message alone, no traceback
 PeerFault              1, 2 another rank has failed and printed the cause; the status is that rank's
 BadNumbers             1    no good step can follow: a further attempt would end the same
   NonFinite            1    loss or gradient is not a number, or too many steps were skipped
+  ReplicasDiffer       1    ranks that must hold the same bits do not: silent corruption
 CheckpointError        1    a checkpoint could not be written or read
 Stopped          128 + n    signal n asked the run to stop, and it did after a whole step
 Stopped              75    the same at the end of its time: the job is to be queued again
@@ -43,6 +44,10 @@ class BadNumbers(RuntimeError):
 
 class NonFinite(BadNumbers):
     """The loss or the gradient is infinite or not a number, or too many steps were skipped."""
+
+
+class ReplicasDiffer(BadNumbers):
+    """What ranks have in common is no longer the same: silent corruption."""
 
 
 class CheckpointError(RuntimeError):

@@ -36,6 +36,7 @@ from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
+from torchtrain.parallelisms.replica_check import ReplicaCheck
 from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.ranks import (
@@ -95,6 +96,8 @@ class Trainer(ParallelModel):
     text_sampler: TextSampler
     """Is never due without prompts."""
     guard: StepGuard
+    replica_check: ReplicaCheck
+    """Is never due unless the config asks for it."""
     metric_sources: list[MetricSource]
     """What of the model, and the optimizer if it does, has metrics of its own."""
     step: int = 0
@@ -144,6 +147,9 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         validator=Validator(plan.validation, validation_set, plan.degrees, data_rank, device),
         text_sampler=text_sampler,
         guard=StepGuard(config.training, loader, model.parts),
+        replica_check=ReplicaCheck(
+            config.debug.replica_check_freq, model.model_state, optimizer, device
+        ),
         metric_sources=[
             *([] if model.expert_balance is None else [model.expert_balance]),
             *find_metric_sources(model.parts.values(), optimizer),

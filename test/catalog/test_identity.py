@@ -125,6 +125,7 @@ CHANGES_NO_RESULT = (
     "validation.local_batch_size",
     "debug.deterministic_warn_only",
     "debug.detect_anomaly",
+    "debug.replica_check_freq",
 )
 
 

@@ -203,6 +203,7 @@ BOUNDS = {
     "text_samples.max_new_tokens": COUNT,
     "text_samples.temperature": NOT_NEGATIVE,
     "debug.seed": SEED,
+    "debug.replica_check_freq": COUNT_OR_ZERO,
 }
 
 

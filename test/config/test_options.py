@@ -227,6 +227,7 @@ SHOWN_BY = {
     "debug.deterministic": "test_debug_options",
     "debug.deterministic_warn_only": "test_debug_options",
     "debug.detect_anomaly": "test_debug_options",
+    "debug.replica_check_freq": "test_a_flipped_bit_ends_the_run_and_is_named",
     "debug.moe_force_load_balance": "test_forced_balance_is_even",
 }
 

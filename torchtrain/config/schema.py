@@ -438,6 +438,8 @@ class Debug(Section):
     """Make that error a warning."""
     detect_anomaly: bool = False
     """Find the operation whose gradient is NaN (slow)."""
+    replica_check_freq: CountOrZero = 0
+    """Steps from one check that what ranks have in common is equal to the next; 0: no check."""
     moe_force_load_balance: bool = False
     """Give each expert as many tokens as the others, whatever its scores: for benchmarks alone."""
 
