@@ -193,9 +193,11 @@ def combine_ranks(
     metrics.add("grad_norm", grad_norm, reduce="max")
     metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")
     metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")
+    metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")
     metrics.add("stop_reason", stop.reason, reduce="max")
     metrics.collect(trainer.metric_sources)
     values = metrics.reduce(loss.device)
+    del values["own_time_s"]
     stopped_by = int(values.pop("stop_reason"))
     summary = StepSummary(
         step=trainer.step + 1,
@@ -206,6 +208,7 @@ def combine_ranks(
         tokens_seen=trainer.tokens_seen + trainer.tokens_per_step,
         memory_gib=values.pop("memory_gib"),
         data_time_s=values.pop("data_time_s"),
+        own_times_s=metrics.of_each_rank("own_time_s"),
         added=values,
     )
     return summary, stopped_by

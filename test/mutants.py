@@ -31,6 +31,11 @@ MUTANTS = {
             "                    pass",
         ),
         (
+            "each rank reports the own time of all",
+            'metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")',
+            'metrics.add("own_time_s", stopwatch.elapsed(), reduce="max")',
+        ),
+        (
             "memory is that of the best rank",
             'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")',
             'metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="min")',
@@ -2108,6 +2113,26 @@ MUTANTS = {
             "throughput is that of one step",
             "self.tokens_per_step * len(steps) / total_time",
             "self.tokens_per_step / total_time",
+        ),
+        (
+            "the slowest rank is that of one step",
+            "totals = [sum(of_rank) for of_rank in zip(*own_times_s, strict=True)]",
+            "totals = list(own_times_s[-1])",
+        ),
+        (
+            "the excess is over the mean of the ranks",
+            "most - statistics.median_low(totals)",
+            "most - statistics.mean(totals)",
+        ),
+        (
+            "what runs while data is read counts twice",
+            "        self._ran_before_s += measure_running() - ran_s\n",
+            "",
+        ),
+        (
+            "time in which a rank waits for its data is not its own",
+            "return self.data_time_s + measure_running() - self._ran_before_s",
+            "return measure_running() - self._ran_before_s",
         ),
         (
             "data time is a share, not per cent",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import forking
 from helpers.forking import in_group
 from helpers.logged import FixedStopwatch, log, metrics_logger, records, summary
 
@@ -22,6 +23,8 @@ from torchtrain.metrics import (
     StepSummary,
     Stopwatch,
     find_peak_flops,
+    find_slowest,
+    measure_running,
     peak_memory_gib,
 )
 
@@ -294,6 +297,82 @@ def test_a_stopwatch_by_hand(monkeypatch):
     assert stopwatch.elapsed() == 1 + 2 + 4 + 8
 
 
+def test_a_ranks_own_time_is_what_it_runs_and_what_it_waits_for_data(monkeypatch):
+    now, ran = [100.0], [50.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("torchtrain.metrics.measure_running", lambda: ran[0])
+    stopwatch = Stopwatch()
+    ran[0] += 1
+    for waited in (4, 8):
+        with stopwatch.waiting_for_data():
+            now[0] += waited
+            ran[0] += 2  # of them: they count once
+        ran[0] += 16
+    now[0] += 1000  # in collectives
+    assert stopwatch.own_time_s == 4 + 8 + 1 + 2 * 16
+
+
+def test_a_thread_that_computes_runs():
+    before = measure_running()
+    until = time.thread_time() + 0.05
+    while time.thread_time() < until:
+        pass
+    assert measure_running() - before >= 0.05
+
+
+def test_the_slowest_rank_of_a_window_and_its_excess_over_the_median():
+    assert find_slowest([[1.0, 2.0], [3.0, 4.0]], 100.0) == {
+        "slowest_rank": 1,
+        "slowest_rank_excess_pct": 2.0,
+    }
+    # Rank 2 is the slowest of one step, rank 1 of both together: 9, 15, 10, 12; the median is 10.
+    assert find_slowest([[1.0, 7.0, 8.0, 4.0], [8.0, 8.0, 2.0, 8.0]], 50.0) == {
+        "slowest_rank": 1,
+        "slowest_rank_excess_pct": 10.0,
+    }
+    assert find_slowest([[3.0], [4.0]], 100.0) == {}, "one rank has nobody to wait for it"
+    assert find_slowest([(), ()], 100.0) == {}
+
+
+HELD_UP = """
+import os
+import time
+
+import train
+from torchtrain.datasets.loader import DataLoader
+
+read, compute = DataLoader.step_batches, train.forward_backward
+
+
+def slow_disk(loader, step):
+    if os.environ["RANK"] == "1" and step <= 3:
+        time.sleep(0.5)
+    return read(loader, step)
+
+
+def slow_core(trainer, microbatches):
+    until = time.thread_time() + 0.5
+    while os.environ["RANK"] == "0" and trainer.step >= 3 and time.thread_time() < until:
+        pass
+    return compute(trainer, microbatches)
+
+
+DataLoader.step_batches, train.forward_backward = slow_disk, slow_core
+"""
+
+
+@pytest.mark.slow
+def test_the_rank_that_holds_up_the_others_is_named(tmp_path, data):
+    file = tmp_path / "held_up.py"
+    file.write_text(HELD_UP)
+    folder = tmp_path / "run"
+    given = {"job.dump_folder": folder, "experimental.custom_import": file, "training.steps": 5}
+    forking.train(2, {**data, **given})
+    lines = records(folder)
+    assert [line["slowest_rank"] for line in lines] == [1, 1, 1, 0, 0]
+    assert all(0 < line["slowest_rank_excess_pct"] <= 100 for line in lines)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says it there")
 def test_peak_memory_is_what_the_kernel_says():
     status = Path("/proc/self/status").read_text()
@@ -361,8 +440,7 @@ def step_of_this_rank(rank, **changes):
         plan=SimpleNamespace(degrees=SimpleNamespace(ranks_per_stage=2)),
         optimizer=SimpleNamespace(param_groups=[{"lr": 3e-4}]),
     )
-    stopwatch = Stopwatch()
-    stopwatch.data_time_s = own["data_time"]
+    stopwatch = SimpleNamespace(data_time_s=own["data_time"], own_time_s=float(10 * rank))
     train.peak_memory_gib = lambda device: own["memory"]
     return train.combine_ranks(
         trainer,
@@ -394,6 +472,7 @@ def combine_by_hand():
         tokens_seen=700,
         memory_gib=4.0,  # rank 1's
         data_time_s=0.5,  # rank 2's
+        own_times_s=[0.0, 10.0, 20.0, 30.0],
     )
     loss = torch.tensor(summary.loss)
     assert not StepGuard(Training(), Samples(), {}).judge(summary, loss).skipped

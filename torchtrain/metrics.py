@@ -6,11 +6,12 @@ What each rank adds to a step, and how that becomes one number, is step_metrics.
 import json
 import math
 import resource
+import statistics
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +82,8 @@ LAST_METRICS = {
     "skipped": Metric("optimizer"),
     "tokens_seen": Metric("throughput"),
     "step_time_s": Metric("throughput"),
+    "slowest_rank": Metric("throughput"),
+    "slowest_rank_excess_pct": Metric("throughput"),
 }
 OWN_METRICS = FIRST_METRICS | LAST_METRICS
 
@@ -127,6 +130,8 @@ class StepSummary:
     """Peak of the worst rank."""
     data_time_s: float
     """Time the step waited for data, on the worst rank."""
+    own_times_s: Sequence[float] = ()
+    """What each rank had to do itself: see `Stopwatch.own_time_s`."""
     skipped: bool = False
     """Whether the step leaves the weights as they were."""
     skipped_steps: int | None = None
@@ -150,13 +155,26 @@ class Stopwatch:
     def __init__(self) -> None:
         self.step_started = time.perf_counter()
         self.data_time_s = 0.0
+        self._ran_before_s = measure_running()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time inside as waiting."""
         started = time.perf_counter()
+        ran_s = measure_running()
         yield
         self.data_time_s += time.perf_counter() - started
+        self._ran_before_s += measure_running() - ran_s
+
+    @property
+    def own_time_s(self) -> float:
+        """The part of the step in which this rank has not waited for others.
+
+        It waited for its data, or its thread ran, or would have if it had had a core. Ranks whose
+        collectives wait for each other take equally long; this tells them apart. What an
+        accelerator does beside the thread is not in it.
+        """
+        return self.data_time_s + measure_running() - self._ran_before_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -168,6 +186,32 @@ class Stopwatch:
     def elapsed(self) -> float:
         """Return the seconds since the step began."""
         return time.perf_counter() - self.step_started
+
+
+def measure_running() -> float:
+    """Return for how many seconds this thread has run, or (Linux) waited for a core to run on."""
+    queued_s = 0.0
+    with suppress(OSError), open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
+        queued_s = int(file.read().split()[1]) / 1e9
+    return time.thread_time() + queued_s
+
+
+def find_slowest(own_times_s: Sequence[Sequence[float]], total_time_s: float) -> dict[str, float]:
+    """Return which rank had most to do itself, and by how much more than the ranks' median.
+
+    Args:
+        own_times_s: of each step, by rank.
+        total_time_s: of these steps; the excess is a percentage of it.
+    """
+    totals = [sum(of_rank) for of_rank in zip(*own_times_s, strict=True)]
+    if len(totals) < 2:
+        return {}
+    most = max(totals)
+    excess = most - statistics.median_low(totals)
+    return {
+        "slowest_rank": totals.index(most),
+        "slowest_rank_excess_pct": 100 * excess / total_time_s,
+    }
 
 
 @dataclass(kw_only=True)
@@ -197,7 +241,8 @@ class MetricsLogger:
 
     def __post_init__(self) -> None:
         self.color = use_color(sys.stdout, disabled=self.section.disable_color_printing)
-        self.window: list[tuple[float, float]] = []  # (step time, data time) in seconds
+        # Of each step: its time, that of waiting for data, each rank's own, in seconds.
+        self.window: list[tuple[float, float, Sequence[float]]] = []
         self.metrics_file = LogFile(self.run_folder / METRICS_FILE)
         self.samples_file = LogFile(self.run_folder / SAMPLES_FILE)
         self.tensorboard = None
@@ -216,7 +261,7 @@ class MetricsLogger:
         step = summary.step
         step_time = stopwatch.elapsed()
         if step != self.first_step:
-            self.window.append((step_time, summary.data_time_s))
+            self.window.append((step_time, summary.data_time_s, summary.own_times_s))
         is_turn = step % self.section.log_freq == 0 or step == self.total_steps
         if is_turn or validated or summary.skipped:
             self._log_in_full({**self._make_record(summary, step_time), **validated})
@@ -269,9 +314,9 @@ class MetricsLogger:
 
     def _make_record(self, summary: StepSummary, step_time: float) -> dict[str, Any]:
         """Return the line of metrics.jsonl; throughput is None where only the first step counts."""
-        steps = self.window or [(step_time, summary.data_time_s)]
-        total_time = sum(step for step, _ in steps)
-        data_time = sum(data for _, data in steps)
+        steps = self.window or [(step_time, summary.data_time_s, summary.own_times_s)]
+        total_time = sum(step for step, _, _ in steps)
+        data_time = sum(data for _, data, _ in steps)
         tokens_per_second = None
         mfu = None
         if self.window:
@@ -279,7 +324,7 @@ class MetricsLogger:
             if self.peak_flops is not None:
                 mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         record = asdict(summary)
-        del record["data_time_s"], record["added"]
+        del record["data_time_s"], record["own_times_s"], record["added"]
         if not summary.skipped:
             del record["skipped"]
         if summary.skipped_steps is None:
@@ -290,6 +335,7 @@ class MetricsLogger:
             "data_time_pct": 100 * data_time / total_time,
             "step_time_s": total_time / len(steps),
         }
+        record |= find_slowest([own for _, _, own in steps], total_time)
         record |= summary.added
         for name, value in record.items():
             if value is not None and not math.isfinite(value):

@@ -76,6 +76,7 @@ class StepMetrics:
     def __init__(self) -> None:
         self._values: dict[str, _Value] = {}
         self._fault: BaseException | None = None
+        self._by_rank: dict[str, Tensor] = {}
 
     def add(self, name: str, value: float | Tensor, *, reduce: Reduction) -> None:
         """Add this rank's value; several values of one name in a step are reduced like the ranks'.
@@ -154,6 +155,11 @@ class StepMetrics:
         reduced = self._combine(names, by_rank[:, 1:])
         return {name: reduced[name] for name in self._values}
 
+    def of_each_rank(self, name: str) -> list[float]:
+        """Return what each rank had added under a name (of a mean, the sum), after `reduce`."""
+        values: list[float] = self._by_rank[name].tolist()
+        return values
+
     def _raise_fault(self) -> None:
         if self._fault is not None:
             raise self._fault
@@ -164,7 +170,7 @@ class StepMetrics:
         column = 0
         for name in names:
             reduce = self._values[name].reduce
-            values = by_rank[:, column]
+            values = self._by_rank[name] = by_rank[:, column]
             column += 1
             if reduce == "max":
                 results.append(values.max())

@@ -70,13 +70,14 @@ PANELS = (
     Panel("mfu", "Model FLOPs utilization", "share of the peak", from_zero=True),
     Panel("memory_gib", "Peak memory", "GiB, worst rank", smooth=False, from_zero=True),
     Panel("data_time_pct", "Waiting for data", "% of the time", from_zero=True),
+    Panel("slowest_rank_excess_pct", "Slowest rank's excess", "% of the time", from_zero=True),
     Panel("router/load_max", "Load of the busiest expert", "times the mean, worst layer"),
     Panel("router/idle_experts", "Idle experts", "share of all experts", from_zero=True),
     Panel("router/entropy", "Router entropy", "nats"),
     Panel("router/balance_loss", "Balance loss", "part of the loss"),
     Panel("router/z_loss", "Router z-loss", "part of the loss"),
 )
-NOT_DRAWN = ("step", "tokens_seen", "step_time_s", "max_loss")
+NOT_DRAWN = ("step", "tokens_seen", "step_time_s", "slowest_rank", "max_loss")
 LAYER_LOAD = re.compile(r"router/layer_(\d+)/load_max")
 
 

@@ -7,7 +7,15 @@ from typing import Any
 from torchtrain.tools.report_data import Run, differences, is_number
 from torchtrain.utils import plural
 
-MEASURED = ("memory_gib", "tokens_per_second", "mfu", "data_time_pct", "step_time_s")
+MEASURED = (
+    "memory_gib",
+    "tokens_per_second",
+    "mfu",
+    "data_time_pct",
+    "step_time_s",
+    "slowest_rank",
+    "slowest_rank_excess_pct",
+)
 """Metrics that differ from one launch to the next of the same run."""
 
 
