@@ -3,11 +3,19 @@
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import train
 from torchtrain import hangs
-from torchtrain.hangs import Position, describe_hang, find_missing, find_place, write_stacks
+from torchtrain.hangs import (
+    Position,
+    describe_hang,
+    find_missing,
+    find_place,
+    write_collectives,
+    write_stacks,
+)
 
 
 def at(place="forward and backward", step=3, **entered):
@@ -100,3 +108,17 @@ def test_stacks_are_those_of_all_threads(tmp_path, alone):
     assert "step 3 (forward and backward), unmoved for 24.0 s" in text
     assert "in sleep_in_a_thread" in text
     assert "in test_stacks_are_those_of_all_threads" in text
+
+
+def test_nccls_flight_recorder_is_asked_where_there_is_one(tmp_path, alone, monkeypatch):
+    recorder = torch._C._distributed_c10d
+    monkeypatch.setattr(recorder, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+    write_collectives(tmp_path)
+    assert not list(tmp_path.iterdir()), "gloo alone"
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    write_collectives(tmp_path)
+    assert (tmp_path / "nccl-rank-0").read_bytes() == b"collectives"
+    (tmp_path / "nccl-rank-0").unlink()
+    monkeypatch.delattr(recorder, "_dump_nccl_trace")
+    write_collectives(tmp_path)
+    assert not list(tmp_path.iterdir()), "another version of torch"

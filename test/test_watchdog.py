@@ -121,6 +121,10 @@ def watch(tmp_path, alone, monkeypatch):
         dog._look(store, passed_s)
         return store.get(HANG).decode() if store.check([HANG]) else ""
 
+    def broken(folder):
+        raise RuntimeError("the device hangs")
+
+    monkeypatch.setattr(watchdog, "write_collectives", broken)
     monkeypatch.setattr(watchdog.os, "_exit", lambda status: ended.append(status))
     ended = []
     return SimpleNamespace(look=look, store=store, ended=ended, folder=tmp_path / "hang", dog=dog)

@@ -24,6 +24,7 @@ PLACES = {
     "combine_ranks": "combining metrics",
     "judge": "judging the numbers",
     "optimizer_step": "optimizer",
+    "run": "replica check",
     "validate": "validation",
     "show_texts": "text samples",
     "poll": "saving",
@@ -134,11 +135,7 @@ def describe_hang(
 
 
 def write_stacks(folder: Path, position: Position, waited_s: float) -> None:
-    """Write where this rank stands, and each of its threads, to `rank-R.txt`.
-
-    With NCCL its flight recorder's last collectives follow in `nccl-rank-R`, as PyTorch's analyzer
-    reads them.
-    """
+    """Write where this rank stands, and each of its threads, to `rank-R.txt`."""
     rank = dist.get_rank()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"rank-{rank}.txt", "w") as file:
@@ -150,7 +147,17 @@ def write_stacks(folder: Path, position: Position, waited_s: float) -> None:
             flush=True,
         )
         faulthandler.dump_traceback(file)
-    if "nccl" in dist.get_backend_config():
-        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
 
-        (folder / f"nccl-rank-{rank}").write_bytes(_dump_nccl_trace())
+
+def write_collectives(folder: Path) -> None:
+    """With NCCL, write the last collectives of its flight recorder to `nccl-rank-R`.
+
+    The form is that which PyTorch's own analyzer reads.
+    """
+    if "nccl" not in dist.get_backend_config():
+        return
+    try:
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+    except ImportError:  # it is not a public name
+        return
+    (folder / f"nccl-rank-{dist.get_rank()}").write_bytes(_dump_nccl_trace())

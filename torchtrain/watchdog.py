@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torchtrain.hangs import (
     count_entered,
     describe_hang,
     find_place,
+    write_collectives,
     write_stacks,
 )
 from torchtrain.logging_utils import logger
@@ -150,6 +152,7 @@ class Watchdog:
         limit_s = max(self.timeout_s - self.margin_s, (self._longest_pause_s + self.timeout_s) / 2)
         if suspicion and suspicion != self._answered:
             self._answer(store, suspicion, position, waited_s)
+            self._write(write_collectives, suspicion)
         elif position.is_patient and silent_s >= self.timeout_s:
             self._suspect(store, position, silent_s)
             os._exit(1)  # the loop may wait for a disk, or for that rank, for hours
@@ -167,14 +170,20 @@ class Watchdog:
         return 0.0 if beat == "ended" else silent_s
 
     def _suspect(self, store: dist.Store, position: Position, waited_s: float) -> None:
-        """Have all ranks write down where they are; say who had not arrived."""
+        """Have all ranks write down where they are, and one of them say who had not arrived."""
         mine = f"{position.step}-{uuid.uuid4().hex}"
         suspicion = store.compare_set(SUSPICION, "", mine).decode()
         self._answer(store, suspicion, position, waited_s)
+        if suspicion == mine:
+            self._suspected, self._pause_s = position, waited_s
+            self._say_who(store, mine, position, waited_s)
+        # Last, since a device that hangs may keep it waiting.
+        self._write(write_collectives, suspicion)
         if suspicion != mine:  # another rank was first, and says it
             time.sleep(self.margin_s)
-            return
-        self._suspected, self._pause_s = position, waited_s
+
+    def _say_who(self, store: dist.Store, mine: str, position: Position, waited_s: float) -> None:
+        """Wait a little for the ranks' answers, and say who had not arrived."""
         keys = [f"{mine}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + self.margin_s / 2
         while time.monotonic() < deadline and not store.check(keys):
@@ -192,9 +201,12 @@ class Watchdog:
         """Tell where this rank is, and write its stacks."""
         self._answered = suspicion
         store.set(f"{suspicion}/{self.rank}", position.to_json())
-        step = suspicion.partition("-")[0]
-        with suppress(OSError):  # a full disk
-            write_stacks(self.folder / f"step-{step}", position, waited_s)
+        self._write(partial(write_stacks, position=position, waited_s=waited_s), suspicion)
+
+    def _write(self, write: Callable[[Path], None], suspicion: str) -> None:
+        """Write to the folder of the step that hangs, if the disk has room."""
+        with suppress(OSError, RuntimeError):
+            write(self.folder / f"step-{suspicion.partition('-')[0]}")
 
     def _take_back(self, store: dist.Store, position: Position, passed_s: float) -> None:
         """Say that it was no hang, where this rank had suspected one and has moved since.
