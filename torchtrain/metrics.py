@@ -299,6 +299,9 @@ class MetricsLogger:
             self.wandb.finish()
 
     def _log_in_full(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if value is not None and not math.isfinite(value):
+                record[name] = None  # JSON has no NaN
         self.metrics_file.append([json.dumps(record)])
         step = record["step"]
         scalars = {}
@@ -336,11 +339,7 @@ class MetricsLogger:
             "step_time_s": total_time / len(steps),
         }
         record |= find_slowest([own for _, _, own in steps], total_time)
-        record |= summary.added
-        for name, value in record.items():
-            if value is not None and not math.isfinite(value):
-                record[name] = None  # JSON has no NaN
-        return record
+        return record | dict(summary.added)
 
     def _format_record(self, record: dict[str, Any]) -> str:
         """Return the line on the screen."""
