@@ -1855,24 +1855,14 @@ MUTANTS = {
             "        if found < 0:\n",
         ),
         (
-            "digests are not compared",
-            'if digest.hexdigest() != marker.files[name]["sha256"]:',
-            "if False:",
-        ),
-        (
-            "only a file's first chunk is hashed",
-            "            while chunk := file.read(2**22):\n                digest.update(chunk)\n",
-            "            digest.update(file.read(2**22))\n",
-        ),
-        (
             "what other ranks wrote is not looked for",
             '        if size != record["bytes"]:\n',
             "        if False:\n",
         ),
         (
             "a later format is taken for damage",
-            "version > FORMAT:\n            raise UserError(",
-            "version > FORMAT:\n            return str(",
+            "version > FORMAT:\n        raise UserError(",
+            "version > FORMAT:\n        return str(",
         ),
         (
             "a marker may name files elsewhere",
@@ -1945,7 +1935,39 @@ MUTANTS = {
             "torch.tensor(value, dtype=torch.float32)",
         ),
     ],
+    "torchtrain/checkpoint/digests.py": [
+        (
+            "digests are not compared",
+            "if hasher.hexdigest() != records[name][digest]:",
+            "if False:",
+        ),
+        (
+            "only a file's first chunk is hashed",
+            "        while chunk := file.read(2**22):\n            hasher.update(chunk)\n",
+            "        hasher.update(file.read(2**22))\n",
+        ),
+        (
+            "only the first file is reported",
+            "next((fault for fault in threads.map(find, names) if fault is not None), None)",
+            "next(threads.map(find, names))",
+        ),
+        (
+            "an old checkpoint is verified by the new digest",
+            "    hasher = new_hasher(file_format)",
+            "    hasher = new_hasher()",
+        ),
+        (
+            "a digest of any length is taken",
+            "{{{LENGTHS[name]}}}",
+            "*",
+        ),
+    ],
     "torchtrain/checkpoint/storage.py": [
+        (
+            "torch's own checksums stay switched off",
+            "        set_crc32_options(before)\n",
+            "        pass\n",
+        ),
         (
             "files are not synced",
             "            os.fsync(self.fileno())\n        finally:",

@@ -1,13 +1,13 @@
 """A checkpoint says which model it is: another function is refused, key by key, before anything."""
 
 import gc
-import hashlib
 import json
 import shutil
 import signal
 
 import pytest
 import torch
+from helpers.checkpoints import record_of
 from helpers.forking import train as train_on_ranks
 from helpers.launching import metrics, options
 
@@ -95,7 +95,7 @@ def make_old(step):
     (step / STATE).write_text(json.dumps(state))
     marker = json.loads((step / MARKER).read_text())
     content = (step / STATE).read_bytes()
-    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record = record_of(content)
     marker["files"][STATE] = record
     (step / MARKER).write_text(json.dumps(marker))
 
@@ -203,10 +203,7 @@ def test_an_empty_data_state_is_one_message_and_weights_alone_can_be_taken(tmp_p
     (step / STATE).write_text(json.dumps(state))
     marker = json.loads((step / MARKER).read_text())
     content = (step / STATE).read_bytes()
-    marker["files"][STATE] = {
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    marker["files"][STATE] = record_of(content)
     (step / MARKER).write_text(json.dumps(marker))
     source = {"checkpoint.initial_load_path": step, "training.global_batch_size": -1}
     said = run(tmp_path / "all", **source, **{"checkpoint.initial_load_model_only": False})

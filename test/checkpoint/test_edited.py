@@ -1,6 +1,5 @@
 """A marker or a train_state.json that was edited or damaged: the next older checkpoint is taken."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import flip, names, saved_run, section
+from helpers.checkpoints import flip, names, record_of, saved_run, section
 
 from torchtrain.checkpoint import Checkpointer, Source
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Marker
@@ -21,11 +20,13 @@ EDITS = {
     # One value of the marker: what stands there instead, and what is then said.
     ("marker", "format"): [
         (None, "it has no format"),
-        ("1", "its entry 'format' is not the number 1"),
-        (1.0, "its entry 'format' is not the number 1"),
-        (True, "its entry 'format' is not the number 1"),
-        (0, "its entry 'format' is not the number 1"),
-        (-2, "its entry 'format' is not the number 1"),
+        (1, "its entry 'files' is not the sizes and digests"),
+        ("[]", "its entry 'format' is not a number from 1 to 2"),
+        ("1", "its entry 'format' is not a number from 1 to 2"),
+        (1.0, "its entry 'format' is not a number from 1 to 2"),
+        (True, "its entry 'format' is not a number from 1 to 2"),
+        (0, "its entry 'format' is not a number from 1 to 2"),
+        (-2, "its entry 'format' is not a number from 1 to 2"),
     ],
     ("marker", "step"): [
         (None, "it has no step"),
@@ -86,7 +87,7 @@ def reseal(step: Path, name: str) -> None:
     """Have the marker hold the size and the digest that a file has now."""
     marker = json.loads((step / MARKER).read_text())
     content = (step / name).read_bytes()
-    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record = record_of(content)
     marker["files"][name] = record
     (step / MARKER).write_text(json.dumps(marker))
 
@@ -140,12 +141,14 @@ def test_a_record_of_a_file_that_is_edited_is_damage(tmp_path, alone, log):
                 -1: wrong,
                 size + 1: rf"has {size} bytes instead of {size + 1}",
             },
-            "sha256": {
+            "xxh3_128": {
                 None: wrong,
                 "0": wrong,
-                "0" * 64: "its SHA-256 is not the one",
+                "0" * 32: "its xxh3_128 is not the one",
+                "0" * 64: wrong,
                 5: wrong,
             },
+            "sha256": {"0" * 64: wrong},
             "news": {1: wrong},
         }
         for key, values in edits.items():

@@ -1,6 +1,5 @@
 """Several ranks: bitwise on any layout, and a fault of one rank is raised on all."""
 
-import hashlib
 import json
 import shutil
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from helpers.checkpoints import (
     flip,
     names,
     progress,
+    record_of,
     section,
     train,
     weights,
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtrain.checkpoint import Checkpointer, state, storage
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE
+from torchtrain.checkpoint.digests import make_record
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,7 @@ def test_saved_on_two_ranks_loads_bitwise_on_any_layout(tmp_path):
     assert set(marker["files"]) == {"__0_0.distcp", "__1_0.distcp", INDEX, STATE}
     for name, record in marker["files"].items():
         content = (tmp_path / "checkpoint/step-3" / name).read_bytes()
-        assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert record == record_of(content)
     in_group(1, load, tmp_path)
     in_group(2, load, tmp_path)
     in_group(4, load, tmp_path)
@@ -113,7 +114,7 @@ def elsewhere(run: Path):
     def create_stream(self, path, mode):
         with storage.HashingFile(run / "elsewhere") as file:
             yield file
-        self.written[Path(path).name] = {"bytes": file.count, "sha256": file.sha256.hexdigest()}
+        self.written[Path(path).name] = make_record(file.count, file.hasher)
 
     return create_stream
 

@@ -1,7 +1,6 @@
 """Files of tensors: what DCP loses is found, and nothing in a file is ever executed."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import build, names, saved_run, section, weights
+from helpers.checkpoints import build, names, record_of, saved_run, section, weights
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from torchtrain.checkpoint import Checkpointer, storage
@@ -45,7 +44,7 @@ def reseal(step: Path) -> None:
     marker = json.loads((step / MARKER).read_text())
     for name, record in marker["files"].items():
         content = (step / name).read_bytes()
-        record.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        record.update(record_of(content))
     (step / MARKER).write_text(json.dumps(marker))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -163,6 +164,11 @@ def loaded(run: Path, **options) -> tuple[int, dict[str, torch.Tensor]]:
     source = checkpointer.find()
     checkpointer.load(source, weights(model), optimizer)
     return source.progress.step, everything(model, optimizer)
+
+
+def record_of(content: bytes) -> dict:
+    """Return what a marker says of a file with that content."""
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
 def flip(path: Path, position: int) -> None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.checkpoints import flip
+from helpers.checkpoints import flip, record_of
 from helpers.forking import in_group
 from helpers.trained import write_run
 from torch.distributed.tensor import DTensor
@@ -114,12 +114,9 @@ def test_the_shape_in_the_checkpoint_counts(run):
 
 def rewrite(step, text):
     """Replace train_state.json by another that the marker vouches for."""
-    import hashlib
-
     (step / STATE).write_text(text)
     marker = json.loads((step / MARKER).read_text())
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    marker["files"][STATE] = {"bytes": len(text.encode()), "sha256": digest}
+    marker["files"][STATE] = record_of(text.encode())
     (step / MARKER).write_text(json.dumps(marker))
 
 

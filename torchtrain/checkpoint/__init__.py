@@ -5,7 +5,7 @@ A checkpoint is the folder `checkpoint/step-N`:
     __R_0.distcp        the tensors, or slices of them, that rank R wrote
     .metadata           the index of torch's distributed checkpoint (DCP): where each slice is
     train_state.json    the rest: step, tokens seen, data state, resolved config, model's shape
-    complete.json       the marker: size and SHA-256 of every other file
+    complete.json       the marker: size and digest (XXH3) of every other file
 
 Tensors are stored by name: `model/<parameter>`, `optimizer/<parameter>/<state>`,
 `rng/<rank>/<device type>`.
@@ -27,7 +27,8 @@ unpickler. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.h
     saving          when to save, saving, how long a checkpoint is kept
     asynchronous    doing it beside training
     checkpointer    what a run resumes from, and loading it
-    commit          the marker; inspecting, verifying and setting aside a folder
+    commit          the marker; inspecting and setting aside a folder
+    digests         what finds damage, by the checkpoint's format
     state           the names of tensors; the optimizer's states, whatever the optimizer
     storage         files: hashing, DCP's writer and reader, the restricted index
     foreign         weights of Hugging Face's and torchtitan's folders

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
 from torchtrain.checkpoint.commit import Source
+from torchtrain.checkpoint.digests import find_altered
 from torchtrain.checkpoint.foreign import (
     Foreign,
     is_dcp_folder,
@@ -105,7 +106,7 @@ class Checkpointer(Saver):
         if isinstance(marker, str):
             return marker
         share = sorted(marker.files)[dist.get_rank() :: dist.get_world_size()]
-        altered = self._together(lambda: commit.find_altered(path, share, marker))
+        altered = self._together(lambda: find_altered(path, marker.files, share, marker.format))
         for fault in gathered(altered, self.group):
             if fault is not None:
                 return fault

@@ -1,25 +1,31 @@
 """What makes a folder a checkpoint: the marker, and what it says of the other files."""
 
-import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from torchtrain.checkpoint.digests import (
+    DIGESTS,
+    FORMAT,
+    FileRecord,
+    is_record,
+    make_record,
+    new_hasher,
+)
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import fsync_folder, remove_if_possible, user_errors, write_durably
 
-FORMAT = 1
 MARKER = "complete.json"
 STATE = "train_state.json"
 INDEX = ".metadata"
@@ -27,13 +33,6 @@ TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
 OLD_PROBE = "..tmp-probe-"
 """What earlier versions left when they were killed at their start."""
-
-
-class FileRecord(TypedDict):
-    """What the marker says of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +101,13 @@ def _is_config(value: Any) -> bool:
     return _is_table(value) and all(map(_is_table, value.values()))
 
 
-def _are_records(value: Any) -> bool:
-    """Check the files of a marker: names without a folder, sizes, SHA-256 in hexadecimal."""
+def _are_records(value: Any, file_format: int) -> bool:
+    """Check the files of a marker: names without a folder, and a record of each."""
     return (
         _is_table(value)
         and {STATE, INDEX} <= value.keys()
         and all(Path(name).name == name for name in value)
-        and all(_is_table(record) and record.keys() == RECORD for record in value.values())
-        and all(_is_count(record["bytes"]) for record in value.values())
-        and all(re.fullmatch("[0-9a-f]{64}", str(record["sha256"])) for record in value.values())
+        and all(is_record(record, file_format) for record in value.values())
     )
 
 
@@ -125,14 +122,25 @@ def _is_guard(value: Any) -> bool:
     )
 
 
-RECORD = FileRecord.__annotations__.keys()
+def _is_format(value: Any) -> bool:
+    return type(value) is int and value in DIGESTS
+
+
 MARKER_FIELDS: dict[str, Check] = {
-    "format": (lambda value: type(value) is int and value == FORMAT, f"the number {FORMAT}"),
+    "format": (_is_format, f"a number from 1 to {FORMAT}"),
     "step": (_is_count, "a number of steps"),
     "world_size": (lambda value: _is_count(value) and value > 0, "a number of ranks"),
     "torch": (lambda value: isinstance(value, str), "a version"),
-    "files": (_are_records, "the sizes and digests of a checkpoint's files"),
 }
+
+
+def list_marker_fields(version: Any) -> dict[str, Check]:
+    """Return what a marker holds, whose format may be damaged."""
+    file_format = version if _is_format(version) else FORMAT
+    words = "the sizes and digests of a checkpoint's files"
+    return MARKER_FIELDS | {"files": (partial(_are_records, file_format=file_format), words)}
+
+
 STATE_FIELDS: dict[str, Check] = {
     "step": (_is_count, "a number of steps"),
     "tokens_seen": (_is_count, "a number of tokens"),
@@ -153,8 +161,9 @@ def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, F
         CheckpointError: rank 0 does not see what another rank wrote.
     """
     state = json.dumps(asdict(progress), indent=2)
-    digest = hashlib.sha256(state.encode()).hexdigest()
-    files[STATE] = {"bytes": len(state.encode()), "sha256": digest}
+    hasher = new_hasher()
+    hasher.update(state.encode())
+    files[STATE] = make_record(len(state.encode()), hasher)
     write_durably(temporary / STATE, state)  # which syncs the folder, so all names in it
     for name, record in files.items():
         path = temporary / name
@@ -198,13 +207,12 @@ def inspect(path: Path, step: int | None = None) -> Marker | str:
             )
         return f"it has no {MARKER}, so it was never finished or is half removed"
     content = _read_object(path / MARKER)
-    if isinstance(content, dict):
-        version = content.get("format")
-        if type(version) is int and version > FORMAT:
-            raise UserError(
-                f"{path} has format {version}; this version of torchtrain reads format {FORMAT}"
-            )
-    fault = _find_fault(content, Marker, MARKER_FIELDS)
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise UserError(
+            f"{path} has format {version}; this version of torchtrain reads formats up to {FORMAT}"
+        )
+    fault = _find_fault(content, Marker, list_marker_fields(version))
     if fault is not None:
         return f"its {MARKER} is damaged: {fault}"
     marker = Marker(**content)
@@ -259,18 +267,6 @@ def _find_resized(path: Path, files: dict[str, FileRecord]) -> str | None:
         found = (path / name).stat().st_size
         if found != record["bytes"]:
             return f"its file {name} has {found} bytes instead of {record['bytes']}"
-    return None
-
-
-def find_altered(path: Path, names: Iterable[str], marker: Marker) -> str | None:
-    """Hash these files, and say which is not what was written, if any."""
-    for name in names:
-        digest = hashlib.sha256()
-        with user_errors(f"{path / name} cannot be read", OSError), open(path / name, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
-        if digest.hexdigest() != marker.files[name]["sha256"]:
-            return f"its file {name} is damaged: its SHA-256 is not the one it was written with"
     return None
 
 

@@ -1,6 +1,5 @@
 """The files of tensors: hashed while written, and read by an index that cannot run code."""
 
-import hashlib
 import io
 import os
 import pickle
@@ -18,8 +17,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
-from torchtrain.checkpoint.commit import INDEX, MARKER, FileRecord, Marker
+from torchtrain.checkpoint.commit import INDEX, MARKER, Marker
+from torchtrain.checkpoint.digests import FileRecord, make_record, new_hasher
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.utils import plural, user_errors
 
@@ -46,13 +47,24 @@ def write_tensors(
     writer = Writer(folder, copy_ahead=0 if on_host else 10**7)
     planner = planner or DefaultSavePlanner(flatten_state_dict=False)
     try:
-        with plain_faults(f"writing {folder}"):
+        with plain_faults(f"writing {folder}"), without_crc32():
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointError as fault:
         # What a full disk raises need not say so: a stream that is cut off fails in its own words.
         free = shutil.disk_usage(folder.parent).free / 2**30
         raise CheckpointError(f"{fault} ({free:,.2f} GiB are free there)") from fault
     return writer.files.written
+
+
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """Have torch.save leave out its own checksums: nothing reads them, and they take time."""
+    before = get_crc32_options()
+    set_crc32_options(compute_crc32=False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def read_tensors(
@@ -74,13 +86,13 @@ class HashingFile(io.BufferedWriter):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(io.FileIO(path, "xb"))
-        self.sha256 = hashlib.sha256()
+        self.hasher = new_hasher()
         self.count = 0
 
     def write(self, data: Any) -> int:
         """Write, hash and count."""
         written = super().write(data)
-        self.sha256.update(data)
+        self.hasher.update(data)
         self.count += written
         return written
 
@@ -109,7 +121,7 @@ class HashingFileSystem(FileSystem):
         assert mode == "wb"
         with HashingFile(path) as file:
             yield file
-        self.written[Path(path).name] = {"bytes": file.count, "sha256": file.sha256.hexdigest()}
+        self.written[Path(path).name] = make_record(file.count, file.hasher)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Rename, as DCP does to finish the index."""
