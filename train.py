@@ -14,7 +14,7 @@ import traceback
 from dataclasses import asdict
 from functools import partial
 
-from torchtrain.early_interrupt import end_on_interrupt
+from torchtrain.early_interrupt import await_end, end_in_time, end_on_interrupt
 from torchtrain.installation import exit_without_dependencies
 from torchtrain.orphans import end_with_launcher
 
@@ -66,6 +66,7 @@ from torchtrain.resuming import (
     has_steps_left,
     resume,
     save_progress,
+    saving_at_stop,
 )
 from torchtrain.run_facts import describe, open_metrics
 from torchtrain.run_folder import RunFolder
@@ -88,13 +89,14 @@ def train(
     """Train from the step after `trainer.step` to `training.steps`, or until it is to stop."""
     config = trainer.config
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
-    with watchdog.watching(), profiler.recording(), checkpointer.finishing():
+    ending = saving_at_stop(trainer, checkpointer, metrics)
+    with watchdog.watching(), profiler.recording(), checkpointer.finishing(), ending:
         for step in range(trainer.step + 1, config.training.steps + 1):
             is_last = step == config.training.steps
             stop.begin_turn(checkpointer.save_seconds, is_last=is_last)
             stopwatch = Stopwatch()
             watchdog.begin_step(step)
-            microbatches = trainer.loader.read(step, stopwatch.waiting_for_data)
+            microbatches = trainer.loader.read(step, stopwatch.waiting_for_data, stop.find_reason)
             loss, max_loss = forward_backward(trainer, microbatches)
             grad_norm = clip_gradients(trainer)
             summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
@@ -105,16 +107,14 @@ def train(
             validated: dict[str, float | None] = {}
             if trainer.validator.is_due(step) and not stopped_by:  # the time to save may be short
                 with stopwatch.paused():
-                    validated = validate(trainer)
+                    validated, stopped_by = validate(trainer, stop)
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if trainer.text_sampler.is_due(step) and not stopped_by:
                 show_texts(trainer, metrics)
             checkpointer.poll()
-            if checkpointer.should_save(step, config.training.steps, stopping=stopped_by != 0):
-                if metrics is not None:
-                    metrics.sync()  # no complete checkpoint without the lines of its steps
-                save_progress(trainer, checkpointer, is_last=is_last, stopping=stopped_by != 0)
+            if not stopped_by:
+                save_progress(trainer, checkpointer, metrics)
             profiler.step(step)
             collector.step(step)
             watchdog.end_step()
@@ -194,9 +194,10 @@ def combine_ranks(
     metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")
     metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")
     metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")
-    metrics.add("stop_reason", stop.reason, reduce="max")
+    metrics.add("stop_reason", stop.find_reason(), reduce="max")
     metrics.collect(trainer.metric_sources)
     values = metrics.reduce(loss.device)
+    stop.listen()
     del values["own_time_s"]
     stopped_by = int(values.pop("stop_reason"))
     summary = StepSummary(
@@ -231,11 +232,11 @@ def optimizer_step(trainer: Trainer, *, skips: bool = False) -> None:
     trainer.tokens_seen += trainer.tokens_per_step
 
 
-def validate(trainer: Trainer) -> dict[str, float | None]:
-    """Return the validation's results."""
-    validated = trainer.validator.run(partial(losses_of, trainer))
+def validate(trainer: Trainer, stop: StopRequest) -> tuple[dict[str, float | None], int]:
+    """Return the validation's results and 0, or nothing and the reason to stop that a rank has."""
+    results = trainer.validator.run(partial(losses_of, trainer), stop.find_reason)
     free_gathered(trainer.parts.values())
-    return validated
+    return results
 
 
 def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
@@ -344,9 +345,11 @@ def main(config: JobConfig) -> int:
     init_logging(rank, world_size, disable_color=config.metrics.disable_color_printing)
     faulthandler.register(signal.SIGUSR1)  # shows where every thread of a rank is
     name_process()  # `pkill -USR1 torchtrain` then finds the ranks, and not torchrun
+    deadline = math.inf
     try:
         saves = config.checkpoint.enable and not config.checkpoint.load_only
         deadline = find_deadline(config.job.max_minutes, os.environ, saves=saves)
+        end_in_time(deadline)
         run(config, join_process_group(config.comm.init_timeout_seconds), deadline)
     except (SharedUserError, BadNumbers) as fault:
         if rank == 0:
@@ -363,6 +366,7 @@ def main(config: JobConfig) -> int:
     except KeyboardInterrupt:
         return end_for_good(128 + signal.SIGINT)
     except BaseException:
+        await_end(deadline)
         logger.error(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     dist.destroy_process_group()

@@ -26,11 +26,6 @@ NAMED = (
 MUTANTS = {
     "train.py": [
         (
-            "a checkpoint may be complete without its lines",
-            "                    metrics.sync()",
-            "                    pass",
-        ),
-        (
             "each rank reports the own time of all",
             'metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")',
             'metrics.add("own_time_s", stopwatch.elapsed(), reduce="max")',
@@ -58,7 +53,7 @@ MUTANTS = {
         (
             "each rank stops by its own signal",
             'stopped_by = int(values.pop("stop_reason"))',
-            'values.pop("stop_reason")\n    stopped_by = stop.reason',
+            'values.pop("stop_reason")\n    stopped_by = stop.find_reason()',
         ),
         (
             "memory is that of rank 0 alone",
@@ -173,8 +168,8 @@ MUTANTS = {
         ),
         (
             "time spent validating counts",
-            "                with stopwatch.paused():\n                    validated = validate(trainer)\n",
-            "                validated = validate(trainer)\n",
+            "                with stopwatch.paused():\n                    validated, stopped_by = validate(trainer, stop)\n",
+            "                validated, stopped_by = validate(trainer, stop)\n",
         ),
         (
             "a stop waits for a validation",
@@ -182,10 +177,11 @@ MUTANTS = {
             "if trainer.validator.is_due(step):",
         ),
         (
-            "a stop does not save",
-            "config.training.steps, stopping=stopped_by != 0)",
-            "config.training.steps, stopping=False)",
+            "a stop in a validation is forgotten",
+            "validated, stopped_by = validate(trainer, stop)",
+            "validated, _ = validate(trainer, stop)",
         ),
+        ("a first step is waited for", "    stop.listen()\n", ""),
         (
             "a stopped run trains on",
             "            if stopped_by:\n                raise Stopped(stopped_by, step)\n",
@@ -193,8 +189,8 @@ MUTANTS = {
         ),
         (
             "gathered weights stay after a validation",
-            "    free_gathered(trainer.parts.values())\n    return validated\n",
-            "    return validated\n",
+            "    free_gathered(trainer.parts.values())\n    return results\n",
+            "    return results\n",
         ),
         (
             "gathered weights stay after texts",
@@ -223,8 +219,8 @@ MUTANTS = {
         ),
         (
             "waiting for data is not counted",
-            "trainer.loader.read(step, stopwatch.waiting_for_data)",
-            "trainer.loader.read(step)",
+            "trainer.loader.read(step, stopwatch.waiting_for_data, stop.find_reason)",
+            "trainer.loader.read(step, stop_reason=stop.find_reason)",
         ),
     ],
     "torchtrain/set_up.py": [
@@ -252,6 +248,35 @@ MUTANTS = {
             "ranks may see different corpora",
             '    require_equal(fingerprints, "the corpus, as each rank reads it,")\n',
             "",
+        ),
+    ],
+    "torchtrain/early_interrupt.py": [
+        (
+            "a rank that reads its corpus has all the time",
+            "        signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))",
+            "        signal.setitimer(signal.ITIMER_REAL, 0)",
+        ),
+        (
+            "a rank is blamed for the end of its time",
+            "        time.sleep(2 * SKEW_S)\n",
+            "        pass\n",
+        ),
+    ],
+    "torchtrain/tools/restarts.py": [
+        (
+            "a second Ctrl-C waits for a rank that does not answer",
+            "                    send(signal.SIGKILL, processes)\n",
+            "",
+        ),
+        (
+            "a job whose time is up is started again",
+            "return self.status in [TRY_AGAIN, *(",
+            "return self.status in [*(",
+        ),
+        (
+            "ranks that were asked to stop have half a minute",
+            "    deadline = math.inf\n",
+            "    deadline = time.monotonic() + grace_s\n",
         ),
     ],
     "torchtrain/stopping.py": [
@@ -294,6 +319,16 @@ MUTANTS = {
         ),
     ],
     "torchtrain/resuming.py": [
+        (
+            "a checkpoint may be complete without its lines",
+            "        metrics.sync()  # no complete",
+            "        pass  # no complete",
+        ),
+        (
+            "a stop does not save",
+            "save_progress(trainer, checkpointer, metrics, stopping=True)",
+            "save_progress(trainer, checkpointer, metrics, stopping=False)",
+        ),
         (
             "the tokens seen begin at 0 on resume",
             "    trainer.tokens_seen = saved.tokens_seen\n",
@@ -1353,7 +1388,7 @@ MUTANTS = {
         ),
         (
             "ranks do not wait for each other's streams",
-            "            self._ahead.wait_for_all(step, waiting)\n",
+            "            self._ahead.wait_for_all(step, waiting, stop_reason)\n",
             "            pass\n",
         ),
     ],
@@ -1365,8 +1400,13 @@ MUTANTS = {
         ),
         (
             "ranks wait until one is ready",
-            "op=dist.ReduceOp.MIN",
             "op=dist.ReduceOp.MAX",
+            "op=dist.ReduceOp.MIN",
+        ),
+        (
+            "a stop waits for a stream",
+            "            if reason:\n                raise Stopped(reason, step - 1)\n",
+            "",
         ),
         ("the steps ahead are not bounded", "<= STEPS_AHEAD:", "<= 100 * STEPS_AHEAD:"),
         (
@@ -1441,6 +1481,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/validation.py": [
+        (
+            "each rank leaves a validation by itself",
+            "reason = self._agree(stop_reason())",
+            "reason = stop_reason()",
+        ),
         (
             "validation reads past its limit",
             "np.where(first + own < self.sequences, first + own, -1)",

@@ -1,35 +1,44 @@
 """What asks a run to stop, and that it does so in time."""
 
 import math
+import os
 import signal
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
-from helpers.launching import metrics, options
+from helpers import forking
+from helpers.forking import Ranks, run_trainer
+from helpers.launching import metrics, options, wait_for_step
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train
 from torchtrain import ranks, stopping
 from torchtrain.config_manager import JobConfig
+from torchtrain.early_interrupt import end_on_interrupt
 from torchtrain.errors import TIME_IS_UP, Stopped, UserError
 from torchtrain.stopping import StopRequest, find_deadline, log_deadline
+from torchtrain.validation import ValidationSet
 
 
 @pytest.fixture
 def stop():
-    """A StopRequest; the signals' handlers are restored afterwards."""
+    """A StopRequest that listens; the signals' handlers are restored afterwards."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
-    yield StopRequest()
+    request = StopRequest()
+    request.listen()
+    yield request
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_asks_to_stop(stop, number):
-    assert stop.reason == 0
+    assert stop.find_reason() == 0
     signal.raise_signal(number)
-    assert stop.reason == number
+    assert stop.find_reason() == number
 
 
 def test_a_second_ctrl_c_ends_at_once(stop):
@@ -42,7 +51,7 @@ def test_a_repeated_sigterm_changes_nothing(stop):
     """Slurm and torchrun each send one."""
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
-    assert stop.reason == signal.SIGTERM
+    assert stop.find_reason() == signal.SIGTERM
 
 
 # The end of its time
@@ -92,14 +101,14 @@ def test_a_run_stops_while_there_is_time_for_a_step_and_a_save(clock, stop):
         stop.begin_turn(save)
         clock.now += seconds
     clock.now = 1939.9
-    assert stop.reason == 0
+    assert stop.find_reason() == 0
     clock.now = 1940.1
-    assert stop.reason == TIME_IS_UP
+    assert stop.find_reason() == TIME_IS_UP
     stop.begin_turn(5.0, is_last=True)
-    assert stop.reason == 0, "the run is done after this step"
+    assert stop.find_reason() == 0, "the run is done after this step"
     stop.begin_turn(5.0)
     signal.raise_signal(signal.SIGTERM)
-    assert stop.reason == signal.SIGTERM, "a signal that has come says why"
+    assert stop.find_reason() == signal.SIGTERM, "a signal that has come says why"
 
 
 def test_the_first_turn_counts_until_there_is_another(clock, stop):
@@ -107,7 +116,7 @@ def test_the_first_turn_counts_until_there_is_another(clock, stop):
     stop.begin_turn(0.0)
     clock.now += 600
     stop.begin_turn(0.0)
-    assert stop.reason == TIME_IS_UP, "1,600 + 2 x 600 + 30 s"
+    assert stop.find_reason() == TIME_IS_UP, "1,600 + 2 x 600 + 30 s"
 
 
 def run_until_stopped(config, device, deadline):
@@ -131,3 +140,196 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_when_queued_again(tmp_path,
         assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
     finally:
         dist.destroy_process_group()
+
+
+# A stop while no step is being taken
+
+STEPS = 6
+QUICKLY_S = 30
+"""For ranks that are to leave at once; what they are in lasts for ten minutes."""
+WAITING = """
+import os, time
+from pathlib import Path
+from torchtrain.catalog.datasets import register_corpus
+
+@register_corpus("waiting")
+def waiting(gate):
+    for number in range(1000):
+        is_second = os.environ.get("RANK") == "1"
+        while number == WAITS_AT and is_second and not Path(gate + ".open").exists():
+            Path(gate + ".waited-for").touch()
+            time.sleep(0.05)
+        yield f"document {number} says {number * number} " * 5
+"""
+CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
+
+
+def saving(folder, given, **overrides):
+    return {
+        **given,
+        "job.dump_folder": folder,
+        "training.steps": STEPS,
+        "checkpoint.enable": True,
+        "checkpoint.interval": 100,
+        "checkpoint.async_mode": "disabled",
+        **overrides,
+    }
+
+
+def curve(folder):
+    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
+
+
+def saved_steps(folder):
+    return sorted(path.name for path in (folder / "checkpoint").glob("step-*"))
+
+
+def tensors(folder, scratch):
+    """Every tensor of the last checkpoint, whole; but for random states, which no step draws on."""
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{STEPS}", scratch)
+    loaded = torch.load(scratch, weights_only=True)
+    return {name: tensor for name, tensor in loaded.items() if not name.startswith("rng/")}
+
+
+def assert_same_run(folder, whole, tmp_path):
+    assert curve(folder) == curve(whole)
+    mine, theirs = tensors(folder, tmp_path / "a.pt"), tensors(whole, tmp_path / "b.pt")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def streaming(tmp_path, waits_at):
+    """Options of a run on two ranks whose second one waits at a document until its gate is open."""
+    (tmp_path / "my_waiting.py").write_text(WAITING.replace("WAITS_AT", str(waits_at)))
+    return {
+        "experimental.custom_import": tmp_path / "my_waiting.py",
+        "training.dataset": "waiting",
+        "training.dataset_path": tmp_path / "gate",
+        "data.cache_folder": tmp_path / "cache",
+        "data.streaming": True,
+    }
+
+
+def wait_until_it_waits(tmp_path, run):
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "gate.waited-for").exists():
+        assert run.alive(), run.printed
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_stop_while_one_rank_waits_for_its_stream_saves_the_last_whole_step(tmp_path):
+    """The signal comes to the rank that has its data; what was read ahead comes again."""
+    given = streaming(tmp_path, waits_at=18)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with forking.running(2, saving(run, given)) as stalled:
+        wait_until_it_waits(tmp_path, stalled)
+        wait_for_step(stalled.alive, run, 2)
+        time.sleep(2)  # until no more steps come
+        last = metrics(run)[-1]["step"]
+        os.kill(stalled.processes[0].pid, signal.SIGTERM)
+        assert stalled.finish(QUICKLY_S) == [143, 143], stalled.printed
+    assert 1 < last < STEPS, "it has stalled in the midst of the run"
+    assert f"stopped by SIGTERM after step {last}" in stalled.printed
+    assert "Traceback" not in stalled.printed
+    assert metrics(run)[-1]["step"] == last
+    assert saved_steps(run) == [f"step-{last}"]
+    (tmp_path / "gate.open").touch()
+    forking.train(2, saving(run, given))
+    forking.train(2, saving(whole, given))
+    assert_same_run(run, whole, tmp_path)
+
+
+def stop_in_validation(arguments):
+    """Be a rank of a run whose second rank gets SIGTERM as it reads a batch of validation."""
+    read = ValidationSet.read
+    batches = 0
+
+    def interrupted(self, numbers):
+        nonlocal batches
+        batches += 1
+        if batches == 6 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return read(self, numbers)
+
+    ValidationSet.read = interrupted
+    status = run_trainer(arguments)
+    print(f"rank {os.environ['RANK']} has read {batches} batches")
+    return status
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(tmp_path, data):
+    validating = {
+        **data,
+        "validation.enable": True,
+        "validation.freq": 3,
+        "validation.steps": 4,
+        "validation.local_batch_size": 1,  # 16 batches
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    printed = forking.on_ranks(
+        2, stop_in_validation, options(saving(run, validating)), expect=143, timeout_s=60
+    )
+    assert "stopped by SIGTERM after step 3" in printed
+    assert all(f"rank {rank} has read 6 batches" in printed for rank in (0, 1)), printed
+    assert ["val_loss" in line for line in metrics(run)] == [False, False, False]
+    assert saved_steps(run) == ["step-3"]
+    forking.train(2, saving(run, validating))
+    forking.train(2, saving(whole, validating))
+    assert_same_run(run, whole, tmp_path)
+
+
+def compile_for_ever(arguments):
+    """Be a rank whose first forward lasts, as when it compiles."""
+
+    def last(*given):
+        print(f"rank {dist.get_rank()} compiles", flush=True)
+        time.sleep(600)
+
+    train.forward_backward = last
+    return run_watched(arguments)
+
+
+def run_watched(arguments):
+    """Be a rank as train.py makes it, where something ends one that has nothing to save."""
+    end_on_interrupt(before="the first step")
+    return run_trainer(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_first_step_ends_at_once(tmp_path, data, number):
+    run = Ranks(2, compile_for_ever, options(saving(tmp_path / "run", data)))
+    try:
+        while run.printed.count("compiles") < 2:
+            assert run.alive(), run.printed
+            time.sleep(0.05)
+        for process in run.processes:
+            os.kill(process.pid, number)
+        by_handler = number == signal.SIGINT
+        assert run.finish(QUICKLY_S) == [128 + number if by_handler else -number] * 2
+    finally:
+        run.kill()
+    assert ("stopped by SIGINT before the first step" in run.printed) == by_handler
+    assert saved_steps(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_the_end_of_its_time_while_the_corpus_is_read_ends_all_ranks_at_once(tmp_path):
+    given = {**streaming(tmp_path, waits_at=5), "data.streaming": False, "job.max_minutes": 0.15}
+    arguments = options(saving(tmp_path / "run", given))
+    (tmp_path / "gate.open").touch()
+    text = (tmp_path / "my_waiting.py").read_text()
+    (tmp_path / "my_waiting.py").write_text(text.replace("yield", "time.sleep(1); yield"))
+    printed = forking.on_ranks(2, run_watched, arguments, expect=75, timeout_s=QUICKLY_S)
+    assert printed.endswith("stopped at the end of its time before the first step\n"), printed
+    assert "Traceback" not in printed
+    assert saved_steps(tmp_path / "run") == []
+
+
+def test_a_signal_is_noted_only_once_there_is_something_to_save(stop):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    StopRequest()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -101,7 +101,7 @@ def test_a_batch_without_a_valid_label_is_refused(trainer):
 
 def test_a_validation_leaves_the_weights_sharded(trainer):
     """Else every rank would hold the whole model until its next backward."""
-    train.validate(trainer)
+    train.validate(trainer, train.StopRequest())
     for name, parameter in trainer.parts[0].named_parameters():
         assert isinstance(parameter, DTensor), name
 

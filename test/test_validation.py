@@ -228,7 +228,7 @@ def test_numbers_equal_those_by_hand(data, device, accented, kind, length):
     train.optimizer_step(trainer)
     with torch.no_grad():
         loss, bits = by_hand(trainer, texts, length.get("validation.seq_len", 32))
-    found = train.validate(trainer)
+    found, _ = train.validate(trainer, train.StopRequest())
     assert found["val_loss"] == pytest.approx(loss, rel=1e-6)
     assert found["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
@@ -241,7 +241,7 @@ def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
         "validation.dataset_path": tmp_path / "ids.bin",
     }
     trainer = set_up(JobConfig().parse_args(options({**data, **given}), world_size=1), device)
-    found = train.validate(trainer)
+    found, _ = train.validate(trainer, train.StopRequest())
     assert found["val_bits_per_byte"] is None
     assert 7 < found["val_loss"] < 9
 
@@ -340,7 +340,7 @@ def test_scalars_go_to_tensorboard(run, tmp_path):
 def test_a_stop_does_not_wait_for_a_validation(run, monkeypatch):
     combine = train.combine_ranks
     monkeypatch.setattr(train, "combine_ranks", lambda *given: (combine(*given)[0], 15))
-    monkeypatch.setattr(train, "validate", lambda trainer: pytest.fail("validated"))
+    monkeypatch.setattr(train, "validate", lambda *given: pytest.fail("validated"))
     with pytest.raises(train.Stopped):
         run("run", **ON, **{"validation.freq": 1})
 

@@ -1,6 +1,8 @@
 """What a run goes on from: whether a checkpoint may be taken, and taking it."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from torchtrain.catalog.identity import (
@@ -14,9 +16,10 @@ from torchtrain.config.plans import plan_schedule, plan_shape
 from torchtrain.config.schema import LRScheduler
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_state import find_tokenizers
-from torchtrain.errors import SharedUserError
+from torchtrain.errors import SharedUserError, Stopped
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import differences, set_step
+from torchtrain.metrics import MetricsLogger
 from torchtrain.ranks import gathered, together
 from torchtrain.set_up import Trainer
 
@@ -129,13 +132,39 @@ def progress_of(trainer: Trainer) -> Progress:
 
 
 def save_progress(
-    trainer: Trainer, checkpointer: Checkpointer, *, is_last: bool, stopping: bool
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    metrics: MetricsLogger | None,
+    *,
+    stopping: bool = False,
 ) -> None:
-    """Save what the run has; with `checkpoint.async_mode` beside the next steps. Collective."""
+    """Save what the run has, if a save is due after this step. A collective call.
+
+    With `checkpoint.async_mode` it happens beside the next steps.
+    """
+    last_step = trainer.config.training.steps
+    if not checkpointer.should_save(trainer.step, last_step, stopping=stopping):
+        return
+    if metrics is not None:
+        metrics.sync()  # no complete checkpoint without the lines of its steps
     checkpointer.save(
         trainer.model_state,
         trainer.optimizer,
         progress_of(trainer),
-        is_last=is_last,
+        is_last=trainer.step == last_step,
         stopping=stopping,
     )
+
+
+@contextmanager
+def saving_at_stop(
+    trainer: Trainer, checkpointer: Checkpointer, metrics: MetricsLogger | None
+) -> Iterator[None]:
+    """Save the last step taken when all ranks stop, if this process has taken one."""
+    first = trainer.step
+    try:
+        yield
+    except Stopped:
+        if trainer.step > first:
+            save_progress(trainer, checkpointer, metrics, stopping=True)
+        raise

@@ -1,6 +1,8 @@
 """What asks a run to stop after the step at hand: a signal, or the end of its time.
 
-All ranks stop after the same step, since each learns the others' reasons with the step's metrics.
+All ranks stop after the same step, since each learns the others' reasons with the step's metrics,
+between the batches of a validation, and while all wait for a stream. Before a process has finished
+its first step, which may compile for minutes, it has nothing to save: there a signal ends it.
 """
 
 import math
@@ -65,8 +67,8 @@ def log_deadline(deadline: float) -> None:
 class StopRequest:
     """Turns SIGTERM, SIGHUP, SIGUSR2, the first SIGINT and a deadline into a request to stop.
 
-    A repeated SIGTERM changes nothing: schedulers and torchrun each send one. A second Ctrl-C ends
-    at once.
+    Signals from `listen` on. A repeated SIGTERM changes nothing: schedulers and torchrun each send
+    one. A second Ctrl-C ends at once.
 
     Args:
         deadline: when the run must have ended, by `time.monotonic`.
@@ -80,6 +82,17 @@ class StopRequest:
         self._longest_turn_s = 0.0
         self._is_last_turn = False
         self._save_s = 0.0
+        self._listens = False
+
+    def listen(self) -> None:
+        """From now on a signal asks to stop; before, it ends the process.
+
+        It belongs right after a collective that no rank leaves before all have begun it, so that
+        no rank waits for one that a signal has ended meanwhile.
+        """
+        if self._listens:
+            return
+        self._listens = True
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._note)
         end_watch()
@@ -100,9 +113,8 @@ class StopRequest:
         self._save_s = save_seconds
         self._is_last_turn = is_last
 
-    @property
-    def reason(self) -> int:
-        """The signal that has asked to stop, or TIME_IS_UP, or 0."""
+    def find_reason(self) -> int:
+        """Return the signal that has asked to stop, or TIME_IS_UP, or 0."""
         turn_s = self._longest_turn_s or self._first_turn_s
         needed = 2 * (turn_s + self._save_s) + SPARE_S
         is_out_of_time = time.monotonic() + needed > self.deadline and not self._is_last_turn

@@ -124,22 +124,28 @@ class Validator:
         return self.sequences > 0 and is_turn
 
     @torch.no_grad()
-    def run(self, losses_of: Callable[[Microbatch], Tensor]) -> dict[str, float | None]:
+    def run(
+        self, losses_of: Callable[[Microbatch], Tensor], stop_reason: Callable[[], int] = int
+    ) -> tuple[dict[str, float | None], int]:
         """Validate. Weights, gradients, random state and the training data are left as they are.
 
         Args:
             losses_of: from a microbatch of B sequences on the device to this rank's part of their
                 losses [B], as in training.
+            stop_reason: why this rank is to stop, 0 if it is not; asked between two batches.
 
         Returns:
             The same on every rank: `val_loss`, nats per token, and `val_bits_per_byte`, None where
-            the number of bytes is not known.
+            the number of bytes is not known; and 0. Or nothing, and why a rank is to stop.
         """
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         token_bytes = torch.from_numpy(self.samples.token_bytes).to(self.device)
         size = self.plan.batch_size
         own = np.arange(size) + self.data_rank * size
         for first in range(0, self.sequences, self.degrees.data_parallel * size):
+            reason = self._agree(stop_reason()) if first else 0
+            if reason:
+                return {}, reason
             numbers = np.where(first + own < self.sequences, first + own, -1)
             batch = self.samples.read(numbers).to(self.device)
             is_valid = batch.labels != IGNORE_INDEX
@@ -157,7 +163,13 @@ class Validator:
         bits_per_byte = None
         if text_bytes > 0:  # where they are not known it is NaN
             bits_per_byte = loss / math.log(2) / text_bytes
-        return {"val_loss": loss / valid, "val_bits_per_byte": bits_per_byte}
+        return {"val_loss": loss / valid, "val_bits_per_byte": bits_per_byte}, 0
+
+    def _agree(self, stop_reason: int) -> int:
+        """Return the largest of the ranks' reasons to stop."""
+        reason = torch.tensor(stop_reason, device=self.device)
+        dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+        return int(reason.item())
 
     def describe(self) -> str:
         """Return what is validated, and how often, in words."""

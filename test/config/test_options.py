@@ -838,6 +838,7 @@ def test_a_batch_without_a_valid_label_names_its_samples(data, device):
 
 def test_a_request_to_stop_is_not_lost_nor_doubled(device):
     stop = train.StopRequest()
+    stop.listen()
     for number in (
         signal.SIGTERM,
         signal.SIGTERM,
@@ -846,6 +847,7 @@ def test_a_request_to_stop_is_not_lost_nor_doubled(device):
         signal.raise_signal(number)
     assert stop.signal_number == signal.SIGHUP
     stop = train.StopRequest()
+    stop.listen()
     signal.raise_signal(signal.SIGINT)
     assert stop.signal_number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):

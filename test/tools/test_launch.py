@@ -24,6 +24,7 @@ from helpers.launching import (
     options,
     ranks_of,
     running,
+    wait_for_step,
 )
 
 from torchtrain.tools import launch
@@ -199,6 +200,21 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL, output
     assert "rank 1 was ended by SIGKILL" in output
+
+
+def test_a_second_ctrl_c_ends_at_once_also_where_a_rank_does_not_answer(tmp_path, data):
+    overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with running(2, overrides) as process:
+        wait_for_step(lambda: process.poll() is None, tmp_path / "run", 2)
+        ranks = ranks_of(process)
+        os.kill(ranks[1], signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None, "it waits for the ranks, which cannot stop"
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=15)  # torchrun waits for 30 s
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
 def test_ranks_die_with_their_launcher(tmp_path, data):

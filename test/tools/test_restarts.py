@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -228,6 +230,32 @@ def test_a_rank_that_does_not_hear_sigterm_delays_a_restart_by_seconds():
     assert [process.wait(timeout=20) for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
     for process in processes:
         process.stdout.close()
+
+
+def sleeping(count):
+    """Processes that end when they are asked to."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    return [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+
+
+def test_ranks_that_are_asked_to_stop_have_the_time_they_need():
+    """A save may take minutes; but once one has ended, the others have little left to do."""
+    processes = sleeping(2)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(restarts.wait_for_ranks, processes, grace_s=0.5)
+        time.sleep(1)
+        assert not waiting.done()
+        processes[0].kill()
+        waiting.result(timeout=20)
+    assert processes[1].poll() is None
+    restarts.send(signal.SIGKILL, processes)
+    assert [process.wait(timeout=20) for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_the_end_of_a_jobs_time_is_a_stop():
+    assert restarts.Failure(0, 75).is_stop
+    assert restarts.Failure(0, -15).is_stop
+    assert not restarts.Failure(0, 1).is_stop
 
 
 def test_failures_are_named_as_people_know_them():

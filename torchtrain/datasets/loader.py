@@ -157,7 +157,10 @@ class DataLoader:
         return self._origin["sample"] + steps * self.batch.global_batch_size
 
     def read(
-        self, step: int, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        step: int,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        stop_reason: Callable[[], int] = int,
     ) -> list[Microbatch]:
         """Read this rank's microbatches of optimizer step `step`, counted from 1.
 
@@ -166,13 +169,15 @@ class DataLoader:
         Args:
             step: the step.
             waiting: goes around the time that this rank waits for its own data.
+            stop_reason: why this rank is to stop, 0 if it is not; ends a wait for streams.
 
         Raises:
             UserError: whatever is wrong with a stream of this rank.
             PeerFault: or of another one.
+            Stopped: a rank was to stop while one waited; the step is not read.
         """
         if self.dataset.streams:
-            self._ahead.wait_for_all(step, waiting)
+            self._ahead.wait_for_all(step, waiting, stop_reason)
         with waiting():
             return self.step_batches(step)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from torchtrain.datasets.token_stream import TokenStream
-from torchtrain.errors import UserError
+from torchtrain.errors import Stopped, UserError
 from torchtrain.ranks import together
 
 STEPS_AHEAD = 4
@@ -53,7 +53,12 @@ class ReadAhead(Generic[T]):
         _, result = self._ahead.popleft()
         return result.result()
 
-    def wait_for_all(self, step: int, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+    def wait_for_all(
+        self,
+        step: int,
+        waiting: Callable[[], AbstractContextManager[None]],
+        stop_reason: Callable[[], int],
+    ) -> None:
         """Wait until every rank has read `step`. A collective call.
 
         A stream may be slow, or have many documents to skip where a run resumes. Meanwhile the
@@ -62,20 +67,27 @@ class ReadAhead(Generic[T]):
         Args:
             step: the next step.
             waiting: goes around the time that this rank waits for its own streams.
+            stop_reason: why this rank is to stop, 0 if it is not. Where a rank is, all give up
+                waiting; what they have read ahead does not count.
 
         Raises:
             UserError: whatever is wrong with a stream of this rank.
             PeerFault: or of another one.
+            Stopped: a rank is to stop, and not all have read the step.
         """
 
         def is_ready() -> bool:
             with waiting():
                 return self.is_ready(step)
 
-        all_are_ready = torch.tensor(0)
-        while not all_are_ready.item():
-            all_are_ready = torch.tensor(int(together(is_ready)))
-            dist.all_reduce(all_are_ready, op=dist.ReduceOp.MIN)
+        while True:
+            news = torch.tensor([int(not together(is_ready)), stop_reason()])
+            dist.all_reduce(news, op=dist.ReduceOp.MAX)
+            one_is_waiting, reason = news.tolist()
+            if not one_is_waiting:
+                return
+            if reason:
+                raise Stopped(reason, step - 1)
 
     def is_ready(self, step: int) -> bool:
         """Return whether `step` has been read, after at most a second.

@@ -5,6 +5,7 @@ says why, and leaves it at the failure where a further attempt would end the sam
 error, a number that is not finite, a stop, or the third crash in a row at the same step.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -21,16 +22,21 @@ from typing import Any
 from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
 from torchtrain.attempts import ATTEMPT, ENDED, HANG, STEP, of_attempt
+from torchtrain.errors import TRY_AGAIN
 
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
 STORE_TIMEOUT_S = 5.0
 GRACE_S = 5.0
 """How long the other ranks have to say what they died of, before all are started again."""
+STOPPING_S = 30.0
+"""How long the other ranks have to end after the first, where all were asked to stop."""
+POLL_S = 0.1
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -49,7 +55,7 @@ class Failure:
 
     @property
     def is_stop(self) -> bool:
-        return self.status in [128 + number for number in STOPPED_BY]
+        return self.status in [TRY_AGAIN, *(128 + number for number in STOPPED_BY)]
 
     def __str__(self) -> str:
         if self.exit_code >= 0:
@@ -131,6 +137,28 @@ class Agent(LocalElasticAgent):
                 self._judge(self._outcome.failure, word, worker_group.spec.max_restarts)
         return result
 
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **options: Any
+    ) -> None:
+        """Pass the signal on to the ranks and wait for them, before torchrun ends what is left.
+
+        torchrun would give them half a minute, which may be too short for the save at a stop. A
+        Ctrl-C meanwhile ends all of them at once.
+        """
+        processes = list(self._processes(self._worker_group).values())
+        number: signal.Signals | None = death_sig
+        while number is not None:
+            try:
+                send(number, processes)
+                wait_for_ranks(processes)
+                number = None
+            except SignalException as again:
+                if again.sigval == signal.SIGINT:
+                    send(signal.SIGKILL, processes)
+                    raise
+                number = again.sigval
+        super()._shutdown(death_sig, *args, **options)
+
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, and name the attempt for the ranks."""
         super()._rendezvous(worker_group)
@@ -200,13 +228,34 @@ def end_ranks(processes: Collection[subprocess.Popen[bytes]], grace_s: float = G
     """
     deadline = time.monotonic() + grace_s
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)  # it leads a session of its own
+        send(number, processes)
         for process in processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def send(number: int, processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Send a signal to the ranks that run."""
+    for process in processes:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)  # it leads a session of its own
+
+
+def wait_for_ranks(
+    processes: Collection[subprocess.Popen[bytes]], grace_s: float = STOPPING_S
+) -> None:
+    """Wait until all ranks have ended, but not longer than `grace_s` after the first.
+
+    One that hangs ends the others by their collectives' timeout, and so this wait.
+    """
+    deadline = math.inf
+    while running := [process for process in processes if process.poll() is None]:
+        if len(running) < len(processes):
+            deadline = min(deadline, time.monotonic() + grace_s)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(POLL_S)
 
 
 def use_agent(outcome: Outcome) -> None:
