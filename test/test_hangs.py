@@ -10,6 +10,7 @@ import train
 from torchtrain import hangs
 from torchtrain.hangs import (
     Position,
+    count_entered,
     describe_hang,
     find_missing,
     find_place,
@@ -59,6 +60,19 @@ def test_a_rank_that_waits_itself_is_not_the_one_that_is_missing():
 def test_a_hang_is_one_line(theirs, line):
     own = at("saving", world=7)
     assert describe_hang({0: own, **theirs}, 2, own, 30.2, "hang/step-3") == line
+
+
+def test_collectives_are_counted_by_group_where_the_backend_counts(alone):
+    class Uncounted:
+        group_name = "uncounted"
+
+        def _get_sequence_number_for_group(self):
+            raise RuntimeError("does not yet support sequence numbers")
+
+    world = dist.group.WORLD
+    before = count_entered([Uncounted(), world])
+    dist.barrier()
+    assert count_entered([Uncounted(), world]) == {world.group_name: before[world.group_name] + 1}
 
 
 def test_a_position_is_told_as_it_is():

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType
@@ -75,11 +76,15 @@ def find_place(loop: CodeType, thread: int) -> str:
 
 
 def count_entered(groups: Sequence[dist.ProcessGroup]) -> dict[str, int]:
-    """Return how many collectives this rank has entered, by the names of their groups."""
+    """Return how many collectives this rank has entered, by the names of their groups.
+
+    A group whose backend does not count them is left out.
+    """
     entered: dict[str, int] = {}
     for group in groups:
-        name = group.group_name
-        entered[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        with suppress(RuntimeError):
+            count = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            entered[group.group_name] = count
     return entered
 
 

@@ -214,9 +214,10 @@ class Watchdog:
         A rank that has moved to its end has entered no more collectives.
         """
         self._pause_s += passed_s
-        if self._suspected is None or position.entered == self._suspected.entered:
+        before = self._suspected
+        if before is None or (before.step, before.entered) == (position.step, position.entered):
             return
-        logger.warning(f"it was no hang: training goes on after {self._suspected}")
+        logger.warning(f"it was no hang: training goes on after {before}")
         self._suspected = None
         self._longest_pause_s = max(self._longest_pause_s, self._pause_s)
         store.delete_key(HANG)
