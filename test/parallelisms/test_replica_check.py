@@ -65,6 +65,8 @@ def test_the_hash_tells_zeros_nans_and_places_apart(monkeypatch):
     assert differ([0.0, 1.0], [-0.0, 1.0], [float("nan"), 1.0])
     assert differ([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0], [3.0, 4.0, 1.0, 2.0])
     assert differ(5.0, 6.0)
+    signs = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert hash_bits(signs) != hash_bits(-signs), "two flips of the highest bit"
     assert hash_bits(torch.empty(0, 4)) == 0
 
 
@@ -193,6 +195,12 @@ def flip_on_two(data):
     check = trainer.replica_check
     said = flipped(check, trainer.weights["norm.weight"], rank=1)
     assert "norm.weight, or what" in said
+    trainer.optimizer.state[trainer.weights[WO]]["decay"] = 1 + dist.get_rank() * 2**-52
+    check.run(8)  # each rank has its own part of that weight
+    trainer.optimizer.state[trainer.weights["norm.weight"]]["decay"] = 1 + dist.get_rank() * 2**-52
+    with pytest.raises(ReplicasDiffer, match=r"corruption: norm\.weight, or what"):
+        check.run(9)
+    trainer.optimizer.state[trainer.weights["norm.weight"]]["decay"] = 1.0
     biased = trained(data, REPLICATE_2 | EXPERTS)
     bias = biased.model_state["layers.1.moe.expert_bias"]
     assert "layers.1.moe.expert_bias" in flipped(biased.replica_check, bias, rank=0)

@@ -27,8 +27,9 @@ CHUNK = 2**20
 """Numbers that are hashed at a time."""
 BASE = 0x9E3779B97F4A7C15 - 2**64
 """Odd: multiplying a hash by it loses no bit."""
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers with a number's bits, by its size in bytes."""
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Integers with a number's bits, or half of them, by its size in bytes. Of 64 bits the highest ones
+of two numbers would cancel out."""
 
 
 class ReplicaCheck:
@@ -107,8 +108,11 @@ class ReplicaCheck:
     def _states_of(self, tensor: Tensor) -> Iterator[Tensor]:
         states = self.optimizer.state.get(tensor, {})
         for key in sorted(states, key=str):
-            if isinstance(states[key], Tensor | int | float):
-                yield torch.as_tensor(states[key])
+            value = states[key]
+            if isinstance(value, float):
+                value = torch.tensor(value, dtype=torch.float64)  # which holds all of it
+            if isinstance(value, Tensor | int):
+                yield torch.as_tensor(value)
 
     def _describe_difference(self, step: int, by_rank: list[int]) -> str:
         """Name the first parameter that differs and the ranks, those that agree together."""
@@ -151,7 +155,8 @@ class BitHash:
             )
             self.factors[tensor.device] = (2 * random + 1).to(tensor.device)
         factors = self.factors[tensor.device]
+        bits = tensor.reshape(-1).contiguous().view(WORDS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        for words in tensor.reshape(-1).view(WORDS[tensor.element_size()]).split(CHUNK):
+        for words in bits.split(CHUNK):
             total = total * BASE + (words * factors[: len(words)]).sum()
         return total
