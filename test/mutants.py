@@ -303,6 +303,11 @@ MUTANTS = {
     ],
     "torchtrain/exporting.py": [
         (
+            "a converter outlives its rank",
+            "    environment[STARTED_BY] = str(os.getpid())",
+            "    environment[STARTED_BY] = str(os.getppid())",
+        ),
+        (
             "an export is not made up for",
             "    if target.exists():\n        return\n",
             "    if target.exists() or True:\n        return\n",
@@ -1791,6 +1796,16 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/saving.py": [
         (
+            "rank 0's disk is the one that is timed",
+            "self.save_seconds = max(gathered(seconds, self.group))",
+            "self.save_seconds = gathered(seconds, self.group)[0]",
+        ),
+        (
+            "each rank is thought to write all",
+            "share = sum(sizes.values()) // dist.get_world_size()",
+            "share = sum(sizes.values())",
+        ),
+        (
             "every checkpoint is of the weights alone",
             "model_only = is_last and self.config.last_save_model_only",
             "model_only = self.config.last_save_model_only",
@@ -2008,6 +2023,16 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/storage.py": [
+        (
+            "the probe's own time stands for the save's",
+            "return (time.monotonic() - began) * size / max(part, 1)",
+            "return time.monotonic() - began",
+        ),
+        (
+            "the probe is as large as the checkpoint",
+            "    part = min(size, PROBE_BYTES)\n",
+            "    part = size\n",
+        ),
         (
             "torch's own checksums stay switched off",
             "        set_crc32_options(before)\n",
@@ -2304,6 +2329,16 @@ MUTANTS = {
     ],
     "torchtrain/profiling.py": [
         (
+            "a full disk ends the run for want of a trace",
+            "    except OSError as fault:\n        remove_if_possible(file)",
+            "    except KeyError as fault:\n        remove_if_possible(file)",
+        ),
+        (
+            "half a trace is left",
+            "        remove_if_possible(file)  # a part of it would be taken for the whole\n",
+            "",
+        ),
+        (
             "each collection is of everything",
             "            gc.collect(1)\n",
             "            gc.collect(2)\n",
@@ -2366,6 +2401,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/orphans.py": [
+        (
+            "a tool whose rank died first lives on",
+            "    if os.getppid() != int(os.environ[STARTED_BY]):",
+            "    if False:",
+        ),
         (
             "ranks outlive their launcher",
             "prctl(set_parent_death_signal, signal.SIGKILL)",

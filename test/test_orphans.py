@@ -52,6 +52,42 @@ def alive(pid):
         return False
 
 
+RUN_A_TOOL = """
+import os, subprocess, sys
+tool = "import time; from torchtrain.orphans import end_with_rank; end_with_rank(); "
+tool += "print('ready', flush=True); time.sleep(60)"
+environment = {**os.environ, "TORCHTRAIN_STARTED_BY": str(os.getpid())}
+child = subprocess.Popen([sys.executable, "-c", tool], env=environment, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_tool_ends_with_the_rank_that_runs_it():
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RUN_A_TOOL], env=environment(1), stdout=subprocess.PIPE, text=True
+    )
+    tool = int(rank.stdout.readline())
+    assert alive(tool)
+    rank.kill()
+    rank.wait()
+    rank.stdout.close()
+    deadline = time.monotonic() + LEFT_S
+    while alive(tool):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_converter_ends_where_its_rank_is_dead_already():
+    convert = [sys.executable, "-m", "torchtrain.tools.convert", "to-hf", "nowhere", "nothing"]
+    for started_by, status in (({orphans.STARTED_BY: "1"}, -signal.SIGKILL), ({}, 2)):
+        ended = subprocess.run(
+            convert, env=environment(1, **started_by), capture_output=True, timeout=120
+        )
+        assert ended.returncode == status
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.1, 1.0])
 def test_no_rank_is_left_when_the_launcher_is_killed_early(tmp_path, data, delay_s):

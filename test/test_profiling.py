@@ -1,9 +1,11 @@
 """Traces, memory snapshots and garbage collection, without a run around them."""
 
+import errno
 import gc
 import gzip
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,14 @@ from torchtrain.errors import UserError
 from torchtrain.profiling import GarbageCollection, Profiler
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """The lines logged so far."""
+    monkeypatch.setattr(profiling.logger, "handlers", [])
+    monkeypatch.setattr(profiling.logger, "propagate", True)
+    return caplog
 
 
 def test_a_trace_holds_the_active_steps_of_its_cycle(tmp_path):
@@ -73,6 +83,38 @@ def test_memory_snapshots(tmp_path, monkeypatch):
     folders = ["step-2", "step-4", "out-of-memory"]
     assert written == [str(tmp_path / "memory" / name / "rank1.pickle") for name in folders]
     assert all((tmp_path / "memory" / name).is_dir() for name in folders)
+
+
+def fill_the_disk(path, *_):
+    """Write a part of a file, and find no room for the rest."""
+    Path(path).write_bytes(b"a part")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_the_trace_and_not_the_run(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(
+        torch.profiler.profile, "export_chrome_trace", lambda _, path: fill_the_disk(path)
+    )
+    section = Profiling(enable_profiling=True, profile_freq=2, profiler_warmup=1, profiler_active=1)
+    profiler = Profiler(section, tmp_path, CPU, rank=0)
+    with profiler.recording():
+        for step in range(1, 5):
+            profiler.step(step)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing half written"
+    said = "rank0.json.gz cannot be written: the disk is full (No space left on device). Training"
+    assert log.text.count(said) == 2, "each is tried"
+
+
+def test_a_full_disk_costs_the_memory_snapshot_and_not_the_run(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fill_the_disk)
+    section = Profiling(enable_memory_snapshot=True, save_memory_snapshot_folder="memory")
+    profiler = Profiler(section, tmp_path, torch.device("cuda"), rank=1)
+    profiler.write_memory_snapshot("out-of-memory")
+    assert not list((tmp_path / "memory/out-of-memory").iterdir())
+    (tmp_path / "memory/step-5").write_text("no folder can be made here")
+    profiler.write_memory_snapshot("step-5")
+    assert "step-5/rank1.pickle cannot be written: File exists" in log.text
 
 
 @pytest.fixture

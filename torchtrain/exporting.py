@@ -16,6 +16,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.models.hf_config import MODEL_CLASS, find_architecture
+from torchtrain.orphans import STARTED_BY
 from torchtrain.ranks import on_rank_zero, patient_group, together
 from torchtrain.utils import user_errors
 
@@ -68,6 +69,7 @@ def _convert(checkpoint: Path, dtype: str | None) -> None:
         command += ["--dtype", dtype]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment[STARTED_BY] = str(os.getpid())  # a rank that is killed leaves no converter behind
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         kind = UserError if done.returncode == 2 else CheckpointError

@@ -1,4 +1,4 @@
-"""A rank ends with its launcher, from its first instant on.
+"""A rank ends with its launcher, from its first instant on, and what a rank starts ends with it.
 
 Imports no torch: importing it takes seconds, in which the launcher can be killed too.
 """
@@ -10,6 +10,8 @@ import sys
 
 LAUNCHER_PID = "TORCHTRAIN_LAUNCHER_PID"
 """The environment variable by which the launcher tells its ranks who their parent is."""
+STARTED_BY = "TORCHTRAIN_STARTED_BY"
+"""That by which a rank tells a tool that it runs."""
 
 
 def end_with_launcher() -> None:
@@ -20,10 +22,23 @@ def end_with_launcher() -> None:
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    _ask_to_end_with_parent()
     if _is_orphan():  # asked last: a launcher that dies later is the kernel's business
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_rank() -> None:
+    """Have the kernel (Linux) end this tool when the rank that runs it dies, if one does."""
+    if sys.platform != "linux" or STARTED_BY not in os.environ:
+        return
+    _ask_to_end_with_parent()
+    if os.getppid() != int(os.environ[STARTED_BY]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ask_to_end_with_parent() -> None:
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _is_orphan() -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torchtrain.config.schema import Profiling
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
+from torchtrain.utils import describe_os_error, remove_if_possible
 
 MEMORY_SNAPSHOT_ENTRIES = 100_000
 """Allocations kept in a snapshot's ring buffer."""
@@ -67,24 +69,35 @@ class Profiler:
         """Write the history of allocations; after an out-of-memory error it is wanted most."""
         if not self.config.enable_memory_snapshot:
             return
-        folder = self._make_folder(self.config.save_memory_snapshot_folder, name)
-        torch.cuda.memory._dump_snapshot(str(folder / f"rank{self.rank}.pickle"))
-        logger.info(f"memory snapshot: {folder}")
-
-    def _make_folder(self, kind: str, name: str) -> Path:
-        folder = self.run_folder / kind / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        path = self.run_folder / self.config.save_memory_snapshot_folder / name
+        write = torch.cuda.memory._dump_snapshot
+        _write_if_possible("memory snapshot", path / f"rank{self.rank}.pickle", write)
 
     def _write_trace(self, trace: torch.profiler.profile) -> None:
-        folder = self._make_folder(self.config.save_traces_folder, f"step-{self.step_number}")
-        started = time.perf_counter()
-        trace.export_chrome_trace(str(folder / f"rank{self.rank}.json.gz"))
-        logger.info(f"profiler trace: {folder} ({time.perf_counter() - started:.1f} s to write)")
+        path = self.run_folder / self.config.save_traces_folder / f"step-{self.step_number}"
+        write = trace.export_chrome_trace
+        _write_if_possible("profiler trace", path / f"rank{self.rank}.json.gz", write)
 
     def recording(self) -> AbstractContextManager[Any]:
         """Record while the loop runs."""
         return nullcontext() if self.trace is None else self.trace
+
+
+def _write_if_possible(what: str, file: Path, write: Callable[[str], object]) -> None:
+    """Write a file, and log where; one that the disk has no room for does not end the run."""
+    started = time.perf_counter()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(str(file))
+    except OSError as fault:
+        remove_if_possible(file)  # a part of it would be taken for the whole
+        logger.warning(
+            f"the {what} {file} cannot be written: {describe_os_error(fault)}. Training goes on "
+            "without it"
+        )
+    else:
+        seconds = time.perf_counter() - started
+        logger.info(f"{what}: {file.parent} ({seconds:.1f} s to write)")
 
 
 class GarbageCollection:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.checkpoints import build, names, record_of, saved_run, section, weights
+from helpers.forking import in_group
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from torchtrain.checkpoint import Checkpointer, storage
+from torchtrain.checkpoint import Checkpointer, state, storage
 from torchtrain.checkpoint.commit import INDEX, MARKER
 from torchtrain.errors import CheckpointError, UserError
 
@@ -27,6 +29,56 @@ def test_a_slice_that_dcp_lost_fails_the_save(tmp_path, alone, monkeypatch):
     with pytest.raises(CheckpointError, match=r"DCP wrote \d+ of \d+ slices"):
         run.save(2)
     assert names(tmp_path) == ["step-1"]
+
+
+class SlowDisk:
+    """Stands for time.monotonic, and for a disk that takes a tenth of a second per MiB to write."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        self.written = 0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        write = storage.HashingFile.write
+
+        def slow_write(file, data):
+            self.now += len(data) / 2**20 / 10
+            self.written += len(data)
+            return write(file, data)
+
+        monkeypatch.setattr(storage.HashingFile, "write", slow_write)
+
+
+@pytest.mark.parametrize(
+    ("mib", "written", "seconds"), [(0, 0, 0.0), (2.5, 2.5, 0.25), (16, 16, 1.6), (800, 16, 80.0)]
+)
+def test_the_first_saves_time_is_estimated_by_a_part_of_it(
+    tmp_path, alone, monkeypatch, mib, written, seconds
+):
+    disk = SlowDisk(monkeypatch)
+    monkeypatch.setattr(state, "measure", lambda *_: {"model/w": int(mib * 2**20)})
+    checkpointer = Checkpointer(section(), tmp_path)
+    checkpointer.prepare({}, None)
+    assert checkpointer.save_seconds == pytest.approx(seconds)
+    assert disk.written == int(written * 2**20)
+    assert names(tmp_path) == [], "no probe is left"
+
+
+def estimate_on_two(run: Path) -> None:
+    """Be a rank; rank 1's disk is slow, and each has half of a checkpoint."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if dist.get_rank() == 1:
+            SlowDisk(monkeypatch)
+        else:
+            monkeypatch.setattr("time.monotonic", lambda: 1000.0)
+        monkeypatch.setattr(state, "measure", lambda *_: {"model/w": 8 * 2**20})
+        checkpointer = Checkpointer(section(), run)
+        checkpointer.prepare({}, None)
+        assert checkpointer.save_seconds == pytest.approx(0.4), "for 4 MiB, on both"
+
+
+@pytest.mark.slow
+def test_the_slowest_ranks_estimate_counts(tmp_path):
+    in_group(2, estimate_on_two, tmp_path)
 
 
 class Payload:

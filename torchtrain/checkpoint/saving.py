@@ -21,7 +21,7 @@ import torchtrain.checkpoint.state as state
 from torchtrain.checkpoint.asynchronous import BackgroundWriter
 from torchtrain.checkpoint.commit import TEMPORARY, Marker, Progress
 from torchtrain.checkpoint.state import Weights
-from torchtrain.checkpoint.storage import write_tensors
+from torchtrain.checkpoint.storage import time_writing, write_tensors
 from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import BadNumbers, CheckpointError, PeerFault, Stopped, UserError
 from torchtrain.logging_utils import logger
@@ -54,7 +54,7 @@ class Saver:
             self.background = BackgroundWriter(pinned=config.async_mode == "async_with_pinned_mem")
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0
-        """What the last save has taken."""
+        """What the last save has taken; before the first one an estimate, see `prepare`."""
 
     def should_save(self, step: int, last_step: int, *, stopping: bool = False) -> bool:
         """Return whether a checkpoint is due after this step, counted from 1."""
@@ -66,6 +66,9 @@ class Saver:
 
     def prepare(self, weights: Weights, optimizer: Optimizer) -> None:
         """Find out before training what would fail at the first save, and sweep the folder.
+
+        How long a save will take is estimated: all ranks write a small part of it at once, and the
+        slowest counts.
 
         Raises:
             UserError: the folder cannot be written, is not seen by all ranks, or lacks room for two
@@ -84,6 +87,9 @@ class Saver:
         finally:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
+        share = sum(sizes.values()) // dist.get_world_size()
+        seconds = self._together(lambda: time_writing(self._name_probe(), share))
+        self.save_seconds = max(gathered(seconds, self.group))
 
     def save(
         self,
@@ -257,11 +263,15 @@ class Saver:
                 f"{needed / 2**30:.2f} GiB: the last is kept until the next is complete. Make "
                 "room, choose another checkpoint.folder, or turn checkpoint.enable off."
             )
-        probe = self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
-        with writing(probe):  # under its own name, which the sweep finds
+        probe = self._name_probe()
+        with writing(probe):
             probe.write_text("seen by every rank?")
             fsync_folder(self.folder)
         return probe
+
+    def _name_probe(self) -> Path:
+        """Return a new name, which the sweep finds."""
+        return self.folder / f"{TEMPORARY}probe-{uuid.uuid4().hex}"
 
     def _look_for(self, probe: Path) -> None:
         if not probe.exists():

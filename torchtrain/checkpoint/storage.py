@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,10 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from torchtrain.checkpoint.commit import INDEX, MARKER, Marker
 from torchtrain.checkpoint.digests import FileRecord, make_record, new_hasher
 from torchtrain.errors import CheckpointError, UserError
-from torchtrain.utils import plural, user_errors
+from torchtrain.utils import plural, remove_if_possible, user_errors, writing
+
+PROBE_BYTES = 2**24
+"""At most so many bytes are written per rank to find out how fast the disk is."""
 
 
 def write_tensors(
@@ -105,6 +109,26 @@ class HashingFile(io.BufferedWriter):
             os.fsync(self.fileno())
         finally:
             super().close()
+
+
+def time_writing(path: Path, size: int) -> float:
+    """Return how many seconds it takes to write `size` bytes to a new file, by a part of them.
+
+    A small part can fit a cache on the way to the disk: what is left to do is longer than this.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    piece = os.urandom(2**20)  # not zeros, which some file systems do not write
+    part = min(size, PROBE_BYTES)
+    began = time.monotonic()
+    try:
+        with writing(path), HashingFile(path) as file:
+            for begin in range(0, part, len(piece)):
+                file.write(piece[: part - begin])
+    finally:
+        remove_if_possible(path)
+    return (time.monotonic() - began) * size / max(part, 1)
 
 
 class HashingFileSystem(FileSystem):

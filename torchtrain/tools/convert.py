@@ -40,6 +40,7 @@ from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.models.hf_config import MODEL_CLASS
+from torchtrain.orphans import end_with_rank
 from torchtrain.tools.hf_export import Export, write_hf_folder
 from torchtrain.tools.hf_tokenizer import write_tokenizer
 from torchtrain.tools.trained_model import find_trained
@@ -231,6 +232,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 2 for a user error, else 0."""
+    end_with_rank()
     given = read_arguments(arguments)
     init_logging()
     store = dist.HashStore()
