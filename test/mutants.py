@@ -325,6 +325,21 @@ MUTANTS = {
     ],
     "torchtrain/resuming.py": [
         (
+            "the data position is left out and loaded all the same",
+            '    if "dataloader" not in source.left_out:',
+            "    if source.left_out is not None:",
+        ),
+        (
+            "the steps are left out and counted all the same",
+            '    if "train_state" not in source.left_out:',
+            "    if source.left_out is not None:",
+        ),
+        (
+            "a run that counts its steps anew loses its data position",
+            "        sample = trainer.loader.samples_before(saved.step + 1)\n",
+            "",
+        ),
+        (
             "a checkpoint may be complete without its lines",
             "        metrics.sync()  # no complete",
             "        pass  # no complete",
@@ -1739,6 +1754,11 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/checkpointer.py": [
         (
+            "the optimizer's state is left out and loaded all the same",
+            'if source.model_only or "optimizer" in source.left_out:',
+            "if source.model_only:",
+        ),
+        (
             "a start sweeps nothing",
             "            self._on_rank_zero(lambda: commit.sweep(self.folder))\n",
             "            pass\n",
@@ -1755,7 +1775,7 @@ MUTANTS = {
         ),
         (
             "weights alone bring the optimizer along",
-            "        if source.model_only:\n            optimizer = None\n",
+            '        if source.model_only or "optimizer" in source.left_out:\n            optimizer = None\n',
             "",
         ),
         (

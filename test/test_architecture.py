@@ -61,10 +61,10 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10356, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10383, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1575,
-    "datasets": 1982,
+    "config": 1586,
+    "datasets": 1984,
     "parallelisms": 1800,
     "checkpoint": 1284,
     "models": 800,

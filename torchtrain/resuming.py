@@ -64,7 +64,7 @@ def has_steps_left(source: Source | Foreign, steps: int, *, is_own: bool) -> boo
     if is_own:
         logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")
         return False
-    if source.model_only:
+    if source.model_only or "train_state" in source.left_out:
         return True
     raise SharedUserError(
         f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, "
@@ -88,12 +88,14 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
                 "model.tokenizer_path: to them the same id is another token"
             )
         return
-    accept = config.checkpoint.accept_changed_data
-    together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
+    resume_data(trainer, source)
     checkpointer.load(source, trainer.model_state, trainer.optimizer)
-    trainer.step = saved.step
-    trainer.tokens_seen = saved.tokens_seen
-    trainer.guard.resume(saved.guard)
+    if "train_state" not in source.left_out:
+        trainer.step = saved.step
+        trainer.tokens_seen = saved.tokens_seen
+        trainer.guard.resume(saved.guard)
+    if source.left_out:
+        logger.info(f"not loaded from {source.path}: {', '.join(source.left_out)}")
     set_step(trainer.lr_scheduler, trainer.step)
     for change in find_schedule_changes(trainer, saved):
         logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
@@ -103,6 +105,19 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
     if changes:
         level = logging.WARNING if more_than_rounding else logging.INFO
         logger.log(level, f"the config differs from the checkpoint's: {changes}")
+
+
+def resume_data(trainer: Trainer, source: Source) -> None:
+    """Read on where the checkpoint's run has ended, unless that is left out. A collective call."""
+    saved = source.progress
+    accept = trainer.config.checkpoint.accept_changed_data
+    sample = 0
+    if "dataloader" not in source.left_out:
+        together(lambda: trainer.loader.resume(saved.data, saved.step, accept_changes=accept))
+        sample = trainer.loader.samples_before(saved.step + 1)
+    if "dataloader" in source.left_out or "train_state" in source.left_out:
+        step = 0 if "train_state" in source.left_out else saved.step
+        trainer.loader.continue_at(step, sample)
 
 
 def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:

@@ -110,6 +110,7 @@ CHANGES_NO_RESULT = (
     "checkpoint.interval",
     "checkpoint.initial_load_path",
     "checkpoint.initial_load_model_only",
+    "checkpoint.exclude_from_loading",
     "checkpoint.initial_load_in_hf",
     "checkpoint.keep_latest_k",
     "checkpoint.load_step",

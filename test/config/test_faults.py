@@ -84,6 +84,13 @@ BAD_VALUES = {
         "[compile]\ncomponents = []",
         ["compile.components = []", "at least one of model, loss"],
     ),
+    "name that is not in the list": (
+        '[checkpoint]\nexclude_from_loading = ["optimiser"]',
+        [
+            'checkpoint.exclude_from_loading = ["optimiser"]',
+            "a list with any of optimizer, dataloader, train_state, lr_scheduler",
+        ],
+    ),
     "absurd int": (f"[training]\nsteps = {10**30}", ["<= 1,000,000,000"]),
     "int of thousands of digits": (
         f"[training]\nsteps = 0x{'f' * 5000}",

@@ -60,6 +60,16 @@ IDLE = {
         "[checkpoint]\nenable = true\ninitial_load_model_only = false",
         ["has no effect while checkpoint.initial_load_path is unset"],
     ),
+    "part of the weights alone": (
+        '[checkpoint]\nenable = true\ninitial_load_path = "."\n'
+        'exclude_from_loading = ["optimizer"]',
+        ["exclude_from_loading", "no effect while checkpoint.initial_load_model_only = true"],
+    ),
+    "rate of a checkpoint": (
+        '[checkpoint]\nenable = true\ninitial_load_path = "."\ninitial_load_model_only = false\n'
+        'exclude_from_loading = ["lr_scheduler"]',
+        ["exclude_from_loading", "needs no lr_scheduler: the rate always follows from the config"],
+    ),
     "balance of a dense model": (
         "[router]\nz_loss_weight = 0.1",
         ["router.z_loss_weight = 0.1 has no effect: the model has no sparse layer"],

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from torchtrain import ranks, watchdog
 from torchtrain.catalog.models import ModelShape
+from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.options import options as all_options
 from torchtrain.config.schema import Parallelism
 from torchtrain.config_manager import JobConfig
@@ -169,6 +170,7 @@ SHOWN_BY = {
     "checkpoint.accept_changed_data": "test_changed_data_can_be_accepted",
     "checkpoint.accept_changed_model": "test_another_model_is_accepted_and_becomes_the_runs_own",
     "checkpoint.initial_load_path": "test_initial_load_of_all_or_of_the_weights",
+    "checkpoint.exclude_from_loading": "test_a_part_of_a_checkpoint_is_left_out_of_an_initial_load",
     "checkpoint.initial_load_model_only": "test_initial_load_of_all_or_of_the_weights",
     "checkpoint.initial_load_in_hf": (
         "test_what_transformers_saved_trains_on_with_the_loss_it_computes"
@@ -664,6 +666,67 @@ def test_initial_load_of_all_or_of_the_weights(run, tmp_path):
     assert [line["step"] for line in everything] == [3, 4]
     assert [line["step"] for line in weights] == [1, 2, 3, 4]
     assert weights[0]["loss"] != whole[0]["loss"]
+
+
+def test_a_part_of_a_checkpoint_is_left_out_of_an_initial_load(run, tmp_path, monkeypatch):
+    """The run that is made longer has all of it; the others each lack what they leave out."""
+    saving = {"checkpoint.enable": True, "lr_scheduler.total_steps": 4}
+    whole, _ = run("whole", **saving, **{"training.steps": 4, "checkpoint.interval": 2})
+    given = {
+        **saving,
+        "checkpoint.initial_load_path": tmp_path / "whole" / "checkpoint" / "step-2",
+        "checkpoint.initial_load_model_only": False,
+        "training.steps": 4,
+    }
+    read = []
+    forward_backward = train.forward_backward
+
+    def noting(trainer, batches):
+        read.append(batches[0].sample_ids[0])
+        return forward_backward(trainer, batches)
+
+    monkeypatch.setattr(train, "forward_backward", noting)
+
+    def run_without(names, name, **more):
+        read.clear()
+        lines, printed = run(name, **{**given, **more, "checkpoint.exclude_from_loading": names})
+        assert f"not loaded from {given['checkpoint.initial_load_path']}: " in printed
+        return [tuple(line[key] for key in ("step", "loss", "grad_norm", "lr")) for line in lines]
+
+    weights = run_without("optimizer,dataloader,train_state", "weights")
+    alone, _ = run("alone", **given | {"checkpoint.initial_load_model_only": True})
+    assert weights == [
+        tuple(line[key] for key in ("step", "loss", "grad_norm", "lr")) for line in alone
+    ]
+
+    def forgetting(self, source, weights, optimizer):
+        load(self, source, weights, optimizer)
+        optimizer.state.clear()
+
+    fresh = run_without("optimizer", "optimizer")
+    assert read == [16, 24]
+    load = Checkpointer.load
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, "load", forgetting)
+        forgot, _ = run("forgot", **given)
+    assert fresh == [
+        tuple(line[key] for key in ("step", "loss", "grad_norm", "lr")) for line in forgot
+    ]
+    assert fresh[1][1] != whole[3]["loss"], "the optimizer's state was loaded"
+
+    lines = run_without("dataloader", "data")
+    assert read == [0, 8]
+    assert [line[0] for line in lines] == [3, 4]
+    half = {"training.steps": 3}
+    run_without("dataloader", "in-two", **half)
+    again, _ = run("in-two", **given, **{"checkpoint.exclude_from_loading": "dataloader"})
+    assert read == [0, 8]
+    assert [line["loss"] for line in again] == [line[1] for line in lines]
+
+    lines = run_without("train_state,lr_scheduler", "step")
+    assert read == [16, 24, 32, 40]
+    assert [line[0] for line in lines] == [1, 2, 3, 4]
+    assert [line[3] for line in lines] == [line["lr"] for line in whole]
 
 
 class CountProducts(TorchDispatchMode):

@@ -23,7 +23,6 @@ ASKING = {
     "parallelism.expert_parallel_comm_backend": (None, '"standard"'),
     "checkpoint.enable_ft_dataloader_checkpoints": (None, "true"),
     "checkpoint.initial_load_in_hf_quantized": ("true", "false"),
-    "checkpoint.exclude_from_loading": ('["optimizer"]', "[]"),
     "checkpoint.create_seed_checkpoint": ("true", "false"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
         '["attention.wq"]',

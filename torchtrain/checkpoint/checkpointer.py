@@ -1,6 +1,7 @@
 """Which checkpoints a run has: choosing what to resume from, and loading it."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -147,7 +148,7 @@ class Checkpointer(Saver):
             CheckpointError: reading failed; names the ranks.
         """
         started = time.monotonic()
-        if source.model_only:
+        if source.model_only or "optimizer" in source.left_out:
             optimizer = None
         metadata = self._together(lambda: read_index(source.path, source.marker.files))
         entries = list_entries(metadata)
@@ -210,7 +211,7 @@ class Checkpointer(Saver):
         if isinstance(found, Source):
             if found.progress.model_only:
                 self._require_model_only(given, "a checkpoint of the weights alone")
-            return found
+            return replace(found, left_out=tuple(self.config.exclude_from_loading))
         hint = ""
         if (path / HF_CONFIG).exists():
             hint = f" It has {HF_CONFIG}: for a Hugging Face folder set initial_load_in_hf = true."

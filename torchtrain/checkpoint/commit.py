@@ -83,6 +83,8 @@ class Source:
     """As saved; with `model_only` the run takes only the weights and starts at step 0."""
     model_only: bool
     marker: Marker
+    left_out: tuple[str, ...] = ()
+    """What of it is not loaded (`checkpoint.exclude_from_loading`)."""
 
 
 Check = tuple[Callable[[Any], bool], str]

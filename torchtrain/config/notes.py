@@ -45,6 +45,7 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.load_step",
         "checkpoint.initial_load_path",
         "checkpoint.initial_load_in_hf",
+        "checkpoint.exclude_from_loading",
         "checkpoint.load_only",
         "checkpoint.enable_first_step_checkpoint",
         "checkpoint.last_save_model_only",
@@ -57,7 +58,11 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.accept_changed_data",
         "checkpoint.accept_changed_model",
     ),
-    ("checkpoint.initial_load_path", None): ("checkpoint.initial_load_model_only",),
+    ("checkpoint.initial_load_path", None): (
+        "checkpoint.initial_load_model_only",
+        "checkpoint.exclude_from_loading",
+    ),
+    ("checkpoint.initial_load_model_only", True): ("checkpoint.exclude_from_loading",),
     ("checkpoint.load_only", True): (
         "checkpoint.enable_first_step_checkpoint",
         "checkpoint.last_save_model_only",
@@ -96,6 +101,9 @@ def find_idle_options(config: Config) -> list[str]:
     if not may_skip and training.max_skips != options()["training.max_skips"].default:
         found["training.max_skips"] = "has no effect: no step is skipped"
     checkpoint = config.checkpoint
+    if "lr_scheduler" in checkpoint.exclude_from_loading:
+        text = "needs no lr_scheduler: the rate always follows from the config and the step"
+        found.setdefault("checkpoint.exclude_from_loading", text)
     exports = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
     if checkpoint.export_dtype is not None and not exports:
         text = "has no effect while neither last_save_model_only nor last_save_in_hf is set"

@@ -70,7 +70,8 @@ def _in_words(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         items = schema["items"]
         if "enum" in items:
-            return "a list with at least one of " + ", ".join(items["enum"])
+            some = "at least one" if "minItems" in schema else "any"
+            return f"a list with {some} of " + ", ".join(items["enum"])
         what = "lists of names" if items["type"] == "array" else "texts"
         return f"a list of {what}, none empty"
     words = TYPES[schema["type"]]

@@ -332,6 +332,10 @@ class Checkpoint(Section):
     """Checkpoint (a step-N folder, or torchtitan's) to start from while the run has none yet."""
     initial_load_model_only: bool = True
     """Load only the weights from initial_load_path, not optimizer, step and data position."""
+    exclude_from_loading: list[
+        Literal["optimizer", "dataloader", "train_state", "lr_scheduler"]
+    ] = []
+    """What to leave out of them: optimizer, dataloader (data position), train_state (step)."""
     initial_load_in_hf: bool = False
     """initial_load_path is a Hugging Face folder, or a safetensors file in one."""
     keep_latest_k: CountOrZero = 10

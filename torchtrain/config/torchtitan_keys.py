@@ -23,7 +23,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "parallelism.expert_parallel_comm_backend": ANY_VALUE,  # needs a degree
     "checkpoint.enable_ft_dataloader_checkpoints": ANY_VALUE,  # needs [fault_tolerance]
     "checkpoint.initial_load_in_hf_quantized": (False,),
-    "checkpoint.exclude_from_loading": ([],),
     "checkpoint.create_seed_checkpoint": (False,),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
         [],

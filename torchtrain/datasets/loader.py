@@ -246,6 +246,10 @@ class DataLoader:
             "positions": [position._asdict() for position in positions],
         }
 
+    def continue_at(self, step: int, sample: int) -> None:
+        """Read on after `step`, where nothing has been read yet, at this global sample."""
+        self._origin = {"step": step, "sample": sample}
+
     def resume(self, saved: DataState, step: int, *, accept_changes: bool = False) -> None:
         """Resume after `step` exactly where the `saved` state, of any layout, ended.
 
