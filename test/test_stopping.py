@@ -115,9 +115,9 @@ def test_the_first_save_is_begun_in_time_too(clock, stop):
     """Its time is estimated before the first step."""
     stop.deadline = 1000 + 2 * 200 + 30.0 + 1
     stop.begin_turn(200.0)
-    assert stop.reason == 0
+    assert stop.find_reason() == 0
     clock.now += 2
-    assert stop.reason == TIME_IS_UP
+    assert stop.find_reason() == TIME_IS_UP
 
 
 def test_the_first_turn_counts_until_there_is_another(clock, stop):
