@@ -20,7 +20,7 @@ from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.run_folder import RunFolder
-from torchtrain.utils import remove_unfinished, write_durably
+from torchtrain.utils import make_folder, remove_unfinished, write_durably
 
 
 def run_folder(path):
@@ -212,6 +212,22 @@ def test_earlier_outputs_are_moved_and_a_users_own_files_are_not(tmp_path):
     (path / "tb").mkdir()
     folder.begin_afresh(outputs)
     assert not (path / "previous-12").exists(), "nothing to move"
+
+
+def test_a_power_cut_does_not_take_a_new_folder_away(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    make_folder(tmp_path / "a/b/c")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")} <= set(synced)
+    synced.clear()
+    RunFolder(tmp_path / "a/b/c", owner=True)  # made by a run that was killed before it synced
+    assert str(tmp_path / "a/b") in synced
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_clear_error(tmp_path):

@@ -16,6 +16,7 @@ from torchtrain.utils import (
     METRICS_FILE,
     SAMPLES_FILE,
     fsync_folder,
+    make_folder,
     plural,
     remove_unfinished,
     write_durably,
@@ -52,7 +53,7 @@ class RunFolder:
     def _lock(self) -> TextIO:
         """Lock the folder; the lock is held until the file that is returned is closed."""
         with writing(f"job.dump_folder = {str(self.path)!r}"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         lock = os.fdopen(descriptor, "r+")
         try:

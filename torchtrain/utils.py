@@ -121,6 +121,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing; a power cut does not take them away."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new or [folder]:  # one that is there may be of a run that was killed here
+        with suppress(PermissionError):  # what lies above may be closed to us
+            fsync_folder(path.parent)
+
+
 def write_durably(path: Path, text: str) -> None:
     """Replace what is in `path` by `text`, at once.
 

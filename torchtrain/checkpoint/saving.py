@@ -26,7 +26,7 @@ from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import BadNumbers, CheckpointError, PeerFault, Stopped, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import fsync_folder, user_errors, writing
+from torchtrain.utils import fsync_folder, make_folder, user_errors, writing
 
 T = TypeVar("T")
 
@@ -248,8 +248,7 @@ class Saver:
 
     def _make_folder(self) -> None:
         """Make the folder, and remove what dead runs left unfinished in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fsync_folder(self.folder.parent)
+        make_folder(self.folder)
         commit.sweep(self.folder)
 
     def _write_probe(self, needed: int) -> Path:
