@@ -2479,4 +2479,47 @@ MUTANTS = {
             "        pass\n",
         ),
     ],
+    "torchtrain/utils.py": [
+        (
+            "a new folder's name is not synced",
+            "    for path in new or [folder]:",
+            "    for path in []:",
+        ),
+    ],
+    "torchtrain/tools/faults/replay.py": [
+        (
+            "an unsynced name survives a power cut",
+            'states = {"synced": entry.history[0], "names": entry.history[-1]}',
+            'states = {"synced": entry.history[-1], "names": entry.history[-1]}',
+        ),
+        (
+            "unsynced content survives a power cut",
+            'is_whole = keep == "some" and rng.random() < 0.5',
+            'is_whole = keep != "synced" or rng.random() < 0.5',
+        ),
+        (
+            "a rename is not lost by a power cut",
+            "        there.names[target.name] = entry\n        folder.change()\n",
+            "        there.names[target.name] = entry\n        self._sync(folder)\n",
+        ),
+    ],
+    "torchtrain/tools/faults/trial.py": [
+        (
+            "a start may go on from any checkpoint",
+            "    if found is not None and found not in allowed:",
+            "    if found is not None and not allowed:",
+        ),
+        (
+            "a beginning at step 1 is no loss",
+            "        found = 0\n",
+            "        found = None\n",
+        ),
+    ],
+    "torchtrain/tools/faults/bench.py": [
+        (
+            "losses are compared to rounding",
+            "            if ours != expected and not",
+            '            if abs(ours["loss"] - expected["loss"]) > 1e-9 and not',
+        ),
+    ],
 }

@@ -1,0 +1,101 @@
+"""Runs that are killed and go on on another layout: exact state and data, losses to rounding."""
+
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchtrain.tools.faults.bench import (
+    STEPS,
+    Bench,
+    Lost,
+    Options,
+    compare_tensors,
+    read_curve,
+)
+from torchtrain.tools.faults.forked import replace
+from torchtrain.tools.faults.killing import die_at_call
+from torchtrain.tools.faults.trial import Trial
+from torchtrain.tools.layouts import CP_2, EP_2, PP_2, TASKS, TP_2
+
+LAYOUTS: dict[str, tuple[int, Options]] = {
+    "1": (1, {}),
+    "FSDP 2": (2, {}),
+    "TP 2": (2, TP_2),
+    "PP 2": (2, PP_2),
+    "CP 2": (2, CP_2),
+}
+"""Ranks and options by name."""
+LAYOUTS_OF_EXPERTS = {"FSDP 2": (2, {}), "EP 2": (2, EP_2), "TP 2": (2, TP_2)}
+EXPERTS = TASKS["experts"].overrides
+TOLERANCE = 2e-5
+"""By how much a loss or norm may differ, relative to itself."""
+
+
+def reshard(trial: Trial) -> None:
+    """Kill a run in any call, and let it go on, to the end, on another layout."""
+    layouts = LAYOUTS_OF_EXPERTS if has_experts(trial) else LAYOUTS
+    task = EXPERTS if has_experts(trial) else {}
+    (ranks, before), (ranks_after, after) = trial.rng.sample(list(layouts.values()), 2)
+    call = trial.rng.randint(trial.bench.calls[0] // 2, trial.bench.calls[0])
+    trial.end(partial(die_at_call, 0, call), {**task, **before}, ranks)
+    newest = trial.find_newest()
+    saved = trial.folder / "saved"
+    if newest:
+        shutil.copytree(trial.run / "checkpoint" / f"step-{newest}", saved)
+    loaded = trial.folder / "loaded"
+    trial.bench.train(trial.run, partial(keep_loaded, loaded), {**task, **after}, ranks_after)
+    if newest and newest < STEPS:
+        compare_tensors(loaded / "checkpoint" / f"step-{newest}", saved)
+
+
+def compare_run(trial: Trial) -> None:
+    """Compare a try's run with the untouched one."""
+    untouched = trial.bench.folder / "untouched"
+    if has_experts(trial):
+        untouched = train_untouched(trial.bench, EXPERTS)
+    compare_to_rounding(trial.run, untouched)
+
+
+def has_experts(trial: Trial) -> bool:
+    """Return whether its model has experts: every fourth."""
+    return trial.number % 4 == 3
+
+
+def train_untouched(bench: Bench, task: Options) -> Path:
+    """Return the folder of the untouched run with experts, made once per campaign."""
+    folder = bench.folder / "untouched-experts"
+    with bench.lock:
+        if not folder.exists():
+            bench.train(folder, options=task)
+    return folder
+
+
+def keep_loaded(folder: Path) -> None:
+    """Have the ranks save, to another folder, what they have loaded."""
+    import train
+    from torchtrain.checkpoint import Checkpointer
+    from torchtrain.resuming import progress_of
+
+    def resume(real: Any, trainer: Any, checkpointer: Any, source: Any) -> None:
+        real(trainer, checkpointer, source)
+        copy = Checkpointer(trainer.config.checkpoint, folder)
+        copy.save(trainer.model_state, trainer.optimizer, progress_of(trainer))
+
+    replace(train, "resume", resume)
+
+
+def compare_to_rounding(run: Path, untouched: Path) -> None:
+    """Check that a run has the untouched run's curve, to rounding.
+
+    Raises:
+        Lost: it has not.
+    """
+    mine, theirs = read_curve(run), read_curve(untouched)
+    if [line["step"] for line in mine] != [line["step"] for line in theirs]:
+        raise Lost(f"the steps of {run} are not those of {untouched}")
+    for ours, expected in zip(mine, theirs, strict=True):
+        for key, value in expected.items():
+            if value is not None and not math.isclose(ours[key], value, rel_tol=TOLERANCE):
+                raise Lost(f"step {ours['step']}: {key} is {ours[key]} instead of {value}")
