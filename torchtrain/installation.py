@@ -11,7 +11,7 @@ _IS_INSTALLED = (_PACKAGE / "program").is_dir()
 PROGRAM = _PACKAGE / "program" if _IS_INSTALLED else _CHECKOUT
 """The folder with train.py and train_configs/: the repository, or part of the installed package."""
 
-NEEDED = ("torch", "numpy", "pydantic", "tomli")
+NEEDED = ("torch", "numpy", "pydantic", "tomli", "xxhash")
 """What every command imports."""
 
 
