@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torchtrain.errors import UserError
 from torchtrain.tools.faults import campaign
-from torchtrain.tools.faults.bench import Bench
+from torchtrain.tools.faults.bench import Bench, Lost
 from torchtrain.tools.faults.campaign import FAULTS, Tally
 from torchtrain.utils import nearest
 
@@ -99,6 +99,9 @@ def main(arguments: list[str]) -> int:
     except UserError as fault:
         print(fault, file=sys.stderr)
         return 2
+    except Lost as fault:
+        print(f"the untouched run itself is not as it must be: {fault}", file=sys.stderr)
+        return 1
     print(campaign.as_table(tallies))
     made = sum(tally.tries for tally in tallies.values())
     minutes = (time.monotonic() - started) / 60

@@ -134,7 +134,7 @@ def run(bench: Bench, tries: Iterable[tuple[str, int]], seed: int, jobs: int) ->
 
 
 def attempt(bench: Bench, seed: int, name: str, number: int) -> Ended:
-    """Make a try."""
+    """Make a try; one that raises anything else than `Lost` is lost too."""
     trial = Trial(bench, name, number, seed)
     try:
         for _ in range(trial.rng.randint(1, FAULTS[trial.name].in_a_row)):
@@ -142,6 +142,8 @@ def attempt(bench: Bench, seed: int, name: str, number: int) -> Ended:
         FAULTS[trial.name].finish(trial)
     except Lost as fault:
         return Ended(trial, str(fault))
+    except Exception as fault:
+        return Ended(trial, f"{type(fault).__name__}: {fault}")
     return Ended(trial, "")
 
 
