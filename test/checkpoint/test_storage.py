@@ -1,6 +1,8 @@
 """Files of tensors: what DCP loses is found, and nothing in a file is ever executed."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import pickle
@@ -29,6 +31,38 @@ def test_a_slice_that_dcp_lost_fails_the_save(tmp_path, alone, monkeypatch):
     with pytest.raises(CheckpointError, match=r"DCP wrote \d+ of \d+ slices"):
         run.save(2)
     assert names(tmp_path) == ["step-1"]
+
+
+class FailingOnce(io.FileIO):
+    """A file of which one write fails; what is written after it goes well."""
+
+    writes = 0
+    fails_at = 0
+
+    def write(self, data):
+        FailingOnce.writes += 1
+        if FailingOnce.writes == FailingOnce.fails_at:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return super().write(data)
+
+
+def test_the_disks_own_words_are_heard_whichever_write_fails(tmp_path, alone, monkeypatch):
+    """In the midst of a tensor torch's writer fails in words of its own, and hides them."""
+    tensors = {name: torch.ones(10_000) for name in ("a", "b")}
+    monkeypatch.setattr(storage.io, "FileIO", FailingOnce)
+
+    def save(name, fails_at):
+        monkeypatch.setattr(FailingOnce, "writes", 0)
+        monkeypatch.setattr(FailingOnce, "fails_at", fails_at)
+        (tmp_path / name).mkdir()
+        storage.write_tensors(tmp_path / name, tensors, dist.group.WORLD)
+
+    save("whole", fails_at=0)
+    writes = FailingOnce.writes
+    assert writes > 3
+    for fails_at in range(1, writes + 1):
+        with pytest.raises(CheckpointError, match="Disk quota exceeded"):
+            save(f"without-{fails_at}", fails_at)
 
 
 class SlowDisk:

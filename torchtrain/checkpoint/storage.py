@@ -92,10 +92,16 @@ class HashingFile(io.BufferedWriter):
         super().__init__(io.FileIO(path, "xb"))
         self.hasher = new_hasher()
         self.count = 0
+        self.fault: OSError | None = None
+        """The disk's, of the write that failed first."""
 
     def write(self, data: Any) -> int:
         """Write, hash and count."""
-        written = super().write(data)
+        try:
+            written = super().write(data)
+        except OSError as fault:
+            self.fault = self.fault or fault
+            raise
         self.hasher.update(data)
         self.count += written
         return written
@@ -141,10 +147,17 @@ class HashingFileSystem(FileSystem):
     def create_stream(  # type: ignore[override]
         self, path: str | os.PathLike[str], mode: str
     ) -> Iterator[io.IOBase]:
-        """Open a new file to write to."""
+        """Open a new file to write to.
+
+        Raises:
+            OSError: the disk's fault, over which torch's zip writer raises one of its own.
+        """
         assert mode == "wb"
         with HashingFile(path) as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as fault:
+                raise file.fault or fault from None
         self.written[Path(path).name] = make_record(file.count, file.hasher)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
