@@ -229,6 +229,15 @@ def test_command_line_goes_before_file_before_default():
     assert config.job.config_file == "run.toml"
 
 
+def test_the_command_line_can_empty_a_list(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[checkpoint]\nexclude_from_loading = ["optimizer"]\n')
+    given = ["--job.config_file", str(file)]
+    assert JobConfig().parse_args(given).checkpoint.exclude_from_loading == ["optimizer"]
+    given.append("--checkpoint.exclude_from_loading=")
+    assert JobConfig().parse_args(given).checkpoint.exclude_from_loading == []
+
+
 def test_fills_in_place_and_leaves_no_trace_elsewhere():
     config = JobConfig()
     assert config.parse_args(["--training.steps=7", "--compile.components=loss"]) is config

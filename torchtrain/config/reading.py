@@ -180,7 +180,7 @@ def _parse_value(option: Option | None, text: str) -> Any:
         if option.kind == "boolean":
             return {"true": True, "false": False}.get(text, text)
         if option.kind == "array":
-            return text.split(",")
+            return text.split(",") if text else []
         if option.kind == "lists":
             return [part.split(",") for part in text.split(";")]
         return {"integer": int, "number": float, "string": str}[option.kind](text)

@@ -68,7 +68,7 @@ def as_text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, list):
-        separator = ";" if isinstance(value[0], list) else ","
+        separator = ";" if value and isinstance(value[0], list) else ","
         return separator.join(map(as_text, value))
     return str(value)
 
