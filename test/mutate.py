@@ -103,7 +103,7 @@ ROOMS = {
     "torchtrain/parallelisms/replica_check.py": ("test/parallelisms/test_replica_check.py",),
     "torchtrain/parallelisms/fsdp.py": ("test/config/test_options.py", "test/parallelisms"),
     "torchtrain/tools": ("test/tools",),
-    "torchtrain/tools/faults": ("test/tools/test_faults.py",),
+    "torchtrain/tools/faults": ("test/tools/test_fault_campaign.py",),
     "torchtrain/utils.py": ("test/test_run_folder.py", "test"),
 }
 WHOLE_RUNS = ("test/test_training_by_hand.py", "test/test_training.py")

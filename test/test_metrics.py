@@ -449,7 +449,7 @@ def step_of_this_rank(rank, **changes):
         torch.tensor(own["max_loss"], dtype=torch.float64),
         torch.tensor(own["grad_norm"], dtype=torch.float32),
         stopwatch,
-        SimpleNamespace(reason=own["signal"]),
+        SimpleNamespace(find_reason=lambda: own["signal"], listen=lambda: None),
     )
 
 

@@ -22,10 +22,8 @@ from torchtrain.tools.layouts import (
     EXPERTS,
     NO_SEQUENCE,
     OFFLOAD,
-    PP_2,
     REPLICATE_2,
     TP_2,
-    pipeline,
 )
 
 WO = "layers.1.attention.wo.weight"
@@ -91,12 +89,10 @@ ON_TWO = {
     "hsdp2": (REPLICATE_2, EVERYTHING),
     "hsdp2-offload": (REPLICATE_2 | OFFLOAD, EVERYTHING),
     "hsdp2-bf16": (REPLICATE_2 | {"training.dtype": "bfloat16"}, EVERYTHING),
-    "hsdp2-for-loop": (REPLICATE_2 | {"optimizer.implementation": "for-loop"}, EVERYTHING),
     "tp2": (TP_2, NORMS),
     "tp2-no-sequence": (TP_2 | NO_SEQUENCE, NORMS),
     "tp2-qk-norm": (TP_2 | {"model.qk_norm": True}, NORMS),
     "cp2": (CP_2, None),
-    "pp2": (PP_2, None),
     "dualpipev": (DUAL_PIPE | {"model.n_layers": 4}, None),
     "hsdp2-experts": (REPLICATE_2 | EXPERTS, EVERYTHING),
     "ep2": (EP_2 | EXPERTS, BIASES),
@@ -104,12 +100,9 @@ ON_TWO = {
 }
 ON_FOUR = {
     "hsdp2-fsdp2": (REPLICATE_2, EVERYTHING),
-    "hsdp4": ({"parallelism.data_parallel_replicate_degree": 4}, EVERYTHING),
     "hsdp2-tp2": (REPLICATE_2 | TP_2, EVERYTHING),
     "hsdp2-cp2": (REPLICATE_2 | CP_2, EVERYTHING),
-    "hsdp2-pp2": (REPLICATE_2 | PP_2, EVERYTHING),
     "fsdp2-tp2": (TP_2, NORMS),
-    "pp2-tp2": (pipeline("1F1B") | TP_2, NORMS),
     "hsdp2-ep2-experts": (REPLICATE_2 | EP_2 | EXPERTS, EVERYTHING),
 }
 
