@@ -357,8 +357,8 @@ MUTANTS = {
         ("the rate is not set on resume", "    set_step(trainer.lr_scheduler, trainer.step)\n", ""),
         (
             "weights alone bring the step along",
-            "        checkpointer.load(source, trainer.model_state, None)\n        tokenizers",
-            "        checkpointer.load(source, trainer.model_state, None)\n        trainer.step = saved.step\n        tokenizers",
+            "        checkpointer.load(source, trainer.model_state, None)\n        return",
+            "        checkpointer.load(source, trainer.model_state, None)\n        trainer.step = saved.step\n        return",
         ),
         (
             "a changed learning rate is not told",
@@ -2482,7 +2482,7 @@ MUTANTS = {
     "torchtrain/utils.py": [
         (
             "a new folder's name is not synced",
-            "    for path in new or [folder]:",
+            "    for path in new:",
             "    for path in []:",
         ),
     ],

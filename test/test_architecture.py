@@ -61,12 +61,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10397, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10408, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1586,
     "datasets": 1984,
     "parallelisms": 1800,
-    "checkpoint": 1291,
+    "checkpoint": 1292,
     "models": 800,
     "optimizers": 400,
 }

@@ -362,6 +362,29 @@ def test_a_run_whose_first_step_was_skipped_is_resumed(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("left_out", ["optimizer", "train_state"])
+def test_a_skip_right_after_a_part_was_left_out_leaves_a_checkpoint_that_loads(
+    left_out, data, tmp_path
+):
+    """Whether the optimizer has a state does not follow from the counts."""
+    given = {**data, **SKIPPING, "checkpoint.interval": 1}
+    spoiled_run(1, {**given, "training.steps": 2, "job.dump_folder": tmp_path / "first"}, {})
+    given |= {
+        "checkpoint.initial_load_path": tmp_path / "first" / "checkpoint" / "step-2",
+        "checkpoint.initial_load_model_only": False,
+        "checkpoint.exclude_from_loading": left_out,
+    }
+    begin = 3 if left_out == "optimizer" else 1
+    fault = {begin: (0, WO)}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    spoiled_run(1, {**given, "training.steps": 5, "job.dump_folder": whole}, fault)
+    given["job.dump_folder"] = parts
+    spoiled_run(1, {**given, "training.steps": begin}, fault)
+    spoiled_run(1, {**given, "training.steps": 5}, {})
+    assert_same_run(parts, whole, 5, tmp_path)
+
+
+@pytest.mark.slow
 def test_the_end_names_the_first_gradient_that_is_not_finite(data, tmp_path):
     printed = spoiled_run(2, {**data, "job.dump_folder": tmp_path}, {2: (1, WO)}, expect=1)
     assert printed.count("step 2: loss") == 1

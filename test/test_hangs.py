@@ -54,7 +54,10 @@ def test_a_rank_that_waits_itself_is_not_the_one_that_is_missing():
             "rank 1 had not arrived, in step 2 (validation); others waited for 30 s; "
             "see hang/step-3",
         ),
-        ({1: at(world=7)}, "no rank has moved in step 3 (saving) for 30 s; see hang/step-3"),
+        (
+            {1: at(world=7)},
+            "no rank has made progress in step 3 (saving) for 30 s; see hang/step-3",
+        ),
     ],
 )
 def test_a_hang_is_one_line(theirs, line):

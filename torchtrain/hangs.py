@@ -28,6 +28,7 @@ PLACES = {
     "run": "replica check",
     "validate": "validation",
     "show_texts": "text samples",
+    "log": "logging",
     "poll": "saving",
     "save_progress": "saving",
     "end_step": "end of the step",
@@ -132,7 +133,7 @@ def describe_hang(
     missing = find_missing(positions, world_size)
     for_long = f"for {waited_s:.0f} s; see {folder}"
     if not missing:
-        return f"no rank has moved in {own} {for_long}"
+        return f"no rank has made progress in {own} {for_long}"
     if missing[0] not in positions:
         return f"{name_ranks(missing)} did not answer in {own} {for_long}"
     theirs = positions[missing[0]]

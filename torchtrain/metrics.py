@@ -171,9 +171,12 @@ class Stopwatch:
         """The part of the step in which this rank has not waited for others.
 
         It waited for its data, or its thread ran, or would have if it had had a core. Ranks whose
-        collectives wait for each other take equally long; this tells them apart. What an
-        accelerator does beside the thread is not in it.
+        collectives wait for each other take equally long; this tells them apart. With an
+        accelerator it is the wait for data alone: the thread that waits for the device, and so for
+        other ranks, runs.
         """
+        if torch.accelerator.is_available():
+            return self.data_time_s
         return self.data_time_s + measure_running() - self._ran_before_s
 
     @contextmanager

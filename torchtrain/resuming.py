@@ -79,14 +79,10 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
         return
     saved = source.progress
     config = trainer.config
+    if source.model_only or "dataloader" in source.left_out:
+        warn_of_another_tokenizer(trainer, source)
     if source.model_only:
         checkpointer.load(source, trainer.model_state, None)
-        tokenizers = find_tokenizers(saved.data)
-        if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
-            logger.warning(
-                f"the weights of {source.path} were trained with another tokenizer than "
-                "model.tokenizer_path: to them the same id is another token"
-            )
         return
     resume_data(trainer, source)
     checkpointer.load(source, trainer.model_state, trainer.optimizer)
@@ -105,6 +101,16 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
     if changes:
         level = logging.WARNING if more_than_rounding else logging.INFO
         logger.log(level, f"the config differs from the checkpoint's: {changes}")
+
+
+def warn_of_another_tokenizer(trainer: Trainer, source: Source) -> None:
+    """Say so where the weights know other tokens; with the data position it would be refused."""
+    tokenizers = find_tokenizers(source.progress.data)
+    if tokenizers and tokenizers != find_tokenizers(trainer.loader.state(0)):
+        logger.warning(
+            f"the weights of {source.path} were trained with another tokenizer than "
+            "model.tokenizer_path: to them the same id is another token"
+        )
 
 
 def resume_data(trainer: Trainer, source: Source) -> None:

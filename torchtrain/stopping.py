@@ -93,9 +93,9 @@ class StopRequest:
         if self._listens:
             return
         self._listens = True
+        end_watch()  # first: a Ctrl-C that is noted must not end this rank too
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._note)
-        end_watch()
 
     def begin_turn(self, save_seconds: float, *, is_last: bool = False) -> None:
         """Note that a turn of the loop begins, and how long a save takes.

@@ -125,9 +125,12 @@ def make_folder(folder: Path) -> None:
     """Make a folder, and those above it that are missing; a power cut does not take them away."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in new or [folder]:  # one that is there may be of a run that was killed here
+    for path in new:
         with suppress(PermissionError):  # what lies above may be closed to us
             fsync_folder(path.parent)
+    if not new:  # it may be of a run that was killed right here
+        with suppress(OSError):  # not every parent can be synced, such as that of a mount
+            fsync_folder(folder.parent)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -134,7 +134,9 @@ class Watchdog:
                 if store is None:
                     return
                 self._look(store, passed_s)
-            except RuntimeError:  # the store is busy or gone: another connection at the next look
+            # The store is busy or gone: another connection at the next look. Nor may anything else
+            # end this thread: others would take its silence for a rank that does not answer.
+            except Exception:
                 store = None
         if store is not None:
             with suppress(RuntimeError):
@@ -154,10 +156,13 @@ class Watchdog:
             self._answer(store, suspicion, position, waited_s)
             self._write(write_collectives, suspicion)
         elif position.is_patient and silent_s >= self.timeout_s:
-            self._suspect(store, position, silent_s)
+            if not self._suspect(store, position, silent_s):
+                time.sleep(self.margin_s)  # another rank was first, and says it
             os._exit(1)  # the loop may wait for a disk, or for that rank, for hours
         elif not position.is_patient and waited_s >= limit_s and not suspicion:
-            self._suspect(store, position, waited_s)
+            suspicion = self._suspect(store, position, waited_s) or read(store, SUSPICION)
+            # Last, since a device that hangs may keep it waiting.
+            self._write(write_collectives, suspicion)
 
     def _find_position(self) -> Position:
         place = find_place(self.loop, self._thread)
@@ -169,18 +174,20 @@ class Watchdog:
         silent_s = self._next.look(beat, passed_s)
         return 0.0 if beat == "ended" else silent_s
 
-    def _suspect(self, store: dist.Store, position: Position, waited_s: float) -> None:
-        """Have all ranks write down where they are, and one of them say who had not arrived."""
+    def _suspect(self, store: dist.Store, position: Position, waited_s: float) -> str:
+        """Have all ranks write down where they are, and one of them say who had not arrived.
+
+        Returns:
+            The name of the hang where this rank is the one, else "".
+        """
         mine = f"{position.step}-{uuid.uuid4().hex}"
         suspicion = store.compare_set(SUSPICION, "", mine).decode()
         self._answer(store, suspicion, position, waited_s)
-        if suspicion == mine:
-            self._suspected, self._pause_s = position, waited_s
-            self._say_who(store, mine, position, waited_s)
-        # Last, since a device that hangs may keep it waiting.
-        self._write(write_collectives, suspicion)
-        if suspicion != mine:  # another rank was first, and says it
-            time.sleep(self.margin_s)
+        if suspicion != mine:
+            return ""
+        self._suspected, self._pause_s = position, waited_s
+        self._say_who(store, mine, position, waited_s)
+        return mine
 
     def _say_who(self, store: dist.Store, mine: str, position: Position, waited_s: float) -> None:
         """Wait a little for the ranks' answers, and say who had not arrived."""
@@ -217,7 +224,7 @@ class Watchdog:
         before = self._suspected
         if before is None or (before.step, before.entered) == (position.step, position.entered):
             return
-        logger.warning(f"it was no hang: training goes on after {before}")
+        logger.warning(f"false alarm: training has resumed after {before}")
         self._suspected = None
         self._longest_pause_s = max(self._longest_pause_s, self._pause_s)
         store.delete_key(HANG)

@@ -68,7 +68,10 @@ IDLE = {
     "rate of a checkpoint": (
         '[checkpoint]\nenable = true\ninitial_load_path = "."\ninitial_load_model_only = false\n'
         'exclude_from_loading = ["lr_scheduler"]',
-        ["exclude_from_loading", "needs no lr_scheduler: the rate always follows from the config"],
+        [
+            "exclude_from_loading",
+            "lr_scheduler has no effect: the rate always follows from the config",
+        ],
     ),
     "balance of a dense model": (
         "[router]\nz_loss_weight = 0.1",

@@ -152,7 +152,8 @@ class Checkpointer(Saver):
             optimizer = None
         metadata = self._together(lambda: read_index(source.path, source.marker.files))
         entries = list_entries(metadata)
-        stateful = optimizer if source.progress.has_updates else None
+        has_states = any(name.startswith("optimizer/") for name in entries)
+        stateful = optimizer if has_states or not source.progress.has_skips else None
         tensors = self._together(lambda: state.list_training_state(weights, stateful, entries))
         everyones: set[str] = set().union(*gathered(list(tensors), self.group))
         converted = self._together(

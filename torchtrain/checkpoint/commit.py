@@ -69,9 +69,9 @@ class Progress:
     """Whether the checkpoint holds the weights alone, so that no run goes on from it."""
 
     @property
-    def has_updates(self) -> bool:
-        """Whether a step has changed the weights, so that the optimizer has a state."""
-        return self.guard is None or self.guard["skipped"] < self.step
+    def has_skips(self) -> bool:
+        """Whether steps were skipped: where all were, the optimizer has no state yet."""
+        return self.guard is not None and self.guard["skipped"] > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def find_idle_options(config: Config) -> list[str]:
         found["training.max_skips"] = "has no effect: no step is skipped"
     checkpoint = config.checkpoint
     if "lr_scheduler" in checkpoint.exclude_from_loading:
-        text = "needs no lr_scheduler: the rate always follows from the config and the step"
+        text = "lr_scheduler has no effect: the rate always follows from the config and the step"
         found.setdefault("checkpoint.exclude_from_loading", text)
     exports = checkpoint.last_save_model_only or checkpoint.last_save_in_hf
     if checkpoint.export_dtype is not None and not exports:

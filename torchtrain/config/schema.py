@@ -230,9 +230,9 @@ class Training(Section):
     max_skips: Count = 10
     """Most steps that may be skipped in a row; one more ends the run."""
     spike_deviations: Positive | None = None
-    """Skip a step whose loss or norm is so many standard deviations above the mean; unset: none."""
+    """Skip a step whose loss or gradient norm is so many deviations above the recent mean."""
     spike_window: AtLeastTwo = 128
-    """Steps whose mean that is, the last ones; without half of them none is skipped."""
+    """Recent steps in that mean; until half of them have been taken, none is skipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
     document_masking: bool = False
@@ -335,7 +335,7 @@ class Checkpoint(Section):
     exclude_from_loading: list[
         Literal["optimizer", "dataloader", "train_state", "lr_scheduler"]
     ] = []
-    """What to leave out of them: optimizer, dataloader (data position), train_state (step)."""
+    """Parts of it not to load: optimizer, dataloader (data position), train_state (step)."""
     initial_load_in_hf: bool = False
     """initial_load_path is a Hugging Face folder, or a safetensors file in one."""
     keep_latest_k: CountOrZero = 10
@@ -443,7 +443,7 @@ class Debug(Section):
     detect_anomaly: bool = False
     """Find the operation whose gradient is NaN (slow)."""
     replica_check_freq: CountOrZero = 0
-    """Steps from one check that what ranks have in common is equal to the next; 0: no check."""
+    """Check every n steps that replicas are bitwise identical; 0: never."""
     moe_force_load_balance: bool = False
     """Give each expert as many tokens as the others, whatever its scores: for benchmarks alone."""
 
