@@ -1,4 +1,4 @@
-"""A thread of each rank that notices when ranks wait in vain, and writes down where they are.
+"""A thread of each rank that detects hangs, and writes down where the ranks are.
 
 It enters no collective. What the ranks' threads tell each other goes through the store in which the
 ranks have met, so that a rank that waits for nobody writes its stacks too.
