@@ -79,6 +79,7 @@ def test_a_tool_ends_with_the_rank_that_runs_it():
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_the_converter_ends_where_its_rank_is_dead_already():
     convert = [sys.executable, "-m", "torchtrain.tools.convert", "to-hf", "nowhere", "nothing"]
     for started_by, status in (({orphans.STARTED_BY: "1"}, -signal.SIGKILL), ({}, 2)):

@@ -185,6 +185,7 @@ def test_all_is_synced_before_the_rename_and_the_rename_after(tmp_path, alone, m
     assert written == [STATE, MARKER], "the marker is written once, and last"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_crash_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, alone, mode):
     """Save step 2 over step 1, keeping one; die before the first, second, … operation; resume."""

@@ -177,6 +177,7 @@ def find_or_refuse(run: Path) -> Source | str:
         return str(refused)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_a_marker_is_damage_or_changes_nothing(tmp_path, alone, log):
     """But the format may be a later one then, and the version of torch, which nothing reads."""
     saved_run(tmp_path, (1, 2))

@@ -130,6 +130,7 @@ def test_weights_alone_start_another_run(run, tmp_path):
 # ---- Hugging Face's form ----
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path):
     printed = run("run", **IN_HF, **{"checkpoint.keep_latest_k": 1})
     step = tmp_path / "run" / "checkpoint" / "step-4"
@@ -147,6 +148,7 @@ def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path):
     assert str(step / "hf") not in run("run", **IN_HF), "and does it once"
 
 
+@pytest.mark.slow
 def test_it_has_the_type_that_was_asked_for(run, tmp_path):
     run("run", **IN_HF, **{"checkpoint.export_dtype": "float16"})
     config = json.loads((tmp_path / "run/checkpoint/step-4/hf/config.json").read_text())
