@@ -134,10 +134,10 @@ class Watchdog:
                 if store is None:
                     return
                 self._look(store, passed_s)
-            # The store is busy or gone: another connection at the next look. Nor may anything else
-            # end this thread: others would take its silence for a rank that does not answer.
-            except Exception:
+            except RuntimeError:  # the store is busy or gone: another connection at the next look
                 store = None
+            except Exception as fault:  # a thread that ended would pass for a silent rank
+                logger.warning(f"the watchdog could not look: {fault!r}")
         if store is not None:
             with suppress(RuntimeError):
                 store.set(f"beat/{self.rank}", "ended")

@@ -2,10 +2,10 @@
 
     python -m torchtrain.tools.faults [--seed S] [--kills N] [--jobs J] [--only NAME [--try K]]
 
-A try makes a fault, or some in a row, in a run of 10 steps on two ranks; then the run is started
-again without, and must end as the untouched run does: weights, optimizer states, position in the
-data and every logged number, to the bit, with nothing unfinished left in its folder. Where a fault
-ends the run with a message, that must come in time, and the checkpoint before must load. A try that
+A try injects a fault, or several in a row, into a run of 10 steps on two ranks; then the run is
+restarted without faults, and must end as the untouched run does: weights, optimizer states,
+position in the data and every logged number, to the bit, with nothing unfinished left in its
+folder. Where a fault ends the run with a message, that must come in time, and the checkpoint before must load. A try that
 does not end so is lost: its folder is kept, and the line that makes that try again is printed.
 
 Ctrl-C ends the campaign with the table so far. Linux only.
@@ -14,6 +14,7 @@ Exit status: 0 nothing is lost; 1 something is; 2 a user error.
 """
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -103,10 +104,13 @@ def main(arguments: list[str]) -> int:
         print(f"the untouched run itself is not as it must be: {fault}", file=sys.stderr)
         return 1
     print(campaign.as_table(tallies))
+    lost = any(tally.lost for tally in tallies.values())
+    if asked.folder is None and not lost:
+        shutil.rmtree(folder, ignore_errors=True)
     made = sum(tally.tries for tally in tallies.values())
     minutes = (time.monotonic() - started) / 60
     print(f"\nseed {asked.seed}: {made} of {len(tries)} tries in {minutes:.1f} minutes")
-    return int(any(tally.lost for tally in tallies.values()))
+    return int(lost)
 
 
 if __name__ == "__main__":
