@@ -5,8 +5,9 @@
 A try injects a fault, or several in a row, into a run of 10 steps on two ranks; then the run is
 restarted without faults, and must end as the untouched run does: weights, optimizer states,
 position in the data and every logged number, to the bit, with nothing unfinished left in its
-folder. Where a fault ends the run with a message, that must come in time, and the checkpoint before must load. A try that
-does not end so is lost: its folder is kept, and the line that makes that try again is printed.
+folder. Where a fault ends the run with a message, that must come in time, and the checkpoint before
+must load. A try that does not end so is lost: its folder is kept, and the line that makes that try
+again is printed.
 
 Ctrl-C ends the campaign with the table so far. Linux only.
 
