@@ -127,6 +127,19 @@ def test_stacks_are_those_of_all_threads(tmp_path, alone):
     assert "in test_stacks_are_those_of_all_threads" in text
 
 
+def test_the_main_thread_is_there_however_many_there_are(tmp_path, alone):
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait) for _ in range(120)]
+    for thread in threads:
+        thread.start()
+    write_stacks(tmp_path, at(world=7), 24.04)
+    end.set()
+    for thread in threads:
+        thread.join()
+    text = (tmp_path / "rank-0.txt").read_text()
+    assert "in test_the_main_thread_is_there_however_many_there_are" in text
+
+
 def test_nccls_flight_recorder_is_asked_where_there_is_one(tmp_path, alone, monkeypatch):
     recorder = torch._C._distributed_c10d
     monkeypatch.setattr(recorder, "_dump_nccl_trace", lambda: b"collectives", raising=False)

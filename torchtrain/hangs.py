@@ -5,6 +5,8 @@ import json
 import os
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -141,17 +143,24 @@ def describe_hang(
 
 
 def write_stacks(folder: Path, position: Position, waited_s: float) -> None:
-    """Write where this rank stands, and each of its threads, to `rank-R.txt`."""
+    """Write where this rank stands, and each of its threads, to `rank-R.txt`.
+
+    The main thread comes first: faulthandler stops after a hundred threads, and begins with the
+    newest.
+    """
     rank = dist.get_rank()
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"rank-{rank}.txt", "w") as file:
         print(
             f"rank {rank} of {dist.get_world_size()}, process {os.getpid()} on "
             f"{socket.gethostname()}\n{position}, unmoved for {waited_s:.1f} s\n"
-            f"collectives entered, by group: {position.entered}\n",
+            f"collectives entered, by group: {position.entered}\n\nmain thread:",
             file=file,
-            flush=True,
         )
+        traceback.print_stack(sys._current_frames()[main_thread], file=file)
+        print(file=file, flush=True)
         faulthandler.dump_traceback(file)
 
 
