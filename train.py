@@ -43,13 +43,7 @@ from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import count_valid
 from torchtrain.lr_scheduling import set_step
-from torchtrain.metrics import (
-    MetricsLogger,
-    StepSummary,
-    Stopwatch,
-    TextSample,
-    peak_memory_gib,
-)
+from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, TextSample, peak_memory_gib
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.profiling import GarbageCollection, Profiler

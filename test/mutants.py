@@ -226,8 +226,8 @@ MUTANTS = {
     "torchtrain/set_up.py": [
         (
             "debug.seed does not reach the weights of the run",
-            "seed = config.debug.seed if trains",
-            "seed = 0 if trains",
+            "seed = config.debug.seed if draws",
+            "seed = 0 if draws",
         ),
         (
             "debug.seed does not reach the data",
@@ -1084,7 +1084,7 @@ MUTANTS = {
         ),
         (
             "a resumed run has skipped none in a row",
-            '            self.in_a_row = saved["in_a_row"]\n',
+            "            self.in_a_row = saved.in_a_row\n",
             "",
         ),
     ],
@@ -1946,7 +1946,7 @@ MUTANTS = {
         ),
         (
             "a marker may name files elsewhere",
-            "        and all(Path(name).name == name for name in value)\n",
+            "        and all(Path(name).name == name for name in marker.files)\n",
             "",
         ),
         (
@@ -1956,17 +1956,17 @@ MUTANTS = {
         ),
         (
             "a number may be true",
-            "return type(value) is int and value >= 0",
-            "return isinstance(value, int) and value >= 0",
+            'model_config = ConfigDict(strict=True, extra="forbid", frozen=True)',
+            'model_config = ConfigDict(extra="forbid", frozen=True)',
         ),
         (
             "the marker's step is not compared",
-            '    if content["step"] != marker.step:\n',
+            "    if progress.step != marker.step:\n",
             "    if False:\n",
         ),
         (
             "an entry that nothing knows stands for another one",
-            "    for name in sorted(content.keys() - checks.keys()):\n",
+            "    for name in sorted(content.keys() - known.keys()):\n",
             "    for name in ():\n",
         ),
         (

@@ -39,7 +39,7 @@ FLOORS = {
     "torchtrain.parallelisms": 2,
     "torchtrain.checkpoint": 2,
     "torchtrain.text_samples": 2,
-    "torchtrain.bad_numbers": 2,
+    "torchtrain.bad_numbers": 2.1,
     "torchtrain.validation": 2,
     "torchtrain.watchdog": 2.1,
     "torchtrain.set_up": 3,
@@ -61,12 +61,12 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10416, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10316, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1586,
-    "datasets": 1984,
+    "config": 1574,
+    "datasets": 1978,
     "parallelisms": 1800,
-    "checkpoint": 1292,
+    "checkpoint": 1254,
     "models": 800,
     "optimizers": 400,
 }

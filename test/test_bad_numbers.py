@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import train
 from torchtrain import ranks
 from torchtrain.bad_numbers import StepGuard, describe_origin, find_spike
+from torchtrain.checkpoint.commit import GuardState
 from torchtrain.config.schema import Training
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import NonFinite
@@ -132,12 +133,12 @@ def test_a_resumed_guard_knows_what_it_knew():
     for step, loss in enumerate(losses, 1):
         judged(whole, step, loss)
     resumed = guard(spike_deviations=3.0, spike_window=6)
-    resumed.resume(json.loads(json.dumps(whole.state())))
+    resumed.resume(GuardState.model_validate_json(whole.state().model_dump_json()))
     assert (resumed.recent, resumed.skipped) == (whole.recent, 1)
     assert resumed.recent.maxlen == 6
     fresh = guard()
     fresh.resume(None)
-    assert fresh.state() == {"skipped": 0, "in_a_row": 0, "recent": []}
+    assert fresh.state() == GuardState(skipped=0, in_a_row=0, recent=[])
 
 
 def parts_of(numbers):

@@ -20,7 +20,7 @@ from torchtrain.hangs import (
 
 
 def at(place="forward and backward", step=3, **entered):
-    return Position(step, place, entered)
+    return Position(step=step, place=place, entered=entered)
 
 
 def test_a_rank_that_is_silent_is_missing_whatever_the_others_say():
@@ -79,7 +79,7 @@ def test_collectives_are_counted_by_group_where_the_backend_counts(alone):
 
 
 def test_a_position_is_told_as_it_is():
-    assert Position.from_json(at(world=7).to_json()) == at(world=7)
+    assert Position.model_validate_json(at(world=7).model_dump_json()) == at(world=7)
 
 
 def test_the_place_is_the_function_that_the_loop_has_called():

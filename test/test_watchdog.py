@@ -116,7 +116,7 @@ def watch(tmp_path, alone, monkeypatch):
     store = dist.HashStore()
 
     def look(place, passed_s, step=3, entered=7):
-        position = Position(step, place, {"0": entered})
+        position = Position(step=step, place=place, entered={"0": entered})
         monkeypatch.setattr(dog, "_find_position", lambda: position)
         dog._look(store, passed_s)
         return store.get(HANG).decode() if store.check([HANG]) else ""
@@ -177,7 +177,9 @@ def test_a_rank_answers_once_to_what_another_suspects(watch):
     watch.store.set(SUSPICION, "2-of-rank-1")
     watch.look("reading data", 0.25)
     told = watch.store.get("2-of-rank-1/0")
-    assert Position.from_json(told) == Position(3, "reading data", {"0": 7})
+    assert Position.model_validate_json(told) == Position(
+        step=3, place="reading data", entered={"0": 7}
+    )
     assert (watch.folder / "step-2" / "rank-0.txt").exists()
     watch.store.delete_key("2-of-rank-1/0")
     watch.look("reading data", 0.25)

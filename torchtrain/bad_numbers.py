@@ -11,10 +11,10 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
+from torchtrain.checkpoint.commit import GuardState
 from torchtrain.config.schema import Training
 from torchtrain.datasets.loader import DataLoader
 from torchtrain.errors import NonFinite
@@ -106,20 +106,20 @@ class StepGuard:
             "warm-up often helps."
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run must know, as JSON."""
-        return {
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
-            "recent": [list(numbers) for numbers in self.recent],
-        }
+    def state(self) -> GuardState:
+        """Return what a resumed run must know."""
+        return GuardState(
+            skipped=self.skipped,
+            in_a_row=self.in_a_row,
+            recent=[list(numbers) for numbers in self.recent],
+        )
 
-    def resume(self, saved: Mapping[str, Any] | None) -> None:
+    def resume(self, saved: GuardState | None) -> None:
         """Go on from a saved state; from None, an old checkpoint's, without a past."""
         if saved is not None:
-            self.skipped = saved["skipped"]
-            self.in_a_row = saved["in_a_row"]
-            self.recent.extend((loss, norm) for loss, norm in saved["recent"])
+            self.skipped = saved.skipped
+            self.in_a_row = saved.in_a_row
+            self.recent.extend((loss, norm) for loss, norm in saved.recent)
 
 
 def is_finite(summary: StepSummary) -> bool:

@@ -1,7 +1,6 @@
 """A hang, as it is written down: where each rank stands, and which of them had not arrived."""
 
 import faulthandler
-import json
 import os
 import socket
 import sys
@@ -9,11 +8,11 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType
 
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
 
 from torchtrain.ranks import name_ranks
 
@@ -42,9 +41,10 @@ PATIENT_PLACES = ("reading data", "saving", "finishing")
 """Where a slow disk or source may be waited for, longer than for another rank."""
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(BaseModel):
     """Where a rank stands."""
+
+    model_config = ConfigDict(frozen=True)
 
     step: int
     place: str
@@ -55,15 +55,6 @@ class Position:
     @property
     def is_patient(self) -> bool:
         return self.place in PATIENT_PLACES
-
-    def to_json(self) -> str:
-        """Return it as text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Position":
-        """Return what `to_json` was given."""
-        return cls(**json.loads(text))
 
     def __str__(self) -> str:
         return f"step {self.step} ({self.place})"

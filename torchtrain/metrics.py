@@ -23,13 +23,7 @@ from torchtrain.config.schema import Metrics
 from torchtrain.errors import UserError
 from torchtrain.log_files import LogFile, TensorBoard
 from torchtrain.logging_utils import Color, line_width, logger, use_color
-from torchtrain.utils import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    make_printable,
-    write_durably,
-    writing,
-)
+from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable, write_durably, writing
 
 GIB = 2**30
 TEXT_MARGIN = "  | "

@@ -39,12 +39,7 @@ from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.replica_check import ReplicaCheck
 from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
-from torchtrain.ranks import (
-    first_on_each_node,
-    patient_group,
-    require_equal,
-    together,
-)
+from torchtrain.ranks import first_on_each_node, patient_group, require_equal, together
 from torchtrain.step_metrics import MetricSource, find_metric_sources
 from torchtrain.text_samples import TextSampler
 from torchtrain.validation import ValidationSet, Validator
@@ -158,7 +153,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
 
 
 def set_up_model(
-    config: JobConfig, plan: RunPlan, device: torch.device, *, trains: bool = True
+    config: JobConfig, plan: RunPlan, device: torch.device, *, draws: bool = True, fsdp: bool = True
 ) -> ParallelModel:
     """Make the model, with initial weights, and what its forward and its loss need.
 
@@ -168,8 +163,8 @@ def set_up_model(
         config: checked.
         plan: of the run.
         device: of this rank.
-        trains: without training the weights are left as the memory was, to be loaded, and FSDP is
-            left out where no ranks share them.
+        draws: whether to draw initial weights; else they are left as the memory was, to be loaded.
+        fsdp: whether FSDP is applied, which training needs also on one rank.
     """
     mesh = Mesh(
         plan.degrees,
@@ -178,8 +173,22 @@ def set_up_model(
         has_experts=plan.shape.n_experts > 0,
     )
     tag_compiler_cache(mesh)
-    parts = build_model(config, plan, mesh, device, trains=trains)
+    parts = build_model(config, plan, mesh, device, draws=draws, fsdp=fsdp)
     losses = build_losses(config.compile)
+    expert_balance = None
+    if plan.shape.n_sparse_layers > 0:
+        expert_balance = ExpertBalance(
+            parts,
+            plan,
+            config.router,
+            config.training.seq_len,
+            device,
+            forces_balance=config.debug.moe_force_load_balance,
+        )
+    pipeline = None
+    if plan.pipeline is not None:
+        dtype = DTYPES[config.training.mixed_precision_param]
+        pipeline = Pipeline(parts, plan, mesh, device, dtype, losses)
     return ParallelModel(
         config=config,
         plan=plan,
@@ -188,8 +197,8 @@ def set_up_model(
         parts=parts,
         weights=collect_weights(parts.values()),
         buffers=collect_buffers(parts.values()),
-        expert_balance=build_expert_balance(config, plan, parts, device),
-        pipeline=build_pipeline(config, plan, parts, mesh, device, losses),
+        expert_balance=expert_balance,
+        pipeline=pipeline,
         sequence_losses=losses,
         shard=build_shard(config, mesh),
         loss_context=build_loss_context(config, mesh),
@@ -282,9 +291,9 @@ def tag_compiler_cache(mesh: Mesh) -> None:
 
 
 def build_model(
-    config: JobConfig, plan: RunPlan, mesh: Mesh, device: torch.device, *, trains: bool
+    config: JobConfig, plan: RunPlan, mesh: Mesh, device: torch.device, *, draws: bool, fsdp: bool
 ) -> dict[int, Decoder]:
-    """Build this rank's part of the model; if it trains, with its initial weights."""
+    """Build this rank's part of the model; where they are drawn, with its initial weights."""
     schedule = config.parallelism.pipeline_parallel_schedule
     stages = find_own_stages(plan.stages, schedule, mesh)
     model_class = load_decoder(config.model.name)
@@ -293,41 +302,13 @@ def build_model(
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
-        fsdp=trains or needs_fsdp(config, plan),
+        fsdp=fsdp,
     )
     parts = build_parts(model_class, plan.shape, stages, mesh, techniques)
     for part in parts.values():
-        seed = config.debug.seed if trains else None
+        seed = config.debug.seed if draws else None
         materialize(part, device, seed, offload=config.training.enable_cpu_offload)
     return parts
-
-
-def needs_fsdp(config: JobConfig, plan: RunPlan) -> bool:
-    """Check whether the forward needs FSDP: to gather shards, to copy, or to cast.
-
-    It gathers into a copy of its own, also on one rank.
-    """
-    training, degrees = config.training, plan.degrees
-    shares_weights = degrees.dp_replicate * degrees.dp_shard * degrees.cp * degrees.pp > 1
-    shares_experts = plan.shape.n_experts > 0 and degrees.expert_shard > 1
-    casts = training.dtype != training.mixed_precision_param
-    return shares_weights or shares_experts or casts or training.enable_cpu_offload
-
-
-def build_expert_balance(
-    config: JobConfig, plan: RunPlan, parts: dict[int, Decoder], device: torch.device
-) -> ExpertBalance | None:
-    """Build what keeps the experts evenly loaded, where there are any."""
-    if plan.shape.n_sparse_layers == 0:
-        return None
-    return ExpertBalance(
-        parts,
-        plan,
-        config.router,
-        config.training.seq_len,
-        device,
-        forces_balance=config.debug.moe_force_load_balance,
-    )
 
 
 def build_losses(compile_section: Compile) -> Losses:
@@ -335,21 +316,6 @@ def build_losses(compile_section: Compile) -> Losses:
     if compile_section.enable and "loss" in compile_section.components:
         return torch.compile(sequence_losses, backend=compile_section.backend, dynamic=False)
     return sequence_losses
-
-
-def build_pipeline(
-    config: JobConfig,
-    plan: RunPlan,
-    parts: dict[int, Decoder],
-    mesh: Mesh,
-    device: torch.device,
-    losses: Losses,
-) -> Pipeline | None:
-    """Build the pipeline, where there is one."""
-    if plan.pipeline is None:
-        return None
-    dtype = DTYPES[config.training.mixed_precision_param]
-    return Pipeline(parts, plan, mesh, device, dtype, losses)
 
 
 def build_shard(config: JobConfig, mesh: Mesh) -> Callable[[Tensor], Tensor]:

@@ -166,7 +166,7 @@ class Watchdog:
 
     def _find_position(self) -> Position:
         place = find_place(self.loop, self._thread)
-        return Position(self.step, place, count_entered(self.counted))
+        return Position(step=self.step, place=place, entered=count_entered(self.counted))
 
     def _look_at_next(self, store: dist.Store, passed_s: float) -> float:
         """Return for how long the next rank has given no sign of life."""
@@ -196,7 +196,9 @@ class Watchdog:
         while time.monotonic() < deadline and not store.check(keys):
             time.sleep(self.tick_s / 2)
         answers = {rank: read(store, key) for rank, key in enumerate(keys)}
-        positions = {rank: Position.from_json(text) for rank, text in answers.items() if text}
+        positions = {
+            rank: Position.model_validate_json(text) for rank, text in answers.items() if text
+        }
         folder = self.folder / f"step-{position.step}"
         verdict = describe_hang(positions, self.world_size, position, waited_s, folder)
         store.set(HANG, verdict)  # the launcher says it again when the ranks have ended
@@ -207,7 +209,7 @@ class Watchdog:
     ) -> None:
         """Tell where this rank is, and write its stacks."""
         self._answered = suspicion
-        store.set(f"{suspicion}/{self.rank}", position.to_json())
+        store.set(f"{suspicion}/{self.rank}", position.model_dump_json())
         self._write(partial(write_stacks, position=position, waited_s=waited_s), suspicion)
 
     def _write(self, write: Callable[[Path], None], suspicion: str) -> None:

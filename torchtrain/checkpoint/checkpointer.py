@@ -21,12 +21,7 @@ from torchtrain.checkpoint.foreign import (
 from torchtrain.checkpoint.hf_folder import CONFIG as HF_CONFIG
 from torchtrain.checkpoint.saving import Saver
 from torchtrain.checkpoint.state import Weights
-from torchtrain.checkpoint.storage import (
-    find_contradiction,
-    list_entries,
-    read_index,
-    read_tensors,
-)
+from torchtrain.checkpoint.storage import find_contradiction, list_entries, read_index, read_tensors
 from torchtrain.errors import SharedUserError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered

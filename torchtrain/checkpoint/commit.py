@@ -5,23 +5,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from torchtrain.checkpoint.digests import (
-    DIGESTS,
-    FORMAT,
-    FileRecord,
-    is_record,
-    make_record,
-    new_hasher,
-)
+from torchtrain.checkpoint.digests import FORMAT, FileRecord, is_record, make_record, new_hasher
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import fsync_folder, remove_if_possible, user_errors, write_durably
@@ -33,45 +25,63 @@ TEMPORARY = ".tmp-"
 """What begins so is unfinished or being removed, and is swept at the next start or save."""
 OLD_PROBE = "..tmp-probe-"
 """What earlier versions left when they were killed at their start."""
+FILES = "the sizes and digests of a checkpoint's files"
+GUARD = "counts of skipped steps and recent losses and norms"
+Count = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Marker:
+class Content(BaseModel):
+    """A JSON object of strict types; a field's description says what it must be, in messages."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+T = TypeVar("T", bound=Content)
+
+
+class Marker(Content):
     """The content of complete.json."""
 
-    step: int
-    world_size: int
+    step: Annotated[Count, Field(description="a number of steps")]
+    world_size: Annotated[int, Field(ge=1, description="a number of ranks")]
     """Number of ranks that saved it."""
-    torch: str
+    torch: Annotated[str, Field(description="a version")]
     """Version of torch that saved it."""
-    files: dict[str, FileRecord]
+    files: Annotated[dict[str, FileRecord], Field(description=FILES)]
     """By file name."""
-    format: int = FORMAT
+    format: Annotated[int, Field(ge=1, le=FORMAT, description=f"a number from 1 to {FORMAT}")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+class GuardState(Content):
+    """What `bad_numbers.StepGuard` has saved."""
+
+    skipped: Count
+    in_a_row: Count
+    recent: list[Any]
+
+
+class Progress(Content):
     """The state of a run beside tensors, train_state.json. JSON must hold all of it."""
 
-    step: int
+    step: Annotated[Count, Field(description="a number of steps")]
     """Optimizer steps taken."""
-    tokens_seen: int
+    tokens_seen: Annotated[Count, Field(description="a number of tokens")]
     """Tokens of all ranks so far."""
-    data: dict[str, Any]
+    data: Annotated[dict[str, Any], Field(description="a JSON object")]
     """The data state: sample position and fingerprints."""
-    config: dict[str, Any]
+    config: Annotated[dict[str, dict[str, Any]], Field(description="keys by section")]
     """The resolved config by section, to be compared with the next launch's."""
-    shape: dict[str, Any] | None = None
+    shape: Annotated[dict[str, Any] | None, Field(description="a JSON object")] = None
     """The resolved shape of the model; None in old checkpoints, whose config tells it."""
-    guard: dict[str, Any] | None = None
+    guard: Annotated[GuardState | None, Field(description=GUARD)] = None
     """Which steps were skipped, and what decides whether the next are; None in old checkpoints."""
-    model_only: bool = False
+    model_only: Annotated[bool, Field(description="true or false")] = False
     """Whether the checkpoint holds the weights alone, so that no run goes on from it."""
 
     @property
     def has_skips(self) -> bool:
         """Whether steps were skipped: where all were, the optimizer has no state yet."""
-        return self.guard is not None and self.guard["skipped"] > 0
+        return self.guard is not None and self.guard.skipped > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,73 +97,6 @@ class Source:
     """What of it is not loaded (`checkpoint.exclude_from_loading`)."""
 
 
-Check = tuple[Callable[[Any], bool], str]
-"""Whether the value of an entry can be right, and what it must be, in words."""
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_config(value: Any) -> bool:
-    return _is_table(value) and all(map(_is_table, value.values()))
-
-
-def _are_records(value: Any, file_format: int) -> bool:
-    """Check the files of a marker: names without a folder, and a record of each."""
-    return (
-        _is_table(value)
-        and {STATE, INDEX} <= value.keys()
-        and all(Path(name).name == name for name in value)
-        and all(is_record(record, file_format) for record in value.values())
-    )
-
-
-def _is_guard(value: Any) -> bool:
-    """Check what `bad_numbers.StepGuard` has saved; old checkpoints have nothing of it."""
-    return value is None or (
-        _is_table(value)
-        and value.keys() == {"skipped", "in_a_row", "recent"}
-        and _is_count(value["skipped"])
-        and _is_count(value["in_a_row"])
-        and isinstance(value["recent"], list)
-    )
-
-
-def _is_format(value: Any) -> bool:
-    return type(value) is int and value in DIGESTS
-
-
-MARKER_FIELDS: dict[str, Check] = {
-    "format": (_is_format, f"a number from 1 to {FORMAT}"),
-    "step": (_is_count, "a number of steps"),
-    "world_size": (lambda value: _is_count(value) and value > 0, "a number of ranks"),
-    "torch": (lambda value: isinstance(value, str), "a version"),
-}
-
-
-def list_marker_fields(version: Any) -> dict[str, Check]:
-    """Return what a marker holds, whose format may be damaged."""
-    file_format = version if _is_format(version) else FORMAT
-    words = "the sizes and digests of a checkpoint's files"
-    return MARKER_FIELDS | {"files": (partial(_are_records, file_format=file_format), words)}
-
-
-STATE_FIELDS: dict[str, Check] = {
-    "step": (_is_count, "a number of steps"),
-    "tokens_seen": (_is_count, "a number of tokens"),
-    "data": (_is_table, "a JSON object"),
-    "config": (_is_config, "keys by section"),
-    "shape": (lambda value: value is None or _is_table(value), "a JSON object"),
-    "guard": (_is_guard, "counts of skipped steps and recent losses and norms"),
-    "model_only": (lambda value: isinstance(value, bool), "true or false"),
-}
-
-
 def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, FileRecord]) -> None:
     """Add what rank 0 alone writes to the `files`, the marker last, and rename.
 
@@ -162,7 +105,7 @@ def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, F
     Raises:
         CheckpointError: rank 0 does not see what another rank wrote.
     """
-    state = json.dumps(asdict(progress), indent=2)
+    state = json.dumps(progress.model_dump(), indent=2)
     hasher = new_hasher()
     hasher.update(state.encode())
     files[STATE] = make_record(len(state.encode()), hasher)
@@ -180,8 +123,9 @@ def commit(temporary: Path, target: Path, progress: Progress, files: dict[str, F
         world_size=dist.get_world_size(),
         torch=torch.__version__,
         files=files,
+        format=FORMAT,
     )
-    write_durably(temporary / MARKER, json.dumps(asdict(marker), indent=2))
+    write_durably(temporary / MARKER, json.dumps(marker.model_dump(), indent=2))
     os.rename(temporary, target)
     fsync_folder(target.parent)
 
@@ -214,10 +158,11 @@ def inspect(path: Path, step: int | None = None) -> Marker | str:
         raise UserError(
             f"{path} has format {version}; this version of torchtrain reads formats up to {FORMAT}"
         )
-    fault = _find_fault(content, Marker, list_marker_fields(version))
-    if fault is not None:
-        return f"its {MARKER} is damaged: {fault}"
-    marker = Marker(**content)
+    marker = _parse(content, Marker)
+    if isinstance(marker, Marker) and not _are_records(marker):
+        marker = f"its entry 'files' is not {FILES}"
+    if isinstance(marker, str):
+        return f"its {MARKER} is damaged: {marker}"
     if step is not None and marker.step != step:
         return f"its {MARKER} is damaged: it is of step {marker.step}"
     return _find_resized(path, marker.files) or marker
@@ -237,28 +182,36 @@ def _read_object(path: Path) -> Any:
         return f"{type(fault).__name__}: {fault}"
 
 
-def _find_fault(content: Any, kind: type, checks: Mapping[str, Check]) -> str | None:
-    """Say what of a JSON object is missing, unknown or of a wrong type, if anything.
+def _parse(content: Any, kind: type[T]) -> T | str:
+    """Return a JSON object as this kind, or what of it is missing, unknown or wrong.
 
     Args:
         content: from `_read_object`.
-        kind: the dataclass that it is to become; only its fields without a default, and the format,
-            must be there.
-        checks: what their values must be.
+        kind: only its fields without a default must be there.
     """
     if not isinstance(content, dict):
         return content if isinstance(content, str) else "it is not a JSON object"
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    needed |= checks.keys() & {"format"}
+    known = kind.model_fields
+    needed = {name for name, field in known.items() if field.is_required()}
     for name in sorted(needed - content.keys()):
         return f"it has no {name}"
-    for name in sorted(content.keys() - checks.keys()):
+    for name in sorted(content.keys() - known.keys()):
         return f"it has an unknown entry {name!r}"
-    for name, value in content.items():
-        is_right, words = checks[name]
-        if not is_right(value):
-            return f"its entry {name!r} is not {words}"
-    return None
+    try:
+        return kind(**content)
+    except ValidationError as fault:
+        wrong = {each["loc"][0] for each in fault.errors()}
+        name = next(name for name in content if name in wrong)
+        return f"its entry {name!r} is not {known[name].description}"
+
+
+def _are_records(marker: Marker) -> bool:
+    """Check the files of a marker: names without a folder, and a record of each."""
+    return (
+        {STATE, INDEX} <= marker.files.keys()
+        and all(Path(name).name == name for name in marker.files)
+        and all(is_record(record, marker.format) for record in marker.files.values())
+    )
 
 
 def _find_resized(path: Path, files: dict[str, FileRecord]) -> str | None:
@@ -279,18 +232,19 @@ def read_progress(path: Path, marker: Marker) -> Progress | str:
         UserError: a later version of torchtrain wrote it.
     """
     content = _read_object(path / STATE)
-    unknown = sorted(content.keys() - STATE_FIELDS.keys()) if isinstance(content, dict) else []
+    known = Progress.model_fields.keys()
+    unknown = sorted(content.keys() - known) if isinstance(content, dict) else []
     if unknown:  # its digest was right
         raise UserError(
             f"{path / STATE} has {', '.join(unknown)}, which this version of torchtrain does not "
             "know: a later one wrote it"
         )
-    fault = _find_fault(content, Progress, STATE_FIELDS)
-    if fault is not None:
-        return f"its {STATE} is damaged: {fault}"
-    if content["step"] != marker.step:
-        return f"its {STATE} is of step {content['step']}, and its {MARKER} of step {marker.step}"
-    return Progress(**content)
+    progress = _parse(content, Progress)
+    if isinstance(progress, str):
+        return f"its {STATE} is damaged: {progress}"
+    if progress.step != marker.step:
+        return f"its {STATE} is of step {progress.step}, and its {MARKER} of step {marker.step}"
+    return progress
 
 
 def set_aside(path: Path, word: str) -> Path:

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -117,7 +116,8 @@ class Saver:
         self.saved_at = time.monotonic()
         with self._failing(must_succeed=is_last or stopping):
             model_only = is_last and self.config.last_save_model_only
-            self._save(weights, optimizer, replace(progress, model_only=model_only))
+            progress = progress.model_copy(update={"model_only": model_only})
+            self._save(weights, optimizer, progress)
 
     def poll(self) -> None:
         """Report a save beside training that has ended. Costs nothing without one.

@@ -12,6 +12,17 @@ from torchtrain.config.toml import quoted
 
 SET = object()  # stands for any value but "unset"
 
+# What a run that saves nothing does without.
+SAVING = (
+    "checkpoint.enable_first_step_checkpoint",
+    "checkpoint.last_save_model_only",
+    "checkpoint.last_save_in_hf",
+    "checkpoint.keep_every",
+    "checkpoint.interval_minutes",
+    "checkpoint.async_mode",
+    "checkpoint.on_save_error",
+)
+
 # Options without effect while another one has a value: {(other option, value): options}.
 IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
     ("data.mixture", SET): ("training.dataset", "training.dataset_path"),
@@ -47,14 +58,8 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.initial_load_in_hf",
         "checkpoint.exclude_from_loading",
         "checkpoint.load_only",
-        "checkpoint.enable_first_step_checkpoint",
-        "checkpoint.last_save_model_only",
-        "checkpoint.last_save_in_hf",
+        *SAVING,
         "checkpoint.export_dtype",
-        "checkpoint.keep_every",
-        "checkpoint.interval_minutes",
-        "checkpoint.async_mode",
-        "checkpoint.on_save_error",
         "checkpoint.accept_changed_data",
         "checkpoint.accept_changed_model",
     ),
@@ -63,15 +68,7 @@ IDLE_WHILE: dict[tuple[str, Any], tuple[str, ...]] = {
         "checkpoint.exclude_from_loading",
     ),
     ("checkpoint.initial_load_model_only", True): ("checkpoint.exclude_from_loading",),
-    ("checkpoint.load_only", True): (
-        "checkpoint.enable_first_step_checkpoint",
-        "checkpoint.last_save_model_only",
-        "checkpoint.last_save_in_hf",
-        "checkpoint.keep_every",
-        "checkpoint.interval_minutes",
-        "checkpoint.async_mode",
-        "checkpoint.on_save_error",
-    ),
+    ("checkpoint.load_only", True): SAVING,
     ("checkpoint.keep_latest_k", 0): ("checkpoint.keep_every",),
     ("training.spike_deviations", None): ("training.spike_window",),
     ("validation.dataset", None): ("validation.dataset_path",),

@@ -11,25 +11,18 @@ from typing import Annotated, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
-AtLeastTwo = Annotated[int, Field(ge=2, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 CountOrAuto = Count | Literal[-1]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-AtLeastOne = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 # No NUL, which no path can hold. A pattern also refuses lone surrogates: bytes on the command line
 # that are not UTF-8 arrive as such.
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
-ListOfNames = Annotated[list[Names], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
-ExportDtype = Literal["float32", "bfloat16", "float16"]
-RouterScores = Literal["softmax", "sigmoid"]
 PipelineSchedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
@@ -123,7 +116,7 @@ class Model(Section):
     """Added to the mean square inside RMSNorm."""
     tied_embeddings: bool | None = None
     """Use the embedding matrix as the output projection too."""
-    rope_scaling_factor: AtLeastOne | None = None
+    rope_scaling_factor: Annotated[float, Field(ge=1)] | None = None
     """Llama 3.1's context extension: divisor of the low rotary frequencies; 1 turns it off."""
     rope_low_freq_factor: Positive | None = None
     """Wavelengths above rope_original_seq_len / this are scaled in full."""
@@ -147,7 +140,7 @@ class Model(Section):
     """Number of first layers that stay dense."""
     sparse_every: Count | None = None
     """Of the layers after those, every how many are sparse: the last of each group."""
-    router_scores: RouterScores | None = None
+    router_scores: Literal["softmax", "sigmoid"] | None = None
     """How a router's logits become scores: against each other, or each by itself."""
     router_renormalize: bool | None = None
     """Divide the scores of a token's experts by their sum."""
@@ -231,7 +224,7 @@ class Training(Section):
     """Most steps that may be skipped in a row; one more ends the run."""
     spike_deviations: Positive | None = None
     """Skip a step whose loss or gradient norm is so many deviations above the recent mean."""
-    spike_window: AtLeastTwo = 128
+    spike_window: Annotated[int, Field(ge=2, le=10**9)] = 128
     """Recent steps in that mean; until half of them have been taken, none is skipped."""
     steps: Count = 10_000
     """Optimizer steps of the run."""
@@ -305,7 +298,7 @@ class Parallelism(Section):
     """Layers that norm and output count for: the last stage has that many fewer."""
     pipeline_parallel_expert_parallel_overlap: bool = True
     """Under DualPipeV with expert parallelism, compute while experts' exchanges are under way."""
-    module_fqns_per_model_part: ListOfNames | None = None
+    module_fqns_per_model_part: Annotated[list[Names], Field(min_length=1)] | None = None
     """Layer names per stage: tok_embeddings, layers.0, ..., norm, output; unset: even split."""
     expert_parallel_degree: Count = 1
     """Ranks that share the experts of a layer; among those along data shard, context, tensor."""
@@ -358,7 +351,7 @@ class Checkpoint(Section):
     """Save the weights alone after the last step: they can start a run, but not go on with one."""
     last_save_in_hf: bool = False
     """Also write the last checkpoint in Hugging Face's form, into its folder hf."""
-    export_dtype: ExportDtype | None = None
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights of those two; unset: as they are."""
     accept_changed_data: bool = False
     """Resume although batch size, sequence length, corpus, tokenizer or seed differ; states how."""
@@ -406,7 +399,7 @@ class Validation(Section):
     """Documents to validate on, named as in training.dataset; unset: hold out a part of those."""
     dataset_path: Name | None = None
     """File or folder with the documents, for datasets that read your own."""
-    held_out_share: OpenFraction = 0.01
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Fraction of the training documents to hold out where dataset is unset."""
     local_batch_size: Count | None = None
     """Sequences that a rank evaluates at once; unset: training's microbatch. Changes no result."""
@@ -434,7 +427,7 @@ class TextSamples(Section):
 class Debug(Section):
     """Reproducing and finding faults."""
 
-    seed: Seed = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of initial weights and data order."""
     deterministic: bool = False
     """Use only deterministic kernels; an operation that has none is an error."""

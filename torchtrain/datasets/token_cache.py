@@ -46,13 +46,7 @@ from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.tokenizer import Tokenizer, encode_documents, in_batches
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import (
-    count_cores,
-    fsync_folder,
-    plural,
-    remove_unfinished,
-    write_durably,
-)
+from torchtrain.utils import count_cores, fsync_folder, plural, remove_unfinished, write_durably
 
 FORMAT = 1
 """Bump when the on-disk layout changes."""

@@ -8,12 +8,7 @@ from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
-from torchtrain.config.schema import (
-    ActivationCheckpoint,
-    Compile,
-    Parallelism,
-    Training,
-)
+from torchtrain.config.schema import ActivationCheckpoint, Compile, Parallelism, Training
 from torchtrain.logging_utils import logger
 from torchtrain.models.decoder import Decoder
 from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, apply_within_blocks

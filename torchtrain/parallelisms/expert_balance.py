@@ -19,6 +19,7 @@ from torchtrain.config.plans import RunPlan
 from torchtrain.config.schema import Router
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.moe import STATISTICS, SparseFeedForward
+from torchtrain.parallelisms.expert_parallel import find_sparse
 from torchtrain.step_metrics import MetricSource, StepMetrics
 
 
@@ -54,7 +55,7 @@ class ExpertBalance(MetricSource):
         self.tokens = sequences * seq_len
         self.balance_weight = section.balance_loss_weight / sequences
         self.z_weight = section.z_loss_weight / self.tokens
-        self.layers = [layer for layer in range(shape.n_layers) if shape.is_sparse(layer)]
+        self.layers = shape.sparse_layers
         size = (len(self.layers), shape.n_experts + len(STATISTICS))
         self.totals = torch.zeros(size, dtype=torch.float64, device=device)
         """[L, E + 3]: what this rank has routed in the step so far; 0 in other ranks' layers."""
@@ -65,9 +66,8 @@ class ExpertBalance(MetricSource):
         """This rank's sparse layers, by their row."""
         for part in parts.values():
             for layer, block in part.layers.items():
-                for module in block.modules():
-                    if isinstance(module, SparseFeedForward):
-                        self.own[self.layers.index(int(layer))] = module
+                for module in find_sparse(block):
+                    self.own[self.layers.index(int(layer))] = module
         for row, module in self.own.items():
             module.router.balance_weight = self.balance_weight
             module.router.z_weight = self.z_weight

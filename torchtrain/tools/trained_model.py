@@ -22,7 +22,7 @@ from torchtrain.checkpoint import Checkpointer
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE, Source
 from torchtrain.checkpoint.foreign import open_hf_source
 from torchtrain.config.options import options
-from torchtrain.config.plans import find_tokenizer, plan_run
+from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run
 from torchtrain.config.reading import Source as ConfigSource
 from torchtrain.config.schema import Checkpoint, Training
 from torchtrain.config_manager import JobConfig
@@ -104,9 +104,22 @@ def load_trained(
     own_tokenizer = together(lambda: load_own_tokenizer(trained, config))
     size = own_tokenizer.vocab_size
     plan = together(lambda: plan_run(config, dist.get_world_size(), tokenizer_size=size))
-    model = set_up_model(config, plan, device, trains=False)
+    fsdp = needs_fsdp(config, plan)
+    model = set_up_model(config, plan, device, draws=False, fsdp=fsdp)
     trained.load(model)
     return TrainedModel(model=model, tokenizer=own_tokenizer, trained=trained)
+
+
+def needs_fsdp(config: JobConfig, plan: RunPlan) -> bool:
+    """Check whether the forward needs FSDP: to gather shards, to copy, or to cast.
+
+    It gathers into a copy of its own, also on one rank.
+    """
+    training, degrees = config.training, plan.degrees
+    shares_weights = degrees.dp_replicate * degrees.dp_shard * degrees.cp * degrees.pp > 1
+    shares_experts = plan.shape.n_experts > 0 and degrees.expert_shard > 1
+    casts = training.dtype != training.mixed_precision_param
+    return shares_weights or shares_experts or casts or training.enable_cpu_offload
 
 
 def find_trained(folder: str) -> Trained:
