@@ -621,8 +621,8 @@ MUTANTS = {
         ),
         (
             "a whole share may be held out",
-            "OpenFraction = Annotated[float, Field(gt=0, lt=1)]",
-            "OpenFraction = Annotated[float, Field(gt=0, le=1)]",
+            "held_out_share: Annotated[float, Field(gt=0, lt=1)]",
+            "held_out_share: Annotated[float, Field(gt=0, le=1)]",
         ),
         ("infinities are accepted", "allow_inf_nan=False", "allow_inf_nan=True"),
         ("numbers in quotes are accepted", "strict=True, ", ""),
@@ -634,8 +634,8 @@ MUTANTS = {
         ),
         (
             "negative seeds are accepted",
-            "Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]",
-            "Seed = Annotated[int, Field(le=2**63 - 1)]",
+            "seed: Annotated[int, Field(ge=0, le=2**63 - 1)]",
+            "seed: Annotated[int, Field(le=2**63 - 1)]",
         ),
         ("a batch of 0 is accepted", "Count | Literal[-1]", "CountOrZero | Literal[-1]"),
     ],
