@@ -375,7 +375,26 @@ MUTANTS = {
     ],
     "torchtrain/loss.py": [
         ("label 0 is not counted as valid", "(labels != IGNORE_INDEX).sum", "(labels > 0).sum"),
-        ("losses are computed in the compute precision", "flatten(0, 1).float()", "flatten(0, 1)"),
+        (
+            "losses are computed in the compute precision",
+            "logits.float(), labels",
+            "logits, labels",
+        ),
+        (
+            "the loss of a large vocabulary is computed whole",
+            "    if length >= len(rows):\n",
+            "    if length > 0:\n",
+        ),
+        (
+            "ranks with uneven shards of the vocabulary have chunks of their own",
+            "chunk * shards // logits.shape[-1])",
+            "chunk // (logits.to_local() if shards > 1 else logits).shape[-1])",
+        ),
+        (
+            "a chunk's gradient is that of its plain sum",
+            "torch.autograd.grad(losses, leaf, chunk_gradient)",
+            "torch.autograd.grad(losses.sum(), leaf)",
+        ),
         ("a sequence's loss is a mean", ".sum(dim=1)\n\n\ndef", ".mean(dim=1)\n\n\ndef"),
     ],
     "torchtrain/lr_scheduling.py": [

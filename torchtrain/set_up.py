@@ -1,6 +1,7 @@
 """Setting up a run: what a step needs, made in order from one plan."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -314,7 +315,9 @@ def build_model(
 def build_losses(compile_section: Compile) -> Losses:
     """Return the loss, compiled where the config asks for it."""
     if compile_section.enable and "loss" in compile_section.components:
-        return torch.compile(sequence_losses, backend=compile_section.backend, dynamic=False)
+        # The compiler widens the logits as it reads them: in one chunk, it stores none in fp32.
+        whole = partial(sequence_losses, chunk=sys.maxsize)
+        return torch.compile(whole, backend=compile_section.backend, dynamic=False)
     return sequence_losses
 
 
