@@ -984,6 +984,18 @@ MUTANTS = {
             'for parameters in [group["params"]]',
         ),
         (
+            "the matched parameters come first",
+            """    split = [{**group, "params": parameters[None]}]
+""",
+            """    split = [{**group, "params": parameters[None]}] if parameters[None] else []
+""",
+        ),
+        (
+            "a group's decay is not set",
+            'given = {"lr": setting.lr, "weight_decay": setting.weight_decay}',
+            'given = {"lr": setting.lr}',
+        ),
+        (
             "norms decay too",
             '"params": vectors, "weight_decay": 0.0',
             '"params": vectors, "weight_decay": weight_decay',
@@ -992,6 +1004,68 @@ MUTANTS = {
             "matrices do not decay",
             '"params": matrices, "weight_decay": weight_decay',
             '"params": matrices, "weight_decay": 0.0',
+        ),
+    ],
+    "torchtrain/optimizers/muon.py": [
+        (
+            "updates are scaled by the shorter side",
+            "max(weight.shape[-2:])",
+            "min(weight.shape[-2:])",
+        ),
+        (
+            "the momentum takes the gradient's share for its own",
+            'momentum.lerp_(gradient, 1 - group["momentum"])',
+            'momentum.lerp_(gradient, group["momentum"])',
+        ),
+        (
+            "a tall matrix takes the larger Gram matrix",
+            "is_tall = matrix.size(0) > matrix.size(1)",
+            "is_tall = False",
+        ),
+        (
+            "a weight without a gradient decays",
+            """            if weight.grad is None:
+                continue
+""",
+            "",
+        ),
+        ("experts are AdamW's", "weight.ndim in (2, 3)", "weight.ndim == 2"),
+        (
+            "what AdamW updates keeps Muon's rate",
+            'group["lr"] = config.muon_adamw_lr',
+            'group["lr"] = config.lr',
+        ),
+    ],
+    "torchtrain/optimizers/shared_work.py": [
+        (
+            "replicas send their copies of a part too",
+            """                if holding.replicas[here] == replica:
+""",
+            """                if holding.boxes:
+""",
+        ),
+        (
+            "the lowest rank owns all matrices",
+            "owner = min(holders, key=lambda rank: (loads[rank], rank))",
+            "owner = min(holders)",
+        ),
+        (
+            "a stack's matrices are counted from its beginning",
+            "row = matrix.row - start",
+            "row = matrix.row",
+        ),
+        (
+            "a holder may have none of the matrix",
+            "return part if all(part.shape) else None",
+            "return part",
+        ),
+    ],
+    "torchtrain/config/parameter_groups.py": [
+        ("a parameter may be in two groups", "if len(found) > 1:", "if len(found) > 2:"),
+        (
+            "a pattern takes a name's beginning",
+            "if fnmatchcase(name, group.pattern))",
+            'if fnmatchcase(name, group.pattern + "*"))',
         ),
     ],
     "torchtrain/optimizers/adam.py": [
@@ -1158,7 +1232,7 @@ MUTANTS = {
     "torchtrain/shards.py": [
         (
             "each rank takes the first shard",
-            "skipped = min(mesh.get_local_rank(mesh_dim) * size, length)",
+            "skipped = min(coordinate[mesh_dim] * size, length)",
             "skipped = 0",
         ),
         (

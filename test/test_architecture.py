@@ -61,9 +61,9 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10345, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10761, 2000, 300, 45
 FOLDER_LIMITS = {
-    "config": 1574,
+    "config": 1650,
     "datasets": 1978,
     "parallelisms": 1800,
     "checkpoint": 1254,

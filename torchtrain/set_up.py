@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchtrain.bad_numbers import StepGuard
 from torchtrain.checkpoint import Progress
+from torchtrain.config.parameter_groups import check_groups
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run
 from torchtrain.config.schema import Compile, Debug
 from torchtrain.config_manager import JobConfig
@@ -23,7 +24,7 @@ from torchtrain.errors import UserError
 from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import get_lr_scheduler
 from torchtrain.models.decoder import Decoder, load_decoder
-from torchtrain.optimizers.build import build_optimizer
+from torchtrain.optimizers.build import LearningRates, build_optimizer
 from torchtrain.parallelisms.apply import (
     Techniques,
     build_parts,
@@ -122,6 +123,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     configure_numerics(config.debug)
     tokenizer = together(lambda: load_tokenizer(find_tokenizer(config.model)))
     plan = together(lambda: make_plan(config, tokenizer.vocab_size, saved))
+    together(lambda: check_names(config, plan))
     separators = None
     if config.training.document_masking:
         separators = (tokenizer.bos_id, tokenizer.eos_id)
@@ -149,6 +151,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         metric_sources=[
             *([] if model.expert_balance is None else [model.expert_balance]),
             *find_metric_sources(model.parts.values(), optimizer),
+            LearningRates(optimizer, config.optimizer),
         ],
     )
 
@@ -241,6 +244,19 @@ def make_plan(config: JobConfig, tokenizer_size: int, saved: Progress | None) ->
             f"{saved_batch}. Change parallelism.pipeline_parallel_microbatch_size, "
             "training.local_batch_size or the data-parallel degree"
         ) from fault
+
+
+def check_names(config: JobConfig, plan: RunPlan) -> None:
+    """Check the patterns of `optimizer.groups`: the config check knows no user's model.
+
+    Raises:
+        UserError: one matches nothing, or two the same.
+    """
+    if not config.optimizer.groups:
+        return
+    with torch.device("meta"):
+        whole = load_decoder(config.model.name)(plan.shape)
+    check_groups([name for name, _ in whole.named_parameters()], config.optimizer.groups)
 
 
 def open_data(

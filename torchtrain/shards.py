@@ -1,4 +1,6 @@
-"""Which part of a sharded tensor this rank has."""
+"""Which part of a sharded tensor a rank has."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -10,9 +12,16 @@ Box = list[tuple[int, int]]
 
 def find_local_box(tensor: Tensor) -> Box:
     """Return the part of the whole tensor that this rank's local tensor is."""
-    box = [(0, length) for length in tensor.shape]
     if not isinstance(tensor, DTensor):
-        return box
+        return [(0, length) for length in tensor.shape]
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank has no part of the tensor"
+    return find_box(tensor, coordinate)
+
+
+def find_box(tensor: DTensor, coordinate: Sequence[int]) -> Box:
+    """Return the part of the whole tensor that the rank at this place of its mesh has."""
+    box = [(0, length) for length in tensor.shape]
 
     def is_cut_last(cut: tuple[int, Placement]) -> bool:
         # FSDP cuts what tensor parallelism, on a later dimension of the mesh, has cut before; a
@@ -25,7 +34,7 @@ def find_local_box(tensor: Tensor) -> Box:
             # As DTensor cuts: the first shards are full, the last may be smaller or empty.
             start, length = box[placement.dim]
             size = -(-length // mesh.size(mesh_dim))
-            skipped = min(mesh.get_local_rank(mesh_dim) * size, length)
+            skipped = min(coordinate[mesh_dim] * size, length)
             box[placement.dim] = (start + skipped, min(size, length - skipped))
     return box
 

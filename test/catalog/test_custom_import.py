@@ -67,7 +67,7 @@ def test_a_users_names_are_in_the_messages_and_checked_like_all(tmp_path):
     name = "mine_messages.py"
     said = report(config_text(name, name="mine", flavor="tini"), "--optimizer.name=Lino")
     assert "model.flavor = 'tini' is unknown; allowed: tiny. Did you mean 'tiny'?" in said
-    assert "allowed: AdamW, Adam, Lion, and what" in said
+    assert "allowed: AdamW, Adam, Muon, Lion, and what" in said
     assert "did you mean Lion?" in said
     said = report(config_text(name, name="nime", flavor="tiny"))
     assert "model.name = 'nime' is unknown; allowed: llama2, llama3, mixtral, qwen3, mine" in said

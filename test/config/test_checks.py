@@ -8,6 +8,22 @@ BAD_COMBINATIONS = {
         '[optimizer]\nname = "SGD"',
         ["optimizer.name = 'SGD' is unknown", "allowed: AdamW, Adam"],
     ),
+    "pattern of no parameter": (
+        '[[optimizer.groups]]\npattern = "tok_embedding.*"\nweight_decay = 0',
+        ['optimizer.groups: "tok_embedding.*" matches no', "such as tok_embeddings.weight"],
+    ),
+    "pattern of a tied output": (
+        '[model]\ntied_embeddings = true\n[[optimizer.groups]]\npattern = "output.*"\nlr = 1',
+        ['optimizer.groups: "output.*" matches no parameter'],
+    ),
+    "parameter of two groups": (
+        '[optimizer]\ngroups = [{ pattern = "*wq*", lr = 1 }, { pattern = "layers.5.*", lr = 1 }]',
+        ['layers.5.attention.wq.weight is matched by "*wq*" and by "layers.5.*"', "in one group"],
+    ),
+    "group that sets nothing": (
+        '[[optimizer.groups]]\npattern = "norm.weight"',
+        ['optimizer.groups: "norm.weight" sets nothing; give it lr or weight_decay'],
+    ),
     "output folder that is the run's": (
         '[checkpoint]\nfolder = "."',
         ["checkpoint.folder", "inside job.dump_folder"],

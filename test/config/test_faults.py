@@ -62,6 +62,14 @@ BAD_VALUES = {
     "bool for int": ("[training]\nsteps = true", ["training.steps = true", "a whole number"]),
     "int for bool": ("[compile]\nenable = 1", ["compile.enable = 1", "true or false"]),
     "string for bool": ('[compile]\nenable = "true"', ['compile.enable = "true"', "true or false"]),
+    "group without pattern": (
+        "[optimizer]\ngroups = [{ lr = 1 }]",
+        ["optimizer.groups = [{ lr = 1 }]", "a list of tables with pattern (UTF-8 text"],
+    ),
+    "group with an unknown key": (
+        '[[optimizer.groups]]\npattern = "norm.*"\nbeta1 = 0.5',
+        ["optimizer.groups = [", "lr (a finite number > 0), weight_decay (a finite number >= 0)"],
+    ),
     "bool for float": ("[optimizer]\nlr = true", ["optimizer.lr = true", "a finite number > 0"]),
     "string for float": (
         '[optimizer]\nlr = "1e-3"',
@@ -163,6 +171,9 @@ BOUNDS = {
     "optimizer.beta2": BETA,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.muon_momentum": BETA,
+    "optimizer.muon_ns_steps": ([1, 99], [0, 100, -1, 2.5]),
+    "optimizer.muon_adamw_lr": POSITIVE,
     "lr_scheduler.warmup_steps": COUNT_OR_ZERO,
     "lr_scheduler.warmup_ratio": FRACTION,
     "lr_scheduler.total_steps": COUNT,

@@ -40,6 +40,10 @@ IDLE = {
         "[checkpoint]\naccept_changed_data = true",
         ["accept_changed_data", "enable = false"],
     ),
+    "momentum of AdamW": (
+        "[optimizer]\nmuon_momentum = 0.9",
+        ['optimizer.muon_momentum = 0.9 has no effect while optimizer.name = "AdamW"'],
+    ),
     "load_step unused": (
         "[checkpoint]\nload_step = 5",
         ["checkpoint.load_step = 5 has no effect", "enable = false"],

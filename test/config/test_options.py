@@ -62,6 +62,14 @@ OPTIMIZER_KEYS = (
     "beta2",
     "eps",
     "weight_decay",
+    "groups",
+)
+MUON_KEYS = (
+    "muon_momentum",
+    "muon_nesterov",
+    "muon_ns_steps",
+    "muon_ns_dtype",
+    "muon_adamw_lr",
 )
 SHARING_KEYS = (
     "tensor_parallel_degree",
@@ -119,6 +127,10 @@ SHOWN_BY = {
     **dict.fromkeys(
         (f"optimizer.{key}" for key in OPTIMIZER_KEYS),
         "test_optimizer_options_change_the_weights",
+    ),
+    **dict.fromkeys(
+        (f"optimizer.{key}" for key in MUON_KEYS),
+        "test_options_of_muon_change_the_weights",
     ),
     "optimizer.implementation": "test_optimizer_implementations_agree",
     **dict.fromkeys(
@@ -467,6 +479,7 @@ OPTIMIZER_OPTIONS = {
     "optimizer.beta2": 0.5,
     "optimizer.eps": 1e-2,
     "optimizer.weight_decay": 0.5,
+    "optimizer.groups": '{ pattern = "norm.weight", lr = 1e-2 }',
 }
 
 
@@ -475,6 +488,26 @@ def test_optimizer_options_change_the_weights(data, device, key):
     plain = weights_after(setting_up(data, device))
     changed = weights_after(setting_up(data, device, **{key: OPTIMIZER_OPTIONS[key]}))
     assert not torch.equal(plain, changed)
+
+
+MUON_OPTIONS = {
+    "optimizer.muon_momentum": 0.5,
+    "optimizer.muon_nesterov": False,
+    "optimizer.muon_ns_steps": 4,
+    "optimizer.muon_ns_dtype": "float32",
+    "optimizer.muon_adamw_lr": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def after_muon(data, device):
+    return weights_after(setting_up(data, device, **{"optimizer.name": "Muon"}))
+
+
+@pytest.mark.parametrize("key", MUON_OPTIONS)
+def test_options_of_muon_change_the_weights(data, device, after_muon, key):
+    overrides = {"optimizer.name": "Muon", key: MUON_OPTIONS[key]}
+    assert not torch.equal(weights_after(setting_up(data, device, **overrides)), after_muon)
 
 
 def test_optimizer_implementations_agree(data, device):

@@ -6,6 +6,7 @@ import pytest
 from helpers.configs import assert_one_fault, parse, report
 
 from torchtrain.config.checks import check
+from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import ConfigError
 
@@ -227,6 +228,16 @@ def test_command_line_goes_before_file_before_default():
     assert isinstance(config.optimizer.lr, float)
     assert isinstance(config.optimizer.weight_decay, float)
     assert config.job.config_file == "run.toml"
+
+
+def test_tables_are_read_from_the_file_and_as_toml_from_the_command_line():
+    file = '[[optimizer.groups]]\npattern = "norm.*"\nlr = 1'
+    (group,) = parse(file).optimizer.groups
+    assert (group.pattern, group.lr, group.weight_decay) == ("norm.*", 1.0, None)
+    given = '{ pattern = "out*", weight_decay = 0 }, { pattern = "tok_*", lr = 1e-3 }'
+    config = parse(file, f"--optimizer.groups={given}")
+    assert [group.pattern for group in config.optimizer.groups] == ["out*", "tok_*"]
+    assert parse(to_toml(config)).optimizer == config.optimizer
 
 
 def test_the_command_line_can_empty_a_list(tmp_path):

@@ -135,7 +135,7 @@ def test_a_users_optimizer_is_built_from_the_weights_by_name(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(OPTIMIZERS, "mine", "users_optimizer:build")
     weights = dict(Small().named_parameters())
-    config = SimpleNamespace(name="mine", lr=0.5)
+    config = SimpleNamespace(name="mine", lr=0.5, groups=[])
     optimizer = build_optimizer(weights, config)
     assert type(optimizer) is torch.optim.SGD
     (group,) = optimizer.param_groups

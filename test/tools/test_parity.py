@@ -51,6 +51,8 @@ SUBSET = (
     "hsdp2x2-accumulate-labels",
     "fsdp2-tp2-tied-full-ac",
     "tp2-cp2-ulysses-tied",
+    "muon-fsdp2-tp2",
+    "muon-ep2-tp2-pp2-zbv",
 )
 
 

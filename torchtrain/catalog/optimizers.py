@@ -6,6 +6,7 @@ from torchtrain.utils import nearest
 OPTIMIZERS = {
     "AdamW": "torchtrain.optimizers.adam:build_adamw",
     "Adam": "torchtrain.optimizers.adam:build_adam",
+    "Muon": "torchtrain.optimizers.muon:build_muon",
 }
 """By `optimizer.name`, the function that builds it, "module:build": from the weights by name and
 the section [optimizer] to a `torch.optim.Optimizer`. A user's own file may add to it as the config

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from torchtrain.catalog.datasets import find_dataset
 from torchtrain.catalog.optimizers import find_optimizer
+from torchtrain.catalog.parameters import list_parameters
 from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config import layout
 from torchtrain.config.faults import Fault
 from torchtrain.config.model_checks import FLAVOR_KEYS, Faults, check_model, must_divide
+from torchtrain.config.parameter_groups import check_groups
 from torchtrain.config.plans import list_output_folders, plan_shape
 from torchtrain.config.schema import Checkpoint, Config
 from torchtrain.config.sources import DataSource, plan_sources
@@ -34,6 +36,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_check_tokenizer(config),
         *check_model(config),
         *_catch(find_optimizer, config.optimizer.name),
+        *_check_groups(config),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -60,6 +63,25 @@ def _check_tokenizer(config: Config) -> Faults:
             f"model.tokenizer_path = {quoted(model.tokenizer_path)}, model.hf_assets_path = "
             f"{quoted(model.hf_assets_path)}: the two mean the same; give one of them"
         )
+
+
+def _check_groups(config: Config) -> Faults:
+    """Check what `optimizer.groups` set, and for which names where the model's are known."""
+    groups = config.optimizer.groups
+    for group in groups:
+        if group.lr is None and group.weight_decay is None:
+            pattern = quoted(group.pattern)
+            yield Fault(f"optimizer.groups: {pattern} sets nothing; give it lr or weight_decay")
+    try:
+        names = list_parameters(config.model.name, plan_shape(config.model))
+    except UserError:  # reported by _check_model
+        return
+    if names is None:
+        return
+    try:
+        check_groups(names, groups)
+    except UserError as fault:
+        yield Fault(str(fault), FLAVOR_KEYS)
 
 
 def _check_data(config: Config) -> Faults:

@@ -97,6 +97,12 @@ def find_idle_options(config: Config) -> list[str]:
     may_skip = training.on_nonfinite == "skip" or training.spike_deviations is not None
     if not may_skip and training.max_skips != options()["training.max_skips"].default:
         found["training.max_skips"] = "has no effect: no step is skipped"
+    if config.optimizer.name != "Muon":
+        for name, option in options().items():
+            if name.startswith("optimizer.muon_") and get_value(config, name) != option.default:
+                found[name] = (
+                    f"has no effect while optimizer.name = {quoted(config.optimizer.name)}"
+                )
     checkpoint = config.checkpoint
     if "lr_scheduler" in checkpoint.exclude_from_loading:
         text = "lr_scheduler has no effect: the rate always follows from the config and the step"

@@ -33,7 +33,8 @@ class Option:
     """One field, described."""
 
     kind: str
-    """JSON Schema's name of its type: integer, number, boolean, string, array; "lists" of lists."""
+    """JSON Schema's name of its type: integer, number, boolean, string, array; "lists" of lists;
+    "tables"."""
     allowed: str
     """Type and bounds, in words."""
     default: Any
@@ -46,12 +47,14 @@ def options() -> dict[str, Option]:
     """Return every field by its full name, `section.key`, in the order of declaration."""
     found = {}
     for section, model in SECTIONS.items():
-        for key, schema in model.model_json_schema()["properties"].items():
+        section_schema = model.model_json_schema()
+        tables = section_schema.get("$defs", {})
+        for key, schema in section_schema["properties"].items():
             value_schema = schema.get("anyOf", [schema])[0]
             auto = "-1, or " if schema["default"] == -1 else ""
             found[f"{section}.{key}"] = Option(
                 kind=_kind(value_schema),
-                allowed=auto + _in_words(value_schema),
+                allowed=auto + _in_words(value_schema, tables),
                 default=schema["default"],
                 doc=schema["description"],
             )
@@ -59,16 +62,25 @@ def options() -> dict[str, Option]:
 
 
 def _kind(schema: dict[str, Any]) -> str:
+    if "$ref" in schema.get("items", {}):
+        return "tables"
     if schema.get("items", {}).get("type") == "array":
         return "lists"
     return str(schema["type"])
 
 
-def _in_words(schema: dict[str, Any]) -> str:
+def _in_words(schema: dict[str, Any], tables: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "array":
         items = schema["items"]
+        if "$ref" in items:
+            keys = tables[items["$ref"].rpartition("/")[2]]["properties"]
+            described = [
+                f"{key} ({_in_words(value.get('anyOf', [value])[0], tables)})"
+                for key, value in keys.items()
+            ]
+            return f"a list of tables with {', '.join(described)}"
         if "enum" in items:
             some = "at least one" if "minItems" in schema else "any"
             return f"a list with {some} of " + ", ".join(items["enum"])
@@ -102,8 +114,8 @@ def help_text() -> str:
         "",
         "  --SECTION.KEY VALUE or --SECTION.KEY=VALUE",
         "  A true/false option without a value means true. Commas separate the items of a list,",
-        "  semicolons the lists of a list of lists. The value none unsets an option whose default",
-        "  is unset.",
+        "  semicolons the lists of a list of lists; tables are as in TOML: { key = value, … }, …",
+        "  The value none unsets an option whose default is unset.",
     ]
     for section, model in SECTIONS.items():
         lines += ["", f"[{section}] {model.__doc__}"]

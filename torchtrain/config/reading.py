@@ -183,6 +183,8 @@ def _parse_value(option: Option | None, text: str) -> Any:
             return text.split(",") if text else []
         if option.kind == "lists":
             return [part.split(",") for part in text.split(";")]
+        if option.kind == "tables":
+            return tomli.loads(f"value = [{text}]")["value"]
         return {"integer": int, "number": float, "string": str}[option.kind](text)
     except ValueError:
         return text

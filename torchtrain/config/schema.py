@@ -150,6 +150,17 @@ class Model(Section):
     """Let a bias per expert, moved against its load, take part in the choice."""
 
 
+class ParameterGroup(Section):
+    """Settings of the parameters whose full names match a pattern."""
+
+    pattern: Name
+    """Of full names, such as "tok_embeddings.*"; "*" stands for any text, dots too."""
+    lr: Positive | None = None
+    """Their largest learning rate; unset: what they have without the group."""
+    weight_decay: NotNegative | None = None
+    """Their weight decay; unset: what they have without the group."""
+
+
 class Optimizer(Section):
     """The optimizer."""
 
@@ -166,7 +177,19 @@ class Optimizer(Section):
     weight_decay: NotNegative = 0.1
     """Decay of the weights per step, times the learning rate; norms do not decay."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """PyTorch's implementation; fused is the fastest."""
+    """PyTorch's implementation of Adam and AdamW; fused is the fastest."""
+    groups: list[ParameterGroup] = []
+    """Other settings by parameter name: { pattern = "tok_embeddings.*", weight_decay = 0 }, …"""
+    muon_momentum: Beta = 0.95
+    """Decay per step of Muon's running mean of the gradient."""
+    muon_nesterov: bool = True
+    """Whether Muon's update looks one step ahead along that mean (Nesterov's momentum)."""
+    muon_ns_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    """Newton-Schulz iterations of Muon's orthogonalization."""
+    muon_ns_dtype: Dtype = "bfloat16"
+    """Precision of these iterations."""
+    muon_adamw_lr: Positive | None = None
+    """Largest learning rate of what AdamW updates beside Muon; unset: lr."""
 
 
 class LRScheduler(Section):

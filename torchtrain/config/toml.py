@@ -26,8 +26,11 @@ def toml_value(value: Any) -> str:
     JSON's escapes are TOML's too, except for DEL, which JSON leaves as it is.
 
     Raises:
-        TypeError: the value is not a str, bool, int, float or a list of them.
+        TypeError: the value is not a str, bool, int, float, or a list or a table of them.
     """
+    if isinstance(value, dict):
+        given = [f"{key} = {toml_value(item)}" for key, item in value.items() if item is not None]
+        return f"{{ {', '.join(given)} }}"
     if isinstance(value, list):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, str):
@@ -45,7 +48,7 @@ def quoted(value: Any) -> str:
         return "unset"
     try:
         return shortened(toml_value(value))
-    except TypeError:  # a date or a table: TOML has them, no field of ours does
+    except TypeError:  # a date: TOML has them, no field of ours does
         return shortened(str(value))
     except ValueError:  # Python does not print an integer of thousands of digits
         return "a number of thousands of digits"

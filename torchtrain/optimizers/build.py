@@ -1,16 +1,25 @@
 """The optimizer of the run, built from the weights by their names in the whole model."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtrain.catalog.optimizers import find_optimizer
+from torchtrain.config.parameter_groups import find_group
 from torchtrain.config.schema import Optimizer as OptimizerConfig
+from torchtrain.config.schema import ParameterGroup
+from torchtrain.errors import SharedUserError
+from torchtrain.step_metrics import MetricSource, StepMetrics
 from torchtrain.utils import load_attribute
+
+RATE_NAME = "rate_name"
+"""The key, in a parameter group whose learning rate is not the main one, of that rate's name."""
 
 
 def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
@@ -20,17 +29,70 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         weights: what this rank updates, each parameter once.
         config: the section [optimizer].
 
+    Returns:
+        The optimizer. Its first parameter group has the main learning rate, and may be empty.
+
     Raises:
-        UserError: the catalog has no such name, or its entry cannot be imported.
+        UserError: the catalog has no such name, its entry cannot be imported, or the optimizer has
+            not what `optimizer.groups` sets.
     """
     build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
     optimizer: Optimizer = build(weights, config)
+    names = {weight: name for name, weight in weights.items()}
     optimizer.param_groups = [
         {**group, "params": parameters}
-        for group in optimizer.param_groups
+        for whole_group in optimizer.param_groups
+        for group in split_by_name(whole_group, names, config.groups)
         for parameters in split_by_mesh(group["params"])
     ]
     return optimizer
+
+
+class LearningRates(MetricSource):
+    """Logs the learning rates beside the main one, where there are any."""
+
+    def __init__(self, optimizer: Optimizer, config: OptimizerConfig) -> None:
+        self.optimizer = optimizer
+        rates = {group.pattern: group.lr for group in config.groups}
+        if config.name == "Muon":
+            rates["adamw"] = config.muon_adamw_lr
+        self.names = [name for name, rate in rates.items() if rate not in (None, config.lr)]
+
+    def add_metrics(self, metrics: StepMetrics) -> None:
+        """Add each rate by its name; a rank without weights that have it adds none."""
+        for name in self.names:
+            groups = self.optimizer.param_groups
+            rates = [group["lr"] for group in groups if group.get(RATE_NAME) == name]
+            rate = torch.tensor(max(rates, default=0.0), dtype=torch.float64)
+            metrics.add(f"optimizer/lr/{name}", rate, reduce="max")
+
+
+def split_by_name(
+    group: Mapping[str, Any],
+    names: Mapping[nn.Parameter, str],
+    settings: list[ParameterGroup],
+) -> list[dict[str, Any]]:
+    """Split a parameter group of the optimizer by what its parameters' names set.
+
+    Returns:
+        First the group with what no pattern matches, if only nothing; then a group per pattern.
+    """
+    parameters: dict[int | None, list[nn.Parameter]] = defaultdict(list)
+    for weight in group["params"]:
+        parameters[find_group(names[weight], settings)].append(weight)
+    split = [{**group, "params": parameters[None]}]
+    for number, setting in enumerate(settings):
+        if parameters[number]:
+            given = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+            changed: dict[str, Any] = {
+                key: value for key, value in given.items() if value is not None
+            }
+            for key in changed.keys() - group.keys():
+                raise SharedUserError(f"optimizer.groups sets {key}, which this optimizer has not")
+            if setting.lr is not None:
+                changed[RATE_NAME] = setting.pattern
+            split.append({**group, **changed, "params": parameters[number]})
+    return split
 
 
 def split_by_decay(

@@ -41,6 +41,8 @@ EXPERTS = {
     "router.balance_loss_weight": 0.01,
     "router.z_loss_weight": 0.001,
 }
+# Newton-Schulz in fp32: in bf16 the weights would show its rounding.
+MUON = {"optimizer.name": "Muon", "optimizer.muon_ns_dtype": "float32"}
 TASKS = {
     "plain": Task(),
     "tied": Task({"model.tied_embeddings": True}),
@@ -54,6 +56,9 @@ TASKS = {
     "documents": Task(DOCUMENTS),
     "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
     "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
+    "muon": Task(MUON),
+    "muon-tied": Task(MUON | {"model.tied_embeddings": True}),
+    "muon-experts": Task(MUON | EXPERTS),
 }
 
 REPLICATE_2 = {"parallelism.data_parallel_replicate_degree": 2}
@@ -77,6 +82,7 @@ COMPILE = {"compile.enable": True}
 BUDGET = COMPILE | {"activation_checkpoint.mode": "memory_budget"}
 OFFLOAD = {"training.enable_cpu_offload": True}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
+NS_BF16 = {"optimizer.muon_ns_dtype": "bfloat16"}
 
 
 def pipeline(schedule: str, ranks: int = 2) -> dict[str, Any]:
@@ -280,4 +286,23 @@ LAYOUTS = {
     "ep2-pp2-dualpipev-in-turn": Layout(4, EP_2 | DUAL_PIPE | IN_TURN, "experts"),
     "fsdp2-tp2-pp2-1f1b": Layout(8, PP_2 | TP_2),
     "fsdp2-tp2-pp2-zbv-full-ac": Layout(8, ZBV | TP_2 | FULL),
+    "muon-fsdp2": Layout(2, MICROBATCH_1, "muon"),
+    "muon-fsdp2-offload": Layout(2, OFFLOAD, "muon"),
+    "muon-fsdp2-ns-bf16": Layout(2, NS_BF16, "muon"),
+    "muon-fsdp2-bf16": Layout(2, BF16 | NS_BF16, "muon"),
+    "muon-replicate2": Layout(2, REPLICATE_2, "muon"),
+    "muon-tp2": Layout(2, TP_2, "muon"),
+    "muon-tp2-tied": Layout(2, TP_2, "muon-tied"),
+    "muon-cp2": Layout(2, CP_2, "muon"),
+    "muon-pp2-zbv": Layout(2, ZBV, "muon"),
+    "muon-ep2": Layout(2, EP_2, "muon-experts"),
+    "muon-experts-tp2": Layout(2, TP_2, "muon-experts"),
+    "muon-hsdp2x2": Layout(4, REPLICATE_2, "muon"),
+    "muon-fsdp2-tp2": Layout(4, TP_2, "muon"),
+    "muon-fsdp2-pp2-1f1b-tied": Layout(4, PP_2, "muon-tied"),
+    "muon-ep2-fsdp2": Layout(4, EP_2, "muon-experts"),
+    "muon-ep2-hsdp": Layout(4, EP_2 | REPLICATE_2, "muon-experts"),
+    "muon-ep4-tp2": Layout(4, EP_4 | TP_2, "muon-experts"),
+    "muon-ep2-tp2-pp2-zbv": Layout(4, EP_2 | TP_2 | ZBV, "muon-experts"),
+    "muon-fsdp2-tp2-pp2-zbv": Layout(8, ZBV | TP_2, "muon"),
 }

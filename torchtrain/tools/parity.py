@@ -85,9 +85,11 @@ def check_layout(layout: Layout, plan: Plan) -> Tolerance:
         UserError: the configuration has a fault.
     """
     command_line = plan.command_line(layout.task, layout)
-    training = JobConfig().parse_args(command_line, world_size=layout.ranks).training
-    is_rounded = "bfloat16" in (training.dtype, training.mixed_precision_param)
-    return TOLERANCES["bfloat16" if is_rounded else "float32"]
+    config = JobConfig().parse_args(command_line, world_size=layout.ranks)
+    precisions = [config.training.dtype, config.training.mixed_precision_param]
+    if config.optimizer.name == "Muon":
+        precisions.append(config.optimizer.muon_ns_dtype)
+    return TOLERANCES["bfloat16" if "bfloat16" in precisions else "float32"]
 
 
 def list_cases(

@@ -5,6 +5,7 @@ from typing import Any
 
 from torchtrain.config.options import options
 from torchtrain.config.reading import read_command_line
+from torchtrain.config.toml import toml_value
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.installation import PROGRAM
@@ -67,6 +68,8 @@ def as_text(value: Any) -> str:
         return str(value).lower()
     if value is None:
         return "none"
+    if isinstance(value, dict):
+        return toml_value(value)
     if isinstance(value, list):
         separator = ";" if value and isinstance(value[0], list) else ","
         return separator.join(map(as_text, value))

@@ -1,0 +1,134 @@
+"""Parameter groups by name: rates and decay of what a pattern matches, and how they are logged."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.launching import options
+from torch import nn
+
+from torchtrain.catalog.optimizers import OPTIMIZERS
+from torchtrain.config.plans import plan_run
+from torchtrain.config.schema import LRScheduler, Optimizer, ParameterGroup
+from torchtrain.config_manager import JobConfig
+from torchtrain.errors import UserError
+from torchtrain.lr_scheduling import get_lr_scheduler
+from torchtrain.optimizers.build import LearningRates, build_optimizer
+from torchtrain.set_up import check_names
+from torchtrain.step_metrics import StepMetrics
+
+NAMES = ("tok_embeddings.weight", "layers.0.w1", "layers.0.norm.weight", "output.weight")
+
+
+def weights():
+    shapes = {name: (4,) if "norm" in name else (4, 4) for name in NAMES}
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+
+
+def settings_by_name(optimizer, named):
+    names = {id(weight): name for name, weight in named.items()}
+    found = {}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            assert names[id(weight)] not in found
+            found[names[id(weight)]] = (group["lr"], group["weight_decay"])
+    return found
+
+
+GROUPS = [
+    ParameterGroup(pattern="tok_*", weight_decay=0.0),
+    ParameterGroup(pattern="*.norm.*", lr=0.3, weight_decay=0.7),
+    ParameterGroup(pattern="output.weight", lr=0.4),
+]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "Muon"])
+def test_a_group_sets_what_it_says_and_leaves_the_rest(name):
+    named = weights()
+    config = Optimizer(name=name, lr=0.1, weight_decay=0.2, groups=GROUPS)
+    assert settings_by_name(build_optimizer(named, config), named) == {
+        "tok_embeddings.weight": (0.1, 0.0),
+        "layers.0.w1": (0.1, 0.2),
+        "layers.0.norm.weight": (0.3, 0.7),
+        "output.weight": (0.4, 0.2),
+    }
+
+
+def test_a_group_counts_before_the_rate_of_adamw_beside_muon():
+    named = weights()
+    config = Optimizer(name="Muon", lr=0.1, muon_adamw_lr=0.5, groups=GROUPS)
+    rates = {
+        name: lr
+        for name, (lr, _) in settings_by_name(build_optimizer(named, config), named).items()
+    }
+    assert rates == dict(zip(NAMES, (0.5, 0.1, 0.3, 0.4), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_the_first_group_has_the_main_rate_whatever_is_matched(name):
+    """The rate that is logged as lr is the first group's."""
+    config = Optimizer(name=name, lr=0.1, groups=[ParameterGroup(pattern="*", lr=0.3)])
+    optimizer = build_optimizer(weights(), config)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["params"] == []
+    optimizer.step()
+
+
+def test_the_schedule_multiplies_each_rate_and_each_is_logged():
+    config = Optimizer(name="Muon", lr=0.1, muon_adamw_lr=0.5, groups=GROUPS)
+    optimizer = build_optimizer(weights(), config)
+    schedule = LRScheduler(warmup_steps=4)
+    get_lr_scheduler(
+        optimizer, SimpleNamespace(lr_scheduler=schedule, training=SimpleNamespace(steps=9))
+    )
+    metrics = StepMetrics()
+    metrics.collect([LearningRates(optimizer, config)])
+    logged = {name: value.total.item() for name, value in metrics._values.items()}
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert logged == {
+        "optimizer/lr/*.norm.*": 0.075,
+        "optimizer/lr/output.weight": 0.1,
+        "optimizer/lr/adamw": 0.125,
+    }
+
+
+def test_a_rank_without_a_groups_weights_logs_its_name_too():
+    config = Optimizer(groups=[ParameterGroup(pattern="output.weight", lr=0.4)])
+    named = weights()
+    del named["output.weight"]
+    metrics = StepMetrics()
+    metrics.collect([LearningRates(build_optimizer(named, config), config)])
+    assert {name: value.total.item() for name, value in metrics._values.items()} == {
+        "optimizer/lr/output.weight": 0.0
+    }
+
+
+def test_one_rate_has_no_metrics_of_its_own():
+    same = [ParameterGroup(pattern="tok_*", lr=0.1), ParameterGroup(pattern="out*", weight_decay=0)]
+    config = Optimizer(name="Muon", lr=0.1, muon_adamw_lr=0.1, groups=same)
+    metrics = StepMetrics()
+    metrics.collect([LearningRates(build_optimizer(weights(), config), config)])
+    assert metrics._values == {}
+
+
+def test_an_optimizer_that_has_not_what_a_group_sets_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "without_decay.py").write_text(
+        "import torch\n"
+        "def build(weights, config):\n"
+        "    return torch.optim.Rprop(weights.values(), lr=config.lr)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(OPTIMIZERS, "mine", "without_decay:build")
+    config = Optimizer(name="mine", groups=[ParameterGroup(pattern="tok_*", weight_decay=0.0)])
+    with pytest.raises(UserError, match=r"optimizer\.groups sets weight_decay, which"):
+        build_optimizer(weights(), config)
+
+
+def test_names_of_a_users_model_are_checked_at_set_up(data):
+    config = JobConfig().parse_args(options(data), world_size=1)
+    config.optimizer.groups = [ParameterGroup(pattern="tok_embedding.*", lr=0.1)]
+    plan = plan_run(config, 1, tokenizer_size=99)
+    with pytest.raises(UserError, match=r"matches no parameter .* such as tok_embeddings.weight"):
+        check_names(config, plan)
+    config.optimizer.groups = []
+    check_names(config, plan)
