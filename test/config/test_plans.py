@@ -125,7 +125,7 @@ def test_the_ranks_that_share_experts_are_some_of_those_that_share_data():
     degrees = plan_degrees(section, 24)
     assert degrees == Degrees(pp=1, dp_replicate=1, dp_shard=4, cp=3, tp=2, ep=4)
     assert degrees.expert_shard == 6
-    assert degrees.world_size == 24
+    assert degrees.data_parallel * degrees.ranks_per_sample == 24
     assert degrees.describe().endswith("; expert parallel: 4 ranks share the experts of a layer")
     with pytest.raises(UserError) as refused:
         plan_degrees(section, 6)
@@ -144,7 +144,7 @@ def test_degrees_of_a_mixed_layout():
     )
     degrees = plan_degrees(section, 840)
     assert degrees == Degrees(pp=3, dp_replicate=2, dp_shard=7, cp=5, tp=4)
-    assert degrees.world_size == 840
+    assert degrees.data_parallel * degrees.ranks_per_sample == 840
     assert degrees.data_parallel == 14
     assert degrees.ranks_per_stage == 20
     assert degrees.ranks_per_sample == 60

@@ -49,7 +49,7 @@ def planned(world_size=32, saved=None, **overrides):
 def test_degrees_and_what_follows_from_them():
     degrees = planned().degrees
     assert degrees == Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2)
-    assert degrees.world_size == 32
+    assert degrees.data_parallel * degrees.ranks_per_sample == 32
     assert degrees.data_parallel == 4
     assert degrees.ranks_per_stage == 4
     assert degrees.ranks_per_sample == 8

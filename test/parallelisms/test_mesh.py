@@ -18,7 +18,8 @@ def find(cases, results):
     found = []
     for degrees, rank in cases:
         degrees = Degrees(**dict(zip(NAMES, degrees, strict=True)))
-        dist.init_process_group("fake", rank=rank, world_size=degrees.world_size, store=FakeStore())
+        size = degrees.data_parallel * degrees.ranks_per_sample
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         mesh = Mesh(degrees, "cpu", sequence_shards=degrees.tp)
         groups = {
             name: dist.get_process_group_ranks(mesh.group(name))

@@ -26,19 +26,12 @@ from torchtrain.utils import describe_differences, first_few, plural
 class HFSource:
     """A model in Hugging Face's form."""
 
+    path: Path
+    identity: ModelIdentity
+    """The model, by its config.json."""
     folder: HFFolder
     sizes: dict[str, torch.Size]
     """Of our weights, by name, as they are there."""
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self.folder.path
-
-    @property
-    def identity(self) -> ModelIdentity:
-        """The model, by its config.json."""
-        return ModelIdentity(family=self.folder.family, shape=asdict(self.folder.shape))
 
     @torch.no_grad()
     def load(self, weights: Weights, group: dist.ProcessGroup) -> str:
@@ -60,11 +53,8 @@ class TorchtitanSource:
 
     path: Path
     metadata: Metadata
-
-    @property
-    def identity(self) -> None:
-        """None: the folder does not say what the weights are the parameters of."""
-        return None
+    identity: None = None
+    """The folder does not say what the weights are the parameters of."""
 
     @torch.no_grad()
     def load(self, weights: Weights, group: dist.ProcessGroup) -> str:
@@ -110,7 +100,8 @@ def open_hf_source(path: Path) -> HFSource:
         UserError: it is damaged, incomplete, or a model that cannot be one of ours.
     """
     folder = open_hf_folder(path)
-    return HFSource(folder, folder.check())
+    identity = ModelIdentity(family=folder.family, shape=asdict(folder.shape))
+    return HFSource(path, identity, folder, folder.check())
 
 
 def is_dcp_folder(path: Path) -> bool:

@@ -47,11 +47,6 @@ class Degrees:
     """Ranks that share the experts: neighbors among those along dp_shard, cp and tp."""
 
     @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.data_parallel * self.ranks_per_sample
-
-    @property
     def data_parallel(self) -> int:
         """Ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
