@@ -1071,29 +1071,10 @@ MUTANTS = {
     "torchtrain/optimizers/adam.py": [
         (
             "AdamW's betas are swapped",
-            """    return torch.optim.AdamW(
-        split_by_decay(weights, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),""",
-            """    return torch.optim.AdamW(
-        split_by_decay(weights, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta2, config.beta1),""",
+            '"betas": (config.beta1, config.beta2)',
+            '"betas": (config.beta2, config.beta1)',
         ),
-        (
-            "AdamW's epsilon is PyTorch's default",
-            """AdamW(
-        split_by_decay(weights, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-""",
-            """AdamW(
-        split_by_decay(weights, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-""",
-        ),
+        ("AdamW's epsilon is PyTorch's default", '        "eps": config.eps,\n', ""),
         ("Adam is AdamW", "return torch.optim.Adam(", "return torch.optim.AdamW("),
     ],
     "torchtrain/parallelisms/replica_check.py": [
