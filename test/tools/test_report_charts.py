@@ -1,6 +1,7 @@
 """The curves themselves: smoothing and thinning against sums worked out by hand, and the pixels."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_thinning_keeps_the_extremes_and_both_ends():
     )
 
 
+@pytest.mark.slow
 def test_panels_are_those_of_the_numbers_there_are(tmp_path):
     layers = {"router/load_max": 1.5, "router/layer_0/load_max": 1.5, "router/layer_10/load_max": 2}
     a = write_run(tmp_path / "a", [record(1), record(2, val_loss=4.0)])
@@ -68,7 +70,7 @@ def pixels_of(png, color):
     return int((np.abs(image - np.array(to_rgb(color))).max(axis=-1) < 0.02).sum())
 
 
-@pytest.mark.filterwarnings("error")  # names that mean something to matplotlib among them
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_every_chart_shows_every_curve(tmp_path, steps):
     runs = [
@@ -77,7 +79,11 @@ def test_every_chart_shows_every_curve(tmp_path, steps):
         )
         for n in (1, 3)
     ]
-    pictures = list(draw_all(read_runs(runs)))
+    # Names that mean something to matplotlib are among them. Here, not as a mark of the test, which
+    # would fail for what another test has left to the garbage collector.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures = list(draw_all(read_runs(runs)))
     shown = {
         picture.name: [pixels_of(picture.png, color) for color in colors(2)] for picture in pictures
     }
