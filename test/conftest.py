@@ -1,8 +1,7 @@
+import gc
 import signal
 
 import pytest
-import torch.distributed as dist
-from helpers.launching import write_corpus
 from hypothesis import settings
 
 # The same examples in each run, and as long as each takes: a busy machine must not fail a test.
@@ -18,22 +17,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # are done.
 LONGEST = (
     "test_parity.py",
-    "test_launch.py",
     "test_restarts.py",
-    "test_text_samples.py",
-    "test_foreign.py",
-    "test_last_save.py",
-    "test_validation.py",
-    "test_training.py",
+    "test_launch.py",
     "test_resume.py",
-    "test_elastic.py",
-    "test_options.py",
+    "test_validation.py",
+    "test_replica_check.py",
+    "test_text_samples.py",
+    "test_last_save.py",
+    "test_foreign.py",
     "test_pipeline_parallel.py",
+    "test_options.py",
+    "test_lm_eval.py",
+    "test_expert_balance.py",
+    "test_overlap.py",
+    "test_elastic.py",
+    "test_stopping.py",
+    "test_expert_parallel.py",
+    "test_training.py",
     "test_context_parallel.py",
+    "test_convert.py",
     "test_sources.py",
     "test_streams.py",
     "test_prepare.py",
-    "test_lm_eval.py",
 )
 
 
@@ -43,9 +48,16 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
+def pytest_collection_finish():
+    """Let no garbage collection walk what has been imported: each run of a trainer makes one."""
+    gc.freeze()
+
+
 @pytest.fixture
 def alone():
     """A process group of this process alone."""
+    import torch.distributed as dist  # here, for xdist's own process runs no test and needs none
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -54,6 +66,8 @@ def alone():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Options that name a small made-up corpus and a token cache of this test session's own."""
+    from helpers.launching import write_corpus
+
     folder = tmp_path_factory.mktemp("data")
     return {
         "training.dataset": "text",

@@ -11,4 +11,5 @@ cd "$root"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 export OMP_NUM_THREADS=1  # three workers and their ranks share the cores as it is
+unset PYTHONDONTWRITEBYTECODE  # what is compiled for one worker or rank serves all others
 exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -268,7 +268,6 @@ def process_state():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
     torch.autograd.set_detect_anomaly(False)
-    gc.unfreeze()
     gc.enable()
 
 
@@ -354,6 +353,7 @@ def test_an_option_without_effect_is_a_line_at_the_start(run):
     assert "has no effect" not in run("plain")[1]
 
 
+@pytest.mark.slow
 def test_profiler_traces(run, tmp_path):
     run(
         **{
@@ -434,6 +434,7 @@ SCALING_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_model_options_change_the_parameters_or_the_loss(data, device):
     def of(**overrides):
         trainer = setting_up(data, device, **overrides)
@@ -587,6 +588,7 @@ def test_clipping_changes_the_weights(data, device):
     )
 
 
+@pytest.mark.slow
 def test_precisions(data, device):
     trainer = setting_up(data, device)
     plain = weights_after(trainer)
@@ -625,6 +627,7 @@ def test_emulated_bf16_is_what_a_bf16_unit_computes():
     assert x.grad.dtype == layer.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_when_asked(run, monkeypatch):
     collected = []
     monkeypatch.setattr(gc, "collect", lambda generation=2: collected.append(generation) or 0)
@@ -651,6 +654,7 @@ def test_resharding_policy_reaches_every_group(data, device):
     assert policy("never") == ["Parameter", "Parameter"]
 
 
+@pytest.mark.slow
 def test_checkpoint_options(run, tmp_path):
     run(
         **{
@@ -671,6 +675,7 @@ def test_checkpoint_options(run, tmp_path):
     assert not list((tmp_path / "run").glob("previous-*")), "a first run has nothing before it"
 
 
+@pytest.mark.slow
 def test_load_only_saves_nothing(run, tmp_path):
     saving = {"checkpoint.enable": True, "lr_scheduler.total_steps": 4}
     run(**saving)
@@ -679,6 +684,7 @@ def test_load_only_saves_nothing(run, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoint").glob("step-*")] == ["step-2"]
 
 
+@pytest.mark.slow
 def test_initial_load_of_all_or_of_the_weights(run, tmp_path):
     saving = {"checkpoint.enable": True, "lr_scheduler.total_steps": 4}
     whole, _ = run("whole", **saving, **{"training.steps": 4, "checkpoint.interval": 2})
@@ -701,6 +707,7 @@ def test_initial_load_of_all_or_of_the_weights(run, tmp_path):
     assert weights[0]["loss"] != whole[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_part_of_a_checkpoint_is_left_out_of_an_initial_load(run, tmp_path, monkeypatch):
     """The run that is made longer has all of it; the others each lack what they leave out."""
     saving = {"checkpoint.enable": True, "lr_scheduler.total_steps": 4}
