@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.forking import train
+from helpers.forking import train, train_in_turn
 from helpers.launching import ROOT, metrics
 
 EXAMPLES = ROOT / "examples"
@@ -15,10 +15,7 @@ def losses_of(folder, ranks, overrides):
     return [line["loss"] for line in metrics(folder)]
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"parallelism.tensor_parallel_degree": 2}], ids=["fsdp", "tensor"]
-)
-def test_the_model_trains_the_same_on_one_process_and_on_two(data, tmp_path, layout):
+def test_the_model_trains_the_same_on_one_process_and_on_two(data, tmp_path):
     own = {
         **data,
         "experimental.custom_import": EXAMPLES / "own_model.py",
@@ -26,8 +23,17 @@ def test_the_model_trains_the_same_on_one_process_and_on_two(data, tmp_path, lay
         "model.flavor": "small",
     }
     one = losses_of(tmp_path / "one", 1, own)
-    two = losses_of(tmp_path / "two", 2, own | layout)
-    assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-6)
+    tensor = {**own, "parallelism.tensor_parallel_degree": 2}
+    train_in_turn(
+        2,
+        [
+            {**given, "job.dump_folder": tmp_path / name}
+            for name, given in (("fsdp", own), ("tensor", tensor))
+        ],
+    )
+    for name in ("fsdp", "tensor"):
+        two = [line["loss"] for line in metrics(tmp_path / name)]
+        assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-6), name
     llama = losses_of(tmp_path / "llama", 1, data)
     assert one[0] != llama[0]
 

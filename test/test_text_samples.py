@@ -163,6 +163,7 @@ def test_writes_after_every_freq_steps_and_the_last(run, tmp_path):
     assert [text[:14].rstrip() for text in order[2:4]] == ["after step 2 t", "step 3/5  loss"]
 
 
+@pytest.mark.slow
 def test_texts_go_to_tensorboard(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -184,6 +185,7 @@ def test_nothing_that_moves_the_cursor_is_printed():
     assert make_printable("a\tb\x1b[2Jc\r\nd\u2028\x00") == "a   b\ufffd[2Jc\ufffd\nd\ufffd\ufffd"
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(run, tmp_path):
     """Dropout or the like would take the process's random state; none may be taken."""
     run("quiet", **{"text_samples.prompts": "none"})
@@ -204,6 +206,7 @@ def test_a_stop_does_not_wait_for_texts(run, monkeypatch):
         run("a", **{"text_samples.freq": 1})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_what_the_untouched_one_does(run, tmp_path):
     saves = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 6}
     run("untouched", **saves)
@@ -249,15 +252,21 @@ LAYOUTS = {
 def texts_of(tmp_path_factory, data):
     """texts_of(layout): the lines that its run of three steps wrote."""
     scratch = tmp_path_factory.mktemp("layouts")
+    common = {**data, **WRITES, "training.steps": 3, "text_samples.temperature": 1.0}
+    common["text_samples.max_new_tokens"] = 4  # no multiple of what layouts cut either
 
     @cache
+    def train_on(ranks):
+        runs = [
+            {**common, "job.dump_folder": scratch / name.replace(":", "-"), **layout}
+            for name, (count, layout) in LAYOUTS.items()
+            if count == ranks
+        ]
+        forking.train_in_turn(ranks, runs)
+
     def lines(name):
-        count, layout = LAYOUTS[name]
-        folder = scratch / name.replace(":", "-")
-        common = {**data, **WRITES, "job.dump_folder": folder, "training.steps": 3}
-        common["text_samples.temperature"] = 1.0
-        forking.train(count, {**common, **layout})
-        return samples_of(folder)
+        train_on(LAYOUTS[name][0])
+        return samples_of(scratch / name.replace(":", "-"))
 
     return lines
 

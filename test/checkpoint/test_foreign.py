@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.forking import train as train_on_ranks
+from helpers.forking import train_in_turn
 from helpers.hf import SHAPES, build, save_checkpoint
 from helpers.launching import metrics
 from helpers.launching import options as command_line
@@ -70,10 +71,14 @@ def test_what_transformers_saved_trains_on_with_the_loss_it_computes(name, data,
     }
     if shape.n_experts:  # how they are cut; the rest is as in a dense model
         layouts = {layout: layouts[layout] for layout in ("whole", "fsdp2")}
+    runs = {1: [], 2: [], 4: []}
     for layout, (ranks, more) in layouts.items():
         source = tmp_path / ("whole" if layout == "whole" else "parts")
         given = {"checkpoint.initial_load_path": source, "checkpoint.initial_load_in_hf": True}
-        train_on_ranks(ranks, options(data, tmp_path / layout, shape, **given, **more))
+        runs[ranks].append(options(data, tmp_path / layout, shape, **given, **more))
+    for ranks, given in runs.items():
+        if given:
+            train_in_turn(ranks, given)
     for layout in layouts:
         assert losses(tmp_path / layout) == pytest.approx(losses(tmp_path / "whole"), rel=2e-6)
     assert losses(tmp_path / "whole")[0] == pytest.approx(loss_of(theirs, data, shape), rel=1e-5)

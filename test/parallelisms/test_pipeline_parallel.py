@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.forking import on_ranks, train
+from helpers.forking import in_group, on_ranks, train
 from helpers.launching import metrics, options
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
@@ -38,7 +38,6 @@ from torchtrain.config.plans import plan_run
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.models.llama import Transformer
-from torchtrain.ranks import join_process_group
 from torchtrain.set_up import make_plan, set_up
 
 SHAPE = ModelShape(32, 6, 4, 2, 64, 50)
@@ -249,7 +248,7 @@ def test_a_resumed_batch_that_does_not_pass_is_refused(data, monkeypatch, resume
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, data):
-    """found(name): what two ranks find under that schedule, or case."""
+    """found(name): what two ranks found under that schedule, or case."""
     folder = tmp_path_factory.mktemp("pipelines")
     cases = {name: {SCHEDULE: name} for name in SCHEDULES}
     cases |= {
@@ -258,17 +257,27 @@ def found(tmp_path_factory, data):
     }
     cases["tied"] = {SCHEDULE: "DualPipeV", "model.tied_embeddings": True}
 
+    arguments = {name: options({**data, **PP, **case}) for name, case in cases.items()}
+    in_group(2, run_cases, arguments, folder)
+
     @cache
     def result(name):
-        on_ranks(2, evaluate_and_train, options({**data, **PP, **cases[name]}), folder / name)
         return torch.load(folder / name)
 
     return result
 
 
-def evaluate_and_train(arguments, results):
-    """A rank that evaluates a batch and trains on it, three times; rank 0 saves what was found."""
-    trainer = set_up(JobConfig().parse_args(arguments), join_process_group(60))
+def run_cases(cases, folder):
+    """Be a rank that does all cases; rank 0 saves what was found."""
+    for name, arguments in cases.items():
+        found = evaluate_and_train(arguments)
+        if dist.get_rank() == 0:
+            torch.save(found, folder / name)
+
+
+def evaluate_and_train(arguments):
+    """Evaluate a batch and train on it, three times; return what was found."""
+    trainer = set_up(JobConfig().parse_args(arguments), torch.device("cpu"))
     batch = trainer.loader.step_batches(1)[0]
     valid = torch.ones((), dtype=torch.int64)
     found = {"evaluated": [], "trained": []}
@@ -299,9 +308,7 @@ def evaluate_and_train(arguments, results):
     found["gradients"] = {
         name: gradient for theirs in everyones for name, gradient in theirs.items()
     }
-    if dist.get_rank() == 0:
-        torch.save(found, results)
-    dist.destroy_process_group()
+    return found
 
 
 def summed(losses):
