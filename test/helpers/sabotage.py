@@ -1,8 +1,5 @@
 """The ranks of torchtrain.tools.parity with faults built in: a case named as a fault has it."""
 
-import os
-import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -67,12 +64,6 @@ def raising(trainer, microbatches):
     return forward_backward(trainer, microbatches)
 
 
-def killed(trainer, microbatches):
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward_backward(trainer, microbatches)
-
-
 FAULTS = {
     "scaled": patch.object(train, "forward_backward", scaled_by_microbatches),
     "positions": patch.object(RotaryPositions, "at", of_the_first_shard),
@@ -81,7 +72,6 @@ FAULTS = {
     "bias-alone": patch.object(ExpertBalance, "collect", balanced_alone),
     "copy-forgotten": patch.object(TiedOutput, "hand_in_gradient", forgetting),
     "raises": patch.object(train, "forward_backward", raising),
-    "killed": patch.object(train, "forward_backward", killed),
 }
 
 
@@ -94,7 +84,3 @@ def work(cases_file):
     """A rank, under the fault that its case is named after."""
     with patch.object(parity_ranks, "run_case", sabotaged):
         parity_ranks.work(Path(cases_file))
-
-
-if __name__ == "__main__":
-    work(sys.argv[1])

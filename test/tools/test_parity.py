@@ -19,41 +19,36 @@ from torchtrain.tools.parity_plan import SHRUNK, Plan, make_plan
 from torchtrain.tools.parity_processes import first_fault, run_cases
 from torchtrain.tools.parity_ranks import DONE
 
-# Every technique once, most of them in company; the whole table is the tool's own business.
-SUBSET = (
-    "accumulate-labels",
-    "selective-op-ac",
-    "fsdp2-never",
-    "fsdp2-offload",
-    "fsdp2-bf16",
-    "fsdp2-compile",
-    "tp2-no-sequence-no-loss",
-    "tp2-compile",
-    "tp2-documents",
-    "pp2-zbv-documents",
-    "cp2-labels",
-    "cp2-ulysses",
-    "pp2-1f1b-uneven",
-    "pp2-gpipe-full-ac",
-    "pp2-interleaved-zb",
-    "pp2-zbv-tied",
-    "pp2-1f1b-offload",
-    "pp2-zbv-bf16",
-    "pp2-zbv-selective-op-ac",
-    "fsdp2-pp2-zbv",
-    "cp2-pp2-dualpipev-labels",
-    "fsdp2-tp2-pp2-1f1b",
-    "experts-tp2-no-sequence",
-    "ep2-cp2",
-    "ep2-hsdp",
-    "ep2-tp2-pp2-zbv",
-    "ep2-pp2-dualpipev-full-ac",
-    "hsdp2x2-accumulate-labels",
-    "fsdp2-tp2-tied-full-ac",
-    "tp2-cp2-ulysses-tied",
-    "muon-fsdp2-tp2",
-    "muon-ep2-tp2-pp2-zbv",
-)
+# Every technique once and each pair that meets in a place of the code, most of them in company; the
+# whole table is the tool's own business. What each can fail for and no other here does:
+SUBSET = {
+    "fsdp2-never": "weights that stay gathered, over several microbatches",
+    "fsdp2-offload": "gradients that are added up in the CPU's memory",
+    "fsdp2-bf16": "the precision of gathered weights and of reduced gradients",
+    "fsdp2-compile": "compiled blocks with some results kept",
+    "tp2-no-sequence-no-loss": "whole activations between blocks, and whole logits",
+    "tp2-documents": "a mask beside activations that are cut",
+    "tp2-compile": "compiled blocks whose weights are DTensors",
+    "cp2-labels": "a ring, and shards with unequal numbers of labels",
+    "pp2-1f1b-uneven": "a cut given by hand",
+    "pp2-gpipe-full-ac": "recomputation in a whole backward",
+    "pp2-interleaved-zb": "several stages per rank, with a split backward",
+    "pp2-zbv-documents": "documents over stages, and an output on the embedding's rank",
+    "pp2-1f1b-offload": "a pipeline's gradients in the CPU's memory",
+    "pp2-zbv-bf16": "a split backward's gradients added up in fp32",
+    "pp2-zbv-selective-op-ac": "recomputation in a split backward",
+    "fsdp2-pp2-zbv": "gradients reduced after a split backward",
+    "cp2-pp2-dualpipev-labels": "sequence shards in a pipeline",
+    "experts-tp2-no-sequence": "experts cut by tensor ranks",
+    "ep2-cp2": "experts over sequence shards",
+    "ep2-hsdp": "experts with replicas",
+    "ep2-pp2-dualpipev-full-ac": "overlapped exchanges, with recomputation",
+    "hsdp2x2-accumulate-labels": "replicas, and microbatches with unequal numbers of labels",
+    "fsdp2-tp2-tied-full-ac": "weights cut twice, and an output that is the embedding",
+    "tp2-cp2-ulysses-tied": "heads over two kinds of ranks",
+    "muon-fsdp2-tp2": "matrices that Muon makes whole out of two cuts",
+    "muon-ep2-tp2-pp2-zbv": "experts over tensor ranks, and DTensors in a split backward",
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def work(action, cases_file, on_gpus):
 
 
 def forked_cases(action):
-    """`run_cases` on forked ranks; the layouts that fail show how the tool starts its own."""
+    """`run_cases` on forked ranks; how the tool starts its own has tests of its own."""
 
     def run(plan, ranks, cases, folder):
         waiting = dict(cases)
@@ -135,25 +130,18 @@ OFF = {
     "copy-forgotten": Layout(2, pipeline("ZBVZeroBubble"), "tied"),
 }
 FAILING = {
-    "killed": Layout(2),
+    "raises": Layout(2),
     "impossible": Layout(2, {"parallelism.tensor_parallel_degree": 3}),
     "good": Layout(2),  # on the ranks that took up the rest
-    "raises": Layout(2),
 }
-
-
-def checked(layouts, small):
-    """The rows of layouts that have a fault of their name built in."""
-    file = str(ROOT / "train_configs" / "debug_model.toml")
-    worker = (str(ROOT / "test" / "helpers" / "sabotage.py"),)
-    plan = Plan(file, SHRUNK | small, timeout_seconds=60, worker=worker)
-    return {row.layout: row for row in parity.check_layouts(layouts, plan)}
 
 
 @pytest.fixture(scope="module")
 def off(small):
+    """The rows of layouts that have a fault of their name built in, by their name."""
+    plan = Plan(str(ROOT / "train_configs" / "debug_model.toml"), SHRUNK | small)
     with patch.object(parity, "run_cases", forked_cases(sabotage.work)):
-        return checked(OFF, small)
+        return {row.layout: row for row in parity.check_layouts({**OFF, **FAILING}, plan)}
 
 
 @pytest.mark.slow
@@ -195,22 +183,56 @@ def test_a_copy_that_drifts_on_one_rank_in_the_last_bits_is_seen(off):
     assert off["replica-drifts"].verdict == "OFF: copies differ between ranks of norm.weight"
 
 
-def launched_cases(plan, ranks, cases, folder):
-    """`run_cases` as the tool has it, but for the reference."""
-    run = run_cases if ranks > 1 else forked_cases(sabotage.work)
-    return run(plan, ranks, cases, folder)
+@pytest.mark.slow
+def test_a_layout_that_fails_says_why_and_the_others_run(off):
+    assert off["raises"].verdict == "failed: RuntimeError: a fault of rank 1"
+    assert off["impossible"].verdict.startswith("refused: ")
+    assert "tensor_parallel_degree = 3" in off["impossible"].verdict
+    assert off["good"].verdict == "same"
+    assert set(off) == {*OFF, *FAILING}
+
+
+WORKER = """
+import json
+import os
+import signal
+import sys
+import time
+
+for case in json.load(open(sys.argv[1]))["cases"]:
+    name, rank = case["name"], int(os.environ["RANK"])
+    if name == "killed" and rank == 1:
+        print("rank 1 is about to die", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "killed":
+        time.sleep(600)  # as in a collective: torchrun ends it
+    if name == "raises":
+        open(f"{case['results']}.fault-{rank}", "w").write("ValueError: a fault")
+        os._exit(1)
+    if rank == 0:
+        print(f"parity: done {name}", flush=True)
+"""
 
 
 @pytest.mark.slow
-def test_a_layout_that_fails_says_why_and_the_others_run(small):
-    with patch.object(parity, "run_cases", launched_cases):
-        rows = checked(FAILING, small)
-    assert rows["raises"].verdict == "failed: RuntimeError: a fault of rank 1"
-    assert rows["killed"].verdict.startswith("failed: ")
-    assert rows["impossible"].verdict.startswith("refused: ")
-    assert "tensor_parallel_degree = 3" in rows["impossible"].verdict
-    assert rows["good"].verdict == "same"
-    assert set(rows) == set(FAILING)
+def test_ranks_that_end_are_started_again_for_the_other_cases(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    plan = Plan("unused", {}, worker=(str(tmp_path / "worker.py"),))
+    names = ("first", "killed", "second", "raises")
+    cases = {name: {"name": name, "results": str(tmp_path / name)} for name in names}
+    found = dict(run_cases(plan, 2, cases, tmp_path))
+    assert list(found) == list(names)
+    assert (found["first"], found["second"]) == ("", "")
+    assert found["killed"].startswith("the ranks ended: ")
+    assert "rank 1 is about to die" in found["killed"]
+    assert found["raises"] == "ValueError: a fault"
+
+
+@pytest.mark.slow
+def test_the_tool_starts_its_own_ranks(small):
+    plan = Plan(str(ROOT / "train_configs" / "debug_model.toml"), SHRUNK | small)
+    (row,) = parity.check_layouts({"accumulate": LAYOUTS["accumulate"]}, plan)
+    assert row.verdict == "same"
 
 
 # ---- without ranks ----
