@@ -66,6 +66,7 @@ def hf_model(folder: Path):
 # ---- the weights alone ----
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_of_the_weights_alone(run, tmp_path):
     run("full", **SAVES, **SPARSE)
     run("alone", **ALONE, **SPARSE)
@@ -87,6 +88,7 @@ def test_the_last_checkpoint_is_of_the_weights_alone(run, tmp_path):
     assert {tensor.dtype for name, tensor in between.items()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_says_so_and_one_that_gets_longer_takes_an_older_checkpoint(
     run, tmp_path
 ):
@@ -132,29 +134,31 @@ def test_weights_alone_start_another_run(run, tmp_path):
 
 @pytest.mark.slow
 def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path):
-    printed = run("run", **IN_HF, **{"checkpoint.keep_latest_k": 1})
+    given = {**IN_HF, "checkpoint.export_dtype": "float16"}
+    printed = run("run", **given, **{"checkpoint.keep_latest_k": 1})
     step = tmp_path / "run" / "checkpoint" / "step-4"
     assert f"{step} is now {step / 'hf'}: 3 files and the tokenizer" in printed
     weights = tensors_of(step)
-    model = hf_model(step / "hf")
-    assert torch.equal(model.lm_head.weight, weights["model/output.weight"])
-    assert torch.equal(model.model.embed_tokens.weight, weights["model/tok_embeddings.weight"])
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}, "it stays whole"
+    assert_same_weights(step, torch.float16)
+    assert json.loads((step / "hf" / "config.json").read_text())["torch_dtype"] == "float16"
     assert (step / "hf" / "tokenizer.json").exists()
 
     shutil.rmtree(step / "hf")
-    printed = run("run", **IN_HF)
+    printed = run("run", **given)
     assert "nothing to do" in printed
     assert (step / "hf" / "config.json").exists(), "a run that was killed here makes up for it"
-    assert str(step / "hf") not in run("run", **IN_HF), "and does it once"
+    assert str(step / "hf") not in run("run", **given), "and does it once"
 
 
-@pytest.mark.slow
-def test_it_has_the_type_that_was_asked_for(run, tmp_path):
-    run("run", **IN_HF, **{"checkpoint.export_dtype": "float16"})
-    config = json.loads((tmp_path / "run/checkpoint/step-4/hf/config.json").read_text())
-    assert config["torch_dtype"] == "float16"
-    dtypes = {tensor.dtype for tensor in tensors_of(tmp_path / "run/checkpoint/step-4").values()}
-    assert dtypes == {torch.float32}, "a whole checkpoint stays whole"
+def assert_same_weights(step, dtype):
+    """Check that transformers reads the checkpoint's weights, rounded to this type."""
+    weights, model = tensors_of(step), hf_model(step / "hf")
+    for found, name in (
+        (model.lm_head.weight, "model/output.weight"),
+        (model.model.embed_tokens.weight, "model/tok_embeddings.weight"),
+    ):
+        assert torch.equal(found.float(), weights[name].to(dtype).float()), name
 
 
 def test_a_model_that_has_no_such_form_is_refused_before_it_is_trained(run, tmp_path):
@@ -183,8 +187,5 @@ def test_ranks_export_their_weights_whole(tmp_path, data, device):
     printed = forking.train(2, {**given, "parallelism.tensor_parallel_degree": 2})
     assert printed.count("3 files and the tokenizer") == 1
     step = folder / "checkpoint" / "step-4"
-    weights = tensors_of(step)
-    assert all(name.startswith("model/") for name in weights)
-    model = hf_model(step / "hf")
-    assert torch.equal(model.lm_head.weight, weights["model/output.weight"])
-    assert torch.equal(model.model.embed_tokens.weight, weights["model/tok_embeddings.weight"])
+    assert all(name.startswith("model/") for name in tensors_of(step))
+    assert_same_weights(step, torch.float32)

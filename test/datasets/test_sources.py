@@ -571,7 +571,7 @@ def test_a_run_trains_on_a_dataset_of_the_users_own(logs):
     ended = subprocess.run(
         [sys.executable, "-m", "torchtrain.tools.launch", *options],
         cwd=logs,
-        env=environment(2),
+        env=environment(1),
         capture_output=True,
         text=True,
         timeout=240,

@@ -27,6 +27,7 @@ from helpers.launching import (
     wait_for_step,
 )
 
+from torchtrain.attempts import ENDED
 from torchtrain.tools import launch
 
 pytestmark = pytest.mark.slow
@@ -80,7 +81,24 @@ def stopped(tmp_path_factory, data):
         )
 
 
-def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
+CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
+
+
+def curve(folder):
+    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory, data):
+    """What two forked ranks print, and their curve."""
+    folder = tmp_path_factory.mktemp("forked") / "run"
+    printed = train(2, {**data, "job.dump_folder": folder})
+    assert len(metrics(folder)) == 4
+    return printed, curve(folder)
+
+
+def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data, forked):
+    """And what it starts trains as the other tests' forked ranks do, to the bit."""
     copy = tmp_path / "a path with spaces"
     copy.mkdir()
     for name in ("train.py", "run_llama_train.sh", "pyproject.toml"):
@@ -97,7 +115,7 @@ def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data):
         CONFIG_FILE="train_configs/debug_model.toml",
     )
     assert status == 0, output
-    assert len(metrics(tmp_path / "run here")) == 4
+    assert curve(tmp_path / "run here") == forked[1]
     assert "[rank" not in output, "one rank speaks unless more are asked for"
     status, output = launch_script(copy / "run_llama_train.sh", ["--training.stepz", "3"], tmp_path)
     assert status == 2
@@ -118,9 +136,7 @@ def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
         timeout=TIMEOUT_S,
         capture_output=True,
     )
-    assert [line["loss"] for line in metrics(tmp_path / "plain")] == [
-        line["loss"] for line in metrics(tmp_path / "one-rank")
-    ]
+    assert curve(tmp_path / "plain") == curve(tmp_path / "one-rank")
 
 
 @pytest.mark.parametrize(
@@ -217,25 +233,6 @@ def test_a_second_ctrl_c_ends_at_once_also_where_a_rank_does_not_answer(tmp_path
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
-def test_ranks_die_with_their_launcher(tmp_path, data):
-    with running(
-        2, {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    ) as process:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
-        children = ranks_of(process)
-        assert len(children) == 2
-        os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while (
-            any(Path(f"/proc/{pid}").exists() for pid in children.values())
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
-
-
 def node(rank, port):
     """What torchrun's variables say on this node of two."""
     return {
@@ -246,16 +243,13 @@ def node(rank, port):
     }
 
 
-def test_two_nodes_train_as_one_does(tmp_path, data, free_port):
+def test_two_nodes_train_as_one_does(tmp_path, data, free_port, forked):
     overrides = {**data, "job.dump_folder": tmp_path / "two"}
     with running(1, overrides, **node(0, free_port)) as first:
         launched(1, overrides, **node(1, free_port))
         output, _ = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 0, output
-    train(2, {**data, "job.dump_folder": tmp_path / "one"})
-    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
-    assert len(losses[0]) == 4
-    assert losses[0] == losses[1]
+    assert curve(tmp_path / "two") == forked[1]
 
 
 def test_ctrl_c_ends_a_node_that_waits_in_one_line(tmp_path, data, free_port):
@@ -275,11 +269,11 @@ def train_speaking(log_rank, arguments):
     return run_trainer(arguments)
 
 
-def test_log_rank_chooses_who_speaks(tmp_path, data):
-    arguments = options({**data, "job.dump_folder": tmp_path / "run"})
-    assert "[rank 1]" in on_ranks(2, train_speaking, "1", arguments)
-    output = train(2, {**data, "job.dump_folder": tmp_path / "run"})
-    assert "[rank" not in output
+def test_log_rank_chooses_who_speaks(tmp_path, data, forked):
+    assert "[rank" not in forked[0]
+    overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 1}
+    assert "[rank 1]" in on_ranks(2, train_speaking, "1", options(overrides))
+    output = train(1, overrides)
     assert (tmp_path / "run" / "previous-1" / "metrics.jsonl").exists()
     assert "previous-1" in output
 
@@ -291,11 +285,13 @@ def test_non_finite_loss_stops_before_the_weights(tmp_path, data):
         "optimizer.lr": 1e30,
         "training.max_norm": 1e30,
     }
-    output = train(2, overrides, expect=1)
-    assert "gradient norm" in output
-    assert "global samples" in output
-    assert output.count("detect_anomaly") == 1
-    assert "Traceback" not in output
+    run = forking.Ranks(2, run_trainer, options(overrides))
+    assert run.finish(TIMEOUT_S) == [1, 1], run.printed
+    assert "gradient norm" in run.printed
+    assert "global samples" in run.printed
+    assert run.printed.count("detect_anomaly") == 1
+    assert "Traceback" not in run.printed
+    assert run.store.get(ENDED) == b"1", "the launcher would start it again"
 
 
 def test_a_stopped_rank_ends_the_run_within_the_training_timeout(stopped):
