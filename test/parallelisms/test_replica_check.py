@@ -99,9 +99,8 @@ ON_TWO = {
     "tp2-experts": (TP_2 | EXPERTS, OF_SPARSE_LAYERS),
 }
 ON_FOUR = {
-    "hsdp2-fsdp2": (REPLICATE_2, EVERYTHING),
     "hsdp2-tp2": (REPLICATE_2 | TP_2, EVERYTHING),
-    "hsdp2-cp2": (REPLICATE_2 | CP_2, EVERYTHING),
+    "hsdp2-cp2": (REPLICATE_2 | CP_2, EVERYTHING),  # of which the shards are those of hsdp2-fsdp2
     "fsdp2-tp2": (TP_2, NORMS),
     "hsdp2-ep2-experts": (REPLICATE_2 | EP_2 | EXPERTS, EVERYTHING),
 }
