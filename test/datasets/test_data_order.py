@@ -169,6 +169,7 @@ def test_ranks_and_accumulation_change_nothing(degree, accumulation):
     assert torch.equal(labels, expected_labels)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     n_tokens=st.integers(9, 500),

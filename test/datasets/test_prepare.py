@@ -55,6 +55,7 @@ def whole(corpus, tokenizer) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 def test_a_stream_needs_no_preparing_but_its_validation_set_does(tmp_path, corpus, capsys):
     given = options(
         {"training.dataset": "text", "training.dataset_path": corpus, "data.streaming": True}

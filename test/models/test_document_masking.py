@@ -115,6 +115,7 @@ def test_positions_restart_in_each_document():
     assert torch.equal(rotary(torch.zeros_like(documents), documents), rotary.at(restarted))
 
 
+@pytest.mark.slow
 def test_the_mask_of_accelerators_is_the_cpus(monkeypatch):
     """FlexAttention has no backward on a CPU, but its forward and blocks are the same there."""
     monkeypatch.setattr(document_masking, "compiled", lambda function: function)

@@ -33,6 +33,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("scaling", [{}, SCALED], ids=["plain-rope", "scaled-rope"])
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=["multi-head", "grouped-query"])

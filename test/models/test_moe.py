@@ -32,6 +32,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCES)
 def test_equals_transformers(name):
     assert_equals_transformers(REFERENCES[name])

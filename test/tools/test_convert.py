@@ -37,6 +37,7 @@ def continue_greedily(model, tokens, count):
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_computes_the_same_from_the_export(name, tmp_path, alone):
     from transformers import AutoModelForCausalLM
@@ -56,6 +57,7 @@ def test_transformers_computes_the_same_from_the_export(name, tmp_path, alone):
     assert written.tolist() == continue_greedily(model, prompt, 64).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_every_bit_is_the_same(name, dtype, tmp_path, alone, capsys):
@@ -102,6 +104,7 @@ def test_weights_are_converted_to_the_type_asked_for(tmp_path, alone):
     assert torch.equal(tensors["lm_head.weight"], model.output.weight.detach().bfloat16())
 
 
+@pytest.mark.slow
 def test_the_tokenizer_comes_along(tmp_path, alone):
     from transformers import AutoTokenizer
 
@@ -228,6 +231,7 @@ def test_a_model_that_hugging_face_lacks_is_refused(tmp_path, alone):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-7"]
 
 
+@pytest.mark.slow
 def test_any_slice_is_that_of_the_whole_weight(tmp_path, alone):
     """Also where it begins or ends within a head, or among the experts."""
     for name in ("llama", "qwen3 moe"):

@@ -12,6 +12,7 @@ def tree(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_page_goes_into_the_first_runs_folder(tmp_path, capsys):
     runs = [write_run(tmp_path / name, [record(1), record(2)]) for name in "ab"]
     before = tree(tmp_path)
@@ -23,6 +24,7 @@ def test_the_page_goes_into_the_first_runs_folder(tmp_path, capsys):
     assert all(path.is_relative_to(runs[0]) for path in after.keys() - before.keys())
 
 
+@pytest.mark.slow
 def test_a_fault_is_one_message_and_status_2(tmp_path, capsys):
     run = write_run(tmp_path / "run", [record(1)])
     before = tree(tmp_path)

@@ -14,6 +14,8 @@ from helpers.runs import record, write_run
 from torchtrain.tools.report import main
 from torchtrain.tools.report_charts import colors
 
+pytestmark = pytest.mark.slow  # matplotlib draws the charts
+
 HOSTILE = (
     "</pre><script>document.title='taken'</script> & <img src=http://x.test/y> \u2028 'q' \"w\""
 )
