@@ -204,7 +204,7 @@ def run_cases(data, cases, folder):
             values.append(summary.added)
             return summary, stopped_by
 
-        given = {"training.steps": 2, "router.log_layers_freq": 1, **WEIGHTED, **layout}
+        given = {"training.steps": 3, "router.log_layers_freq": 1, **WEIGHTED, **layout}
         case = {"options": options({**data, **SPARSE, **given}), "hide_labels": True}
         counter = CountsInForward if name == "counted in the forward" else moe.AddLosses
         with (
