@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -196,7 +197,7 @@ def launch(
         UserError: node 0 cannot be where it should be.
         PeerFault: another node does not come.
     """
-    set_up_environment(processes, on_cpu=on_cpu)
+    set_up_environment(processes, os.environ, on_cpu=on_cpu)
     os.environ[STARTED] = str(time.time())
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     from torch.distributed import DistNetworkError
@@ -229,17 +230,19 @@ def launch(
     return 0
 
 
-def set_up_environment(processes: int, *, on_cpu: bool) -> None:
+def set_up_environment(
+    processes: int, environment: MutableMapping[str, str], *, on_cpu: bool
+) -> None:
     """Set what the ranks inherit; what the user has set stays."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
     if on_cpu:
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
-        os.environ.setdefault("GLIBC_TUNABLES", tunables)
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    if "PYTHON_EXEC" not in os.environ:  # torchrun's; such a wrapper can be the ranks' parent
-        os.environ[LAUNCHER_PID] = str(os.getpid())
-    paths = [str(PROGRAM), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment.setdefault("GLIBC_TUNABLES", tunables)
+        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if "PYTHON_EXEC" not in environment:  # torchrun's; such a wrapper can be the ranks' parent
+        environment[LAUNCHER_PID] = str(os.getpid())
+    paths = [str(PROGRAM), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
 
 if __name__ == "__main__":
