@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from torchtrain import __version__
 from torchtrain.config.layout import BatchPlan
+from torchtrain.dtypes import DTYPES
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, find_peak_flops
 from torchtrain.models.decoder import load_decoder
 from torchtrain.models.moe import SparseFeedForward
-from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer
 

@@ -20,6 +20,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtrain.dtypes import DTYPES
 from torchtrain.errors import UserError
 from torchtrain.loss import sequence_losses
 from torchtrain.lr_scheduling import get_lr_scheduler
@@ -34,7 +35,6 @@ from torchtrain.parallelisms.apply import (
 )
 from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.expert_balance import ExpertBalance
-from torchtrain.parallelisms.fsdp import DTYPES
 from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from torchtrain.checkpoint.commit import Source
+from torchtrain.dtypes import DTYPES
 from torchtrain.errors import UserError
 from torchtrain.shards import local
 from torchtrain.utils import describe_differences
@@ -22,11 +23,6 @@ Weights = Mapping[str, Tensor]
 """A rank's parameters by their names in the whole model, as sharded, and its buffers, for which the
 optimizer has no state. Tied ones come once."""
 
-EXPORT_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 WHAT_TO_DO = "Choose another optimizer.name, or train without checkpoint.enable"
 
 
@@ -41,7 +37,7 @@ def list_exported(weights: Weights, dtype: str | None) -> dict[str, Tensor]:
     if dtype is not None:
         for name, weight in weights.items():
             if isinstance(weight, nn.Parameter):  # buffers keep the precision that they need
-                tensors[f"model/{name}"] = tensors[f"model/{name}"].to(EXPORT_DTYPES[dtype])
+                tensors[f"model/{name}"] = tensors[f"model/{name}"].to(DTYPES[dtype])
     return tensors
 
 

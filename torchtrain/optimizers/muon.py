@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from torchtrain.config.schema import Optimizer as OptimizerConfig
+from torchtrain.dtypes import DTYPES
 from torchtrain.optimizers.adam import build_adamw
 from torchtrain.optimizers.build import RATE_NAME
 from torchtrain.optimizers.shared_work import SharedWork
@@ -30,8 +31,6 @@ SMALLEST_NORM = 1e-7
 
 RMS_OF_ADAMW = 0.2
 """Root mean square of an update, as AdamW's usually has (Liu et al., section 2.2)."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Muon(Optimizer):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.schema import ActivationCheckpoint, Compile, Parallelism, Training
+from torchtrain.dtypes import DTYPES
 from torchtrain.logging_utils import logger
 from torchtrain.models.decoder import Decoder
 from torchtrain.parallelisms.activation_checkpoint import apply_around_blocks, apply_within_blocks
@@ -16,7 +17,7 @@ from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.expert_parallel import apply_expert_parallel
-from torchtrain.parallelisms.fsdp import DTYPES, apply_fsdp
+from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
 from torchtrain.parallelisms.ring_attention import Ring

@@ -8,7 +8,6 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from collections.abc import Iterable
 from functools import partial
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,11 +19,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtrain.config.schema import Training
+from torchtrain.dtypes import DTYPES
 from torchtrain.models.decoder import Decoder
 from torchtrain.parallelisms.expert_parallel import find_sparse
 from torchtrain.parallelisms.mesh import Mesh
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def apply_fsdp(model: Decoder, mesh: Mesh, training: Training, reshard_after_forward: str) -> None:

@@ -30,13 +30,13 @@ from torchtrain.catalog.models import FAMILIES, ModelShape
 from torchtrain.checkpoint import commit
 from torchtrain.checkpoint.commit import Progress
 from torchtrain.checkpoint.hf_folder import CONFIG, HFFolder, open_hf_folder
-from torchtrain.checkpoint.state import EXPORT_DTYPES
 from torchtrain.checkpoint.storage import list_entries, read_index, read_tensors, write_tensors
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config.reading import Source as ConfigSource
 from torchtrain.config.toml import toml_value
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.tokenizer import load_tokenizer
+from torchtrain.dtypes import DTYPES
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.models.hf_config import MODEL_CLASS
@@ -218,7 +218,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     out = commands.add_parser("to-hf", help="from a checkpoint to a Hugging Face folder")
     out.add_argument("checkpoint", help="folder of a run, or of one of its checkpoints")
     out.add_argument("output", type=Path, metavar="folder", help="folder to make")
-    out.add_argument("--dtype", choices=EXPORT_DTYPES, help="type of the weights (as they are)")
+    out.add_argument("--dtype", choices=DTYPES, help="type of the weights (as they are)")
     out.add_argument("--shard-size", type=float, default=5.0, help="GB of one file (%(default)s)")
     out.add_argument("--tokenizer", help="its file or folder (the run's)")
     back = commands.add_parser("from-hf", help="from a Hugging Face folder to a checkpoint")
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             to_hf(
                 given.checkpoint,
                 given.output,
-                dtype=EXPORT_DTYPES.get(given.dtype),
+                dtype=DTYPES.get(given.dtype),
                 shard_bytes=int(given.shard_size * 10**9),
                 tokenizer=given.tokenizer,
             )
