@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor
 
-from torchtrain.parallelisms.fsdp import DTYPES
+from torchtrain.dtypes import DTYPES
 
 SECONDS = 0.4
 """Time for each product."""
