@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 
 from torchtrain.early_interrupt import await_end, end_in_time, end_on_interrupt
+from torchtrain.imports import begin_imports, end_imports
 from torchtrain.installation import exit_without_dependencies
 from torchtrain.orphans import end_with_launcher
 
@@ -22,6 +23,7 @@ if __name__ == "__main__":
     end_with_launcher()
     exit_without_dependencies()
     end_on_interrupt(before="the first step")
+    begin_imports()
 
 from torchtrain.config_manager import JobConfig, parse_or_exit
 
@@ -368,6 +370,7 @@ def main(config: JobConfig) -> int:
 
 
 if __name__ == "__main__":
+    end_imports()
     status = main(CONFIG)
     sys.stdout.flush()
     sys.stderr.flush()

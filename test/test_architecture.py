@@ -7,12 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers.launching import ROOT
+from helpers.launching import ROOT, TIMEOUT_S, environment, options
 
 # A module's room is its longest prefix here. A room imports only rooms of a lower floor.
 FLOORS = {
     "torchtrain": 0.0,
     "torchtrain.errors": 0.0,
+    "torchtrain.imports": 0.0,
     "torchtrain.installation": 0.0,
     "torchtrain.utils": 0.01,
     "torchtrain.logging_utils": 0.02,
@@ -53,6 +54,7 @@ FLOORS = {
 }
 INSTANT = (
     "torchtrain.errors",
+    "torchtrain.imports",
     "torchtrain.utils",
     "torchtrain.logging_utils",
     "torchtrain.early_interrupt",
@@ -63,7 +65,7 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10748, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10757, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1647,
     "datasets": 1978,
@@ -174,6 +176,42 @@ def instant_modules():
 def test_instant_modules_import_no_torch():
     code = f"import sys, {', '.join(instant_modules())}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+AT_THE_END_OF_IMPORTS = """
+import gc, runpy, sys
+import torchtrain.imports
+
+def report():
+    print(gc.isenabled(), gc.get_stats()[2]["collections"], "torch" in sys.modules)
+    print(*sys.modules)
+    sys.exit()
+
+torchtrain.imports.end_imports = report
+program = sys.argv.pop(1)
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "unneeded"),
+    [
+        ("train.py", HEAVY),
+        (
+            "torchtrain/tools/launch.py",
+            (*HEAVY, "sympy", "torch._dynamo", "torch.distributed.tensor", "train"),
+        ),
+    ],
+)
+def test_a_start_imports_what_it_needs_and_collects_no_garbage_meanwhile(program, unneeded):
+    command = [sys.executable, "-c", AT_THE_END_OF_IMPORTS, program, *options({})]
+    printed = subprocess.check_output(
+        command, cwd=ROOT, env=environment(1), text=True, timeout=TIMEOUT_S
+    )
+    collecting, imported = printed.splitlines()
+    assert collecting == "False 0 True"
+    assert not set(unneeded) & set(imported.split())
 
 
 @pytest.mark.parametrize("name", HEAVY)

@@ -26,7 +26,16 @@ from torchtrain.ranks import join_process_group
 GRACE_S = 30  # for the others, after a rank has failed: they may wait for it in a collective
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train"])
+# What ranks import when they need it, and tests.
+IMPORTED = (
+    "train",
+    "torchtrain.models.llama",
+    "torchtrain.optimizers.adam",
+    "numpy.ma",
+    "hypothesis",
+    "pytest",
+)
+FORKS.set_forkserver_preload(list(IMPORTED))
 
 
 def enter(rank, world_size, port, printed, action, arguments):

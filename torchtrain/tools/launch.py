@@ -22,9 +22,11 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
+from torchtrain.imports import begin_imports, end_imports
 
 if __name__ == "__main__":
     end_on_interrupt(before="the ranks started")  # while the imports below are made
+    begin_imports()
 
 from torchtrain.config.options import print_help, wants_help
 from torchtrain.config_manager import JobConfig, parse_or_exit
@@ -209,6 +211,7 @@ def launch(
     from torchtrain.tools.meeting import all_nodes
     from torchtrain.tools.restarts import Outcome, use_agent
 
+    end_imports()
     options = [
         f"--nproc-per-node={processes}",
         f"--max-restarts={restarts}",
