@@ -35,7 +35,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.attempts import end_for_good, log_restart
-from torchtrain.bad_numbers import describe_samples
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
@@ -43,7 +42,7 @@ from torchtrain.datasets.loader import Microbatch
 from torchtrain.errors import BadNumbers, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
-from torchtrain.loss import count_valid
+from torchtrain.loss import BatchLoss, count_valid
 from torchtrain.lr_scheduling import set_step
 from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, TextSample, peak_memory_gib
 from torchtrain.optimizers.clipping import clip_grad_norm_
@@ -93,10 +92,10 @@ def train(
             stopwatch = Stopwatch()
             watchdog.begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data, stop.find_reason)
-            loss, max_loss = forward_backward(trainer, microbatches)
+            loss = forward_backward(trainer, microbatches)
             grad_norm = clip_gradients(trainer)
-            summary, stopped_by = combine_ranks(trainer, loss, max_loss, grad_norm, stopwatch, stop)
-            summary = trainer.guard.judge(summary, loss)
+            summary, stopped_by = combine_ranks(trainer, loss, grad_norm, stopwatch, stop)
+            summary = trainer.guard.judge(summary, loss.own)
             optimizer_step(trainer, skips=summary.skipped)
             if trainer.replica_check.is_due(step):
                 trainer.replica_check.run(step)
@@ -118,30 +117,22 @@ def train(
                 raise Stopped(stopped_by, step)
 
 
-def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
+def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> BatchLoss:
     """Accumulate the gradient of the global batch's mean loss over this rank's microbatches.
+
+    Without a valid label in the global batch, loss and gradient are 0. (To ask whether there is one
+    would be to wait for the device: the guard does, later in the step.)
 
     Args:
         trainer: its weights get the gradient.
         microbatches: of this rank, tokens [B, S] each.
-
-    Returns:
-        The loss of this rank's samples (a sum over their labels, divided by the valid labels of
-        all samples) and the largest mean loss of one of them; both 0-dim, fp64, on the device, the
-        same on ranks that share samples, but 0 on those without the last stage of a pipeline.
-
-    Raises:
-        UserError: the global batch has no valid label.
     """
     batches = [batch.to(trainer.device) for batch in microbatches]
     valid_by_sequence = torch.cat([count_valid(batch.labels) for batch in batches])
     valid = valid_by_sequence.sum()
     dist.all_reduce(valid)
     valid //= trainer.plan.degrees.ranks_per_sample  # each of which has counted
-    if valid.item() == 0:
-        step = trainer.step + 1
-        samples = describe_samples(trainer.loader, step)
-        raise SharedUserError(f"step {step}: no valid label in the global batch, {samples}")
+    divisor = valid.clamp(min=1)
 
     losses_by_sequence = []
     for batch in batches:
@@ -149,20 +140,21 @@ def forward_backward(trainer: Trainer, microbatches: list[Microbatch]) -> tuple[
         labels = trainer.shard(batch.labels)
         with trainer.loss_context():
             if trainer.pipeline is not None:
-                losses = trainer.pipeline.forward_backward(tokens, labels, valid, batch.documents)
+                losses = trainer.pipeline.forward_backward(tokens, labels, divisor, batch.documents)
             else:
                 # Each microbatch's gradient is reduced and added to the shards at once: no rank
                 # ever holds a whole gradient, and it accumulates in the same precision on one rank
                 # as on many.
                 losses = trainer.sequence_losses(trainer.parts[0](tokens, batch.documents), labels)
-                (losses.sum() / valid).backward()
+                (losses.sum() / divisor).backward()
         losses_by_sequence.append(losses.detach().double())
     losses = torch.cat(losses_by_sequence)
     if trainer.mesh.has("cp"):
         dist.all_reduce(losses, group=trainer.mesh.group("cp"))
     if trainer.expert_balance is not None:
         trainer.expert_balance.collect(trainer.step + 1)
-    return losses.sum() / valid, (losses / valid_by_sequence.clamp(min=1)).max()
+    largest = (losses / valid_by_sequence.clamp(min=1)).max()
+    return BatchLoss(losses.sum() / divisor, largest, valid)
 
 
 def clip_gradients(trainer: Trainer) -> Tensor:
@@ -173,26 +165,27 @@ def clip_gradients(trainer: Trainer) -> Tensor:
 
 def combine_ranks(
     trainer: Trainer,
-    loss: Tensor,
-    max_loss: Tensor,
+    loss: BatchLoss,
     grad_norm: Tensor,
     stopwatch: Stopwatch,
     stop: StopRequest,
 ) -> tuple[StepSummary, int]:
     """Return the step as the whole job sees it, and the reason to stop that a rank has, or 0.
 
-    Metrics that the model and the optimizer add travel in the same small collective.
+    Metrics that the model and the optimizer add travel in the same small collective. Reading its
+    result is a step's one wait for the device: the guard judges it before the update.
     """
     metrics = StepMetrics()
-    metrics.add("loss", loss, reduce="sum")
-    metrics.add("max_loss", max_loss, reduce="max")
+    metrics.add("loss", loss.own, reduce="sum")
+    metrics.add("max_loss", loss.largest, reduce="max")
+    metrics.add("valid_labels", loss.valid, reduce="max")
     metrics.add("grad_norm", grad_norm, reduce="max")
     metrics.add("memory_gib", peak_memory_gib(trainer.device), reduce="max")
     metrics.add("data_time_s", stopwatch.data_time_s, reduce="max")
     metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")
     metrics.add("stop_reason", stop.find_reason(), reduce="max")
     metrics.collect(trainer.metric_sources)
-    values = metrics.reduce(loss.device)
+    values = metrics.reduce(trainer.device)
     stop.listen()
     del values["own_time_s"]
     stopped_by = int(values.pop("stop_reason"))
@@ -200,6 +193,7 @@ def combine_ranks(
         step=trainer.step + 1,
         loss=values.pop("loss") / trainer.plan.degrees.ranks_per_stage,
         max_loss=values.pop("max_loss"),
+        valid_labels=int(values.pop("valid_labels")),
         grad_norm=values.pop("grad_norm"),
         lr=trainer.optimizer.param_groups[0]["lr"],
         tokens_seen=trainer.tokens_seen + trainer.tokens_per_step,

@@ -72,8 +72,8 @@ MUTANTS = {
         ),
         (
             "the largest loss is that of the first rank",
-            'metrics.add("max_loss", max_loss, reduce="max")',
-            'metrics.add("max_loss", max_loss, reduce="min")',
+            'metrics.add("max_loss", loss.largest, reduce="max")',
+            'metrics.add("max_loss", loss.largest, reduce="min")',
         ),
         (
             "the loss counts each rank that shares samples",
@@ -102,8 +102,8 @@ MUTANTS = {
         ),
         (
             "the finite check comes after the update",
-            "            summary = trainer.guard.judge(summary, loss)\n            optimizer_step(trainer, skips=summary.skipped)\n",
-            "            optimizer_step(trainer)\n            summary = trainer.guard.judge(summary, loss)\n",
+            "            summary = trainer.guard.judge(summary, loss.own)\n            optimizer_step(trainer, skips=summary.skipped)\n",
+            "            optimizer_step(trainer)\n            summary = trainer.guard.judge(summary, loss.own)\n",
         ),
         (
             "a corrupt state is saved before it is looked for",
@@ -138,13 +138,13 @@ MUTANTS = {
         ),
         (
             "each microbatch divides by its own valid labels",
-            "(losses.sum() / valid).backward()",
+            "(losses.sum() / divisor).backward()",
             "(losses.sum() / count_valid(labels).sum()).backward()",
         ),
         (
-            "a batch without a valid label trains",
-            "    if valid.item() == 0:\n",
-            "    if valid.item() < 0:\n",
+            "a batch without a valid label has no finite loss",
+            "divisor = valid.clamp(min=1)",
+            "divisor = valid",
         ),
         (
             "the largest loss is a sum",
@@ -1111,6 +1111,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/bad_numbers.py": [
+        (
+            "a batch without a valid label trains",
+            "        if summary.valid_labels == 0:\n",
+            "        if summary.valid_labels < 0:\n",
+        ),
         (
             "a non-finite gradient with a finite loss is let through",
             "return math.isfinite(summary.loss) and math.isfinite(summary.grad_norm)",

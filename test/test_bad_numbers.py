@@ -184,15 +184,15 @@ def spoil(faults):
     plain = train.forward_backward
 
     def spoiled(trainer, microbatches):
-        loss, max_loss = plain(trainer, microbatches)
+        loss = plain(trainer, microbatches)
         rank, how = faults.get(trainer.step + 1, (-1, ""))
         if rank in (None, dist.get_rank()):
             if how == "spike":
-                return loss * 1000, max_loss
+                return loss._replace(own=loss.own * 1000)
             if how == "loss":
-                return loss * math.nan, max_loss
+                return loss._replace(own=loss.own * math.nan)
             local(trainer.weights[how].grad).view(-1)[-1] = math.nan
-        return loss, max_loss
+        return loss
 
     return spoiled
 

@@ -212,7 +212,7 @@ def compare_chunks(data):
             use_chunks(trainer, chunk)
             with torch.no_grad():
                 evaluated = losses_of(trainer, held_out)
-            losses = torch.stack(forward_backward(trainer, batches))
+            losses = torch.stack(forward_backward(trainer, batches)[:2])
             gradients = {name: local(each.grad) for name, each in trainer.weights.items()}
             found.append({**gradients, "losses": losses, "validation": evaluated})
             trainer.optimizer.zero_grad()

@@ -19,6 +19,7 @@ from torchtrain.bad_numbers import StepGuard
 from torchtrain.config.schema import Metrics, Training
 from torchtrain.errors import NonFinite, UserError
 from torchtrain.logging_utils import init_logging, logger
+from torchtrain.loss import BatchLoss
 from torchtrain.metrics import (
     StepSummary,
     Stopwatch,
@@ -445,8 +446,11 @@ def step_of_this_rank(rank, **changes):
     train.peak_memory_gib = lambda device: own["memory"]
     return train.combine_ranks(
         trainer,
-        torch.tensor(own["loss"], dtype=torch.float64),
-        torch.tensor(own["max_loss"], dtype=torch.float64),
+        BatchLoss(
+            torch.tensor(own["loss"], dtype=torch.float64),
+            torch.tensor(own["max_loss"], dtype=torch.float64),
+            torch.tensor(90),
+        ),
         torch.tensor(own["grad_norm"], dtype=torch.float32),
         stopwatch,
         SimpleNamespace(find_reason=lambda: own["signal"], listen=lambda: None),
@@ -468,6 +472,7 @@ def combine_by_hand():
         step=7,
         loss=3.5,  # the sum of the parts, over the two ranks of the stage
         max_loss=9.25,
+        valid_labels=90,
         grad_norm=1.5,
         lr=3e-4,
         tokens_seen=700,

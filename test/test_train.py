@@ -1,13 +1,18 @@
 """The edges of the loop: what ends a run early, with which status and message; and memory."""
 
 import signal
+import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.launching import options
+from helpers.launching import ROOT, options
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from torchtrain import ranks
@@ -24,6 +29,7 @@ from torchtrain.errors import (
 )
 from torchtrain.metrics import MetricsLogger
 from torchtrain.set_up import set_up
+from torchtrain.shards import local
 
 
 def peer_fault(*, is_user_error):
@@ -88,15 +94,107 @@ def trainer(data):
     dist.destroy_process_group()
 
 
-def test_a_batch_without_a_valid_label_is_refused(trainer):
-    batches = [
-        replace(batch, labels=torch.full_like(batch.labels, -100))
-        for batch in trainer.loader.step_batches(1)
-    ]
+@pytest.mark.usefixtures("trainer")  # for its process group
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_batch_without_a_valid_label_ends_the_run_before_the_update(
+    data, tmp_path, monkeypatch, on_nonfinite
+):
+    given = {**data, "training.on_nonfinite": on_nonfinite, "job.dump_folder": tmp_path}
+    config = JobConfig().parse_args(options(given), world_size=1)
+    trainer = set_up(config, torch.device("cpu"))
+    weights = {name: local(weight.detach()).clone() for name, weight in trainer.weights.items()}
+    read = trainer.loader.step_batches
+
+    def without_labels(step):
+        return [replace(each, labels=torch.full_like(each.labels, -100)) for each in read(step)]
+
+    monkeypatch.setattr(trainer.loader, "step_batches", without_labels)
+    monkeypatch.setattr(train, "set_up", lambda *_: trainer)
     said = r"step 1: no valid label in the global batch, global samples 0 to 7"
     with pytest.raises(SharedUserError, match=said):
-        train.forward_backward(trainer, batches)
-    assert all(weight.grad is None for weight in trainer.weights.values())
+        train.run(config, torch.device("cpu"))
+    for name, weight in trainer.weights.items():
+        assert torch.equal(local(weight), weights[name]), name
+        assert (local(weight.grad) == 0).all(), name
+
+
+class Waits(TorchFunctionMode):
+    """Notes where the host would wait for an accelerator, if this CPU were one.
+
+    A tensor counts as on the host only if it was made of numbers without naming a device, was
+    brought there by `cpu`, or was computed from such tensors alone.
+    """
+
+    READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.on_host = {}  # by id; keeps them alive, so that no other tensor gets the id
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        on_host = bool(given) and all(id(each) in self.on_host for each in given)
+        moves = name == "to" and any(isinstance(each, torch.device) for each in args)
+        uploads = moves and on_host and not kwargs.get("non_blocking")
+        if uploads or (name in self.READS and not on_host):
+            self.found.append(innermost_of_ours())
+        result = function(*args, **kwargs)
+        made = name in ("tensor", "as_tensor") and not given and kwargs.get("device") is None
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self.on_host.pop(id(each), None)
+                if name == "cpu" or made or (on_host and not moves):
+                    self.on_host[id(each)] = each
+        return result
+
+
+def innermost_of_ours():
+    """Return file and function, of the package or train.py, of the innermost call of theirs."""
+    frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
+    ours = [ROOT / "train.py", *(ROOT / "torchtrain").rglob("*.py")]
+    file, name = [frame for frame in frames if frame[0] in ours][-1]
+    return f"{file.stem}.{name}"
+
+
+@pytest.mark.usefixtures("trainer")  # for its process group
+def test_a_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
+    """When it reads what the ranks have measured, before the update."""
+    waits = Waits()
+    loop = train.train
+
+    def watched(*arguments):
+        with waits:
+            loop(*arguments)
+
+    monkeypatch.setattr(train, "train", watched)
+    given = {**data, "training.steps": 3, "job.dump_folder": tmp_path}
+    given |= {"training.local_batch_size": 4}
+    train.run(JobConfig().parse_args(options(given), world_size=1), torch.device("cpu"))
+    assert waits.found == ["step_metrics._gather"] * 3
+
+
+class Divisions(TorchDispatchMode):
+    """Counts the divisions by the number 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_division = function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_)
+        self.count += is_division and isinstance(args[1], float) and args[1] == 1.0
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_rank_divides_no_gradient(trainer):
+    """FSDP would divide every one by 1 there, into a copy."""
+    with Divisions() as seen:
+        train.forward_backward(trainer, trainer.loader.step_batches(1))
+    trainer.optimizer.zero_grad()
+    assert seen.count == 0
 
 
 def test_a_validation_leaves_the_weights_sharded(trainer):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtrain.checkpoint.commit import GuardState
 from torchtrain.config.schema import Training
 from torchtrain.datasets.loader import DataLoader
-from torchtrain.errors import NonFinite
+from torchtrain.errors import NonFinite, SharedUserError
 from torchtrain.logging_utils import logger
 from torchtrain.metrics import StepSummary
 from torchtrain.models.decoder import Decoder
@@ -64,7 +64,13 @@ class StepGuard:
 
         Raises:
             NonFinite: the run is to stop, on all ranks.
+            SharedUserError: the global batch has no valid label.
         """
+        if summary.valid_labels == 0:
+            samples = describe_samples(self.loader, summary.step)
+            raise SharedUserError(
+                f"step {summary.step}: no valid label in the global batch, {samples}"
+            )
         fault = None
         if not is_finite(summary):
             fault = describe_origin(self.parts, loss)

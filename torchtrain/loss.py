@@ -6,7 +6,7 @@ fp32 a chunk of tokens at a time.
 Letters: B batch, S sequence, V vocabulary, T tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ from torchtrain.utils import IGNORE_INDEX
 
 CHUNK = 2**24
 """Logits per chunk: 64 MiB in fp32."""
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a global batch as a rank knows it: 0-dim tensors on the device."""
+
+    own: Tensor
+    """The sum of the token losses of this rank's samples, divided by `valid`: fp64, the same on
+    ranks that share samples, but 0 on those without the last stage of a pipeline."""
+    largest: Tensor
+    """The largest mean loss of one of these samples, likewise."""
+    valid: Tensor
+    """The valid labels of the whole global batch, the same on all ranks."""
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:

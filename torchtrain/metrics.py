@@ -115,6 +115,8 @@ class StepSummary:
     """Mean over the valid labels of the global batch, nats per token."""
     max_loss: float
     """Largest mean loss of one sequence of the global batch."""
+    valid_labels: int
+    """Of the global batch."""
     grad_norm: float
     """Norm of the full model's gradient, before clipping."""
     lr: float
@@ -324,7 +326,8 @@ class MetricsLogger:
             if self.peak_flops is not None:
                 mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         record = asdict(summary)
-        del record["data_time_s"], record["own_times_s"], record["added"]
+        del record["valid_labels"], record["data_time_s"]
+        del record["own_times_s"], record["added"]
         if not summary.skipped:
             del record["skipped"]
         if summary.skipped_steps is None:

@@ -142,7 +142,7 @@ class StepMetrics:
             terms.append(value.total)
             if value.reduce == "mean":
                 terms.append(torch.tensor(value.count, dtype=torch.float64))
-        row = torch.stack([term.to(device) for term in terms])
+        row = torch.stack([_put(term, device) for term in terms])
 
         by_rank = _gather(row[:FIRST_GATHER], FIRST_GATHER)
         signatures = by_rank[:, 0].tolist()
@@ -185,13 +185,26 @@ class StepMetrics:
         return dict(zip(names, numbers, strict=True))
 
 
+def _put(number: Tensor, device: torch.device) -> Tensor:
+    """Return a 0-dim tensor on `device`; a host's goes there as a fill's argument.
+
+    A copy of it would wait for the device.
+    """
+    if number.device == device:
+        return number
+    return torch.full((), number.item(), dtype=torch.float64, device=device)
+
+
 def _gather(row: Tensor, width: int) -> Tensor:
-    """Return the rows of all ranks, [R, width]; shorter ones are filled up with zeros."""
+    """Return the rows of all ranks, [R, width]; shorter ones are filled up with zeros.
+
+    They come on the host, which waits for them.
+    """
     padded = row.new_zeros(width)
     padded[: len(row)] = row
     rows = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, padded)
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def _describe_difference(specs_by_rank: list[list[str]]) -> str:

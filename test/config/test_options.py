@@ -305,7 +305,7 @@ def weights_after(trainer, steps=3):
 
 
 def first_loss(trainer):
-    return train.forward_backward(trainer, trainer.loader.step_batches(1))[0].item()
+    return train.forward_backward(trainer, trainer.loader.step_batches(1)).own.item()
 
 
 def test_a_run_writes_its_folder(run, tmp_path):
@@ -935,8 +935,12 @@ def test_a_batch_without_a_valid_label_names_its_samples(data, device):
     trainer = setting_up(data, device)
     batches = trainer.loader.step_batches(1)
     batches[0].labels[:] = -100
+    loss = train.forward_backward(trainer, batches)
+    summary, _ = train.combine_ranks(
+        trainer, loss, train.clip_gradients(trainer), train.Stopwatch(), train.StopRequest()
+    )
     with pytest.raises(UserError, match="global samples 0 to 7"):
-        train.forward_backward(trainer, batches)
+        trainer.guard.judge(summary, loss.own)
 
 
 def test_a_request_to_stop_is_not_lost_nor_doubled(device):

@@ -23,6 +23,7 @@ def summary(step, **changes):
         "step": step,
         "loss": 7.0 - step / 10,
         "max_loss": 8.0,
+        "valid_labels": 90,
         "grad_norm": 1.25,
         "lr": 8e-4,
         "tokens_seen": 100 * step,

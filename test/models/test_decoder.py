@@ -105,7 +105,7 @@ def test_a_users_model_is_trained_without_a_line_of_the_engine(
     assert spread == pytest.approx(0.9866 * 0.125, rel=0.1)
     losses = []
     for step in range(1, 6):
-        loss, _ = train.forward_backward(trainer, trainer.loader.step_batches(step))
+        loss = train.forward_backward(trainer, trainer.loader.step_batches(step)).own
         train.optimizer_step(trainer)
         losses.append(loss.item())
     assert losses[-1] < losses[0]

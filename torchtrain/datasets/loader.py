@@ -84,10 +84,11 @@ class Microbatch:
     (models/document_masking.py)."""
 
     def to(self, device: torch.device) -> "Microbatch":
-        """Return the same with its tensors on this device."""
+        """Return the same with its tensors on this device, without waiting for it."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+            pinned = tensor if device.type == "cpu" else tensor.pin_memory()
+            return pinned.to(device, non_blocking=True)  # out of other memory, it would wait
 
         documents = None if self.documents is None else move(self.documents)
         return Microbatch(move(self.tokens), move(self.labels), self.sample_ids, documents)

@@ -73,10 +73,13 @@ def apply_fsdp(model: Decoder, mesh: Mesh, training: Training, reshard_after_for
     for block in model.layers.values():
         shard(block, reshard_after_forward=frees_blocks)
     shard(model, reshard_after_forward=frees_last)
+    reduces = max(mesh.fsdp.size(), mesh.fsdp_experts.size()) > 1
     for module in find_fsdp_modules(model):
         # The loss is already divided by the number of valid labels of all ranks, so gradients are
         # summed, not averaged; a plain SUM on every backend, since gloo has no pre-multiplied sum.
-        module.set_gradient_divide_factor(1.0)
+        # On one rank the two are the same, but FSDP would divide, into a copy.
+        if reduces:
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 

@@ -72,7 +72,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         microbatches = trainer.loader.step_batches(step)
         if case["hide_labels"]:
             hide_labels(microbatches)
-        loss, max_loss = train.forward_backward(trainer, microbatches)
+        loss = train.forward_backward(trainer, microbatches)
         if step == 1:
             results["gradients"], _ = gather(
                 {name: weight.grad for name, weight in trainer.weights.items()}
@@ -80,7 +80,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         norm = clip_grad_norm_(
             trainer.weights.values(), config.training.max_norm, trainer.mesh.group("pp")
         )
-        summary, _ = train.combine_ranks(trainer, loss, max_loss, norm, stopwatch, stop)
+        summary, _ = train.combine_ranks(trainer, loss, norm, stopwatch, stop)
         results["losses"] += [summary.loss, summary.max_loss]
         results["norms"].append(summary.grad_norm)
         train.optimizer_step(trainer)
