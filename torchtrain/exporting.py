@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import torchtrain
-from torchtrain.catalog.models import find_family
+from torchtrain.catalog.models import TRANSFORMER, find_family
 from torchtrain.config.plans import plan_shape
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
-from torchtrain.models.hf_config import MODEL_CLASS, find_architecture
+from torchtrain.models.hf_config import find_architecture
 from torchtrain.orphans import STARTED_BY
 from torchtrain.ranks import on_rank_zero, patient_group, together
 from torchtrain.utils import user_errors
@@ -35,7 +35,7 @@ def check_export(config: JobConfig) -> None:
 
     def check() -> None:
         with user_errors("checkpoint.last_save_in_hf = true", UserError):
-            if find_family(config.model.name).model != MODEL_CLASS:
+            if find_family(config.model.name).model != TRANSFORMER:
                 raise UserError(f"Hugging Face does not have the models of {config.model.name!r}")
             find_architecture(plan_shape(config.model))
 

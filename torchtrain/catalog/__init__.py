@@ -6,11 +6,8 @@ The tables are filled here, and by the user's own file (`experimental.custom_imp
 
 from torchtrain.catalog.llama import LLAMA_2, LLAMA_3
 from torchtrain.catalog.mixtral import MIXTRAL
-from torchtrain.catalog.models import register_model
+from torchtrain.catalog.models import TRANSFORMER, register_model
 from torchtrain.catalog.qwen3 import QWEN3
-
-# One model computes all four: what sets them apart is their shapes.
-TRANSFORMER = "torchtrain.models.llama:Transformer"
 
 register_model("llama2", LLAMA_2, TRANSFORMER)
 register_model("llama3", LLAMA_3, TRANSFORMER)

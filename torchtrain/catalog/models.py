@@ -7,6 +7,9 @@ from typing import Any, Literal
 from torchtrain.errors import UserError
 from torchtrain.utils import nearest
 
+TRANSFORMER = "torchtrain.models.llama:Transformer"
+"""What computes all families of the package: what sets them apart is their shapes."""
+
 # What has no effect on a model without experts.
 EXPERT_DETAILS = (
     "experts_per_token",

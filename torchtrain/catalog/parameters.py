@@ -1,9 +1,6 @@
 """The names of a model's parameters. No torch here: the config check reads it."""
 
-from torchtrain.catalog.models import ModelShape, find_family
-
-LLAMA = "torchtrain.models.llama:Transformer"
-"""The class whose names are known here."""
+from torchtrain.catalog.models import TRANSFORMER, ModelShape, find_family
 
 
 def list_parameters(family: str, shape: ModelShape) -> list[str] | None:
@@ -12,7 +9,7 @@ def list_parameters(family: str, shape: ModelShape) -> list[str] | None:
     Raises:
         UserError: there is no such family.
     """
-    if find_family(family).model != LLAMA:
+    if find_family(family).model != TRANSFORMER:
         return None
     names = ["tok_embeddings.weight"]
     for layer in range(shape.n_layers):

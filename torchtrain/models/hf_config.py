@@ -16,9 +16,6 @@ from typing import Any, get_type_hints
 from torchtrain.catalog.models import ModelShape
 from torchtrain.errors import UserError
 
-MODEL_CLASS = "torchtrain.models.llama:Transformer"
-"""What computes the models that have a counterpart there; a user's own class has none."""
-
 
 @dataclass(frozen=True)
 class Architecture:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from torchtrain.catalog.identity import ModelIdentity, compare_models
-from torchtrain.catalog.models import FAMILIES, ModelShape
+from torchtrain.catalog.models import FAMILIES, TRANSFORMER, ModelShape
 from torchtrain.checkpoint import commit
 from torchtrain.checkpoint.commit import Progress
 from torchtrain.checkpoint.hf_folder import CONFIG, HFFolder, open_hf_folder
@@ -39,7 +39,6 @@ from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.dtypes import DTYPES
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
-from torchtrain.models.hf_config import MODEL_CLASS
 from torchtrain.orphans import end_with_rank
 from torchtrain.tools.hf_export import Export, write_hf_folder
 from torchtrain.tools.hf_tokenizer import write_tokenizer
@@ -71,7 +70,7 @@ def to_hf(
     if (trained.path / CONFIG).exists():
         raise UserError(f"{trained.path} is in Hugging Face's form already")
     family = trained.identity.family
-    if family not in FAMILIES or FAMILIES[family].model != MODEL_CLASS:
+    if family not in FAMILIES or FAMILIES[family].model != TRANSFORMER:
         raise UserError(
             f"{checkpoint} holds a model of {family!r}, which Hugging Face does not have"
         )
