@@ -1776,8 +1776,8 @@ MUTANTS = {
     "torchtrain/datasets/files.py": [
         (
             "hidden files are read",
-            'if name.endswith(suffixes) and not name.startswith(".") and',
-            "if name.endswith(suffixes) and",
+            'if name.startswith(".") or not name.endswith(suffixes):',
+            "if not name.endswith(suffixes):",
         ),
         (
             "files come in the system's order",

@@ -34,9 +34,9 @@ def locate(sample_ids: np.ndarray, n_samples: int, seed: int) -> np.ndarray:
     """Return the sequence, in range(n_samples), of global samples `[B]` of any epochs."""
     epochs, indices = np.divmod(sample_ids.astype(np.int64), n_samples)
     sequences = np.empty_like(indices)
-    for epoch in np.unique(epochs):
+    for epoch in set(epochs.tolist()):
         chosen = epochs == epoch
-        sequences[chosen] = permuted(indices[chosen], n_samples, seed, int(epoch))
+        sequences[chosen] = permuted(indices[chosen], n_samples, seed, epoch)
     return sequences
 
 

@@ -128,10 +128,11 @@ def files_under(
         ]
         subfolders.sort()
         for name in names:
+            if name.startswith(".") or not name.endswith(suffixes):
+                continue
             file = Path(folder, name)
             # Pipes and sockets would block; a dangling link stays, to be named when it is opened.
-            is_readable = file.is_file() or not file.exists()
-            if name.endswith(suffixes) and not name.startswith(".") and is_readable:
+            if file.is_file() or not file.exists():
                 found.append(file)
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 

@@ -99,7 +99,7 @@ class Mixture(Dataset):
         sources, numbers = self.locate(sample_ids)
         tokens = np.empty((len(sample_ids), self._seq_len), dtype=np.int64)
         labels = np.empty_like(tokens)
-        for source in np.unique(sources):
+        for source in set(sources.tolist()):
             is_own = sources == source
             tokens[is_own], labels[is_own] = self._datasets[source].read(numbers[is_own])
         return tokens, labels
