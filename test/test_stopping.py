@@ -250,6 +250,28 @@ def test_a_stop_while_one_rank_waits_for_its_stream_saves_the_last_whole_step(tm
     assert_same_run(run, whole, tmp_path)
 
 
+def stop_in_a_step(arguments):
+    """Be a rank of a run whose second rank gets SIGTERM in its third step."""
+    forward_backward = train.forward_backward
+
+    def interrupted(trainer, microbatches):
+        if trainer.step == 2 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return forward_backward(trainer, microbatches)
+
+    train.forward_backward = interrupted
+    return run_trainer(arguments)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_step_that_it_came_in(tmp_path, data):
+    given = options(saving(tmp_path, data))
+    printed = forking.on_ranks(2, stop_in_a_step, given, expect=143, timeout_s=60)
+    assert printed.count("stopped by SIGTERM after step 3") == 1, printed
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    assert saved_steps(tmp_path) == ["step-3"]
+
+
 def stop_in_validation(arguments):
     """Be a rank of a run whose second rank gets SIGTERM as it reads a batch of validation."""
     read = ValidationSet.read
