@@ -75,7 +75,7 @@ def test_stopped_at_half_and_resumed_equals_uninterrupted(tmp_path, data, whole)
     assert curve(folder) == curve(whole[2])
 
 
-KILLS = 3
+KILLS = 4
 
 
 def run_until_killed(arguments, victim, last_call, counted):
@@ -122,16 +122,19 @@ def kill_at(ranks, overrides, victim, last_call, counted):
     assert run.statuses[victim] in (0, -signal.SIGKILL), run.printed
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole, mode):
-    """A run is killed again and again, at calls drawn from all that its rest would make."""
-    more = {"checkpoint.interval": 2, "checkpoint.async_mode": mode}
+def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path, data, whole):
+    """A run is killed again and again, at calls drawn from all that its rest would make.
+
+    It saves in the midst of training and beside it by turns.
+    """
     folder = tmp_path / "run"
     counted = tmp_path / "counted"
     kill_at(2, saving(data, tmp_path / "counting"), 1, None, counted)
     calls = int(counted.read_text())
     rng = random.Random(2)
     for number in range(KILLS):
+        mode = ("disabled", "async")[number // 2 % 2]
+        more = {"checkpoint.interval": 2, "checkpoint.async_mode": mode}
         last_call = rng.randrange(1, calls)
         overrides = saving(data, folder, **more)
         kill_at(2, overrides, number % 2, last_call, tmp_path / f"kill-{number}")

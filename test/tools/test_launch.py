@@ -90,11 +90,14 @@ def curve(folder):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory, data):
-    """What two forked ranks print, and their curve."""
-    folder = tmp_path_factory.mktemp("forked") / "run"
-    printed = train(2, {**data, "job.dump_folder": folder})
-    assert len(metrics(folder)) == 4
-    return printed, curve(folder)
+    """What one and two forked ranks print, and their curve."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("forked") / "run"
+        printed = train(ranks, {**data, "job.dump_folder": folder})
+        assert len(metrics(folder)) == 4
+        found[ranks] = printed, curve(folder)
+    return found
 
 
 def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data, forked):
@@ -110,21 +113,18 @@ def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data, 
         copy / "run_llama_train.sh",
         options(chosen),
         tmp_path,
-        ranks=2,
         PYTHONPATH="",
         CONFIG_FILE="train_configs/debug_model.toml",
     )
     assert status == 0, output
-    assert curve(tmp_path / "run here") == forked[1]
-    assert "[rank" not in output, "one rank speaks unless more are asked for"
+    assert curve(tmp_path / "run here") == forked[1][1]
     status, output = launch_script(copy / "run_llama_train.sh", ["--training.stepz", "3"], tmp_path)
     assert status == 2
     assert output.count("stepz") == 1
     assert "training.steps" in output
 
 
-def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
-    train(1, {**data, "job.dump_folder": tmp_path / "one-rank"})
+def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data, forked):
     subprocess.run(
         [
             sys.executable,
@@ -136,7 +136,7 @@ def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data):
         timeout=TIMEOUT_S,
         capture_output=True,
     )
-    assert curve(tmp_path / "plain") == curve(tmp_path / "one-rank")
+    assert curve(tmp_path / "plain") == forked[1][1]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
 
 def test_a_second_ctrl_c_ends_at_once_also_where_a_rank_does_not_answer(tmp_path, data):
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with running(2, overrides) as process:
+    with running(1, overrides) as process:
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", 2)
         ranks = ranks_of(process)
-        os.kill(ranks[1], signal.SIGSTOP)
+        os.kill(ranks[0], signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         time.sleep(1)
-        assert process.poll() is None, "it waits for the ranks, which cannot stop"
+        assert process.poll() is None, "it waits for the rank, which cannot stop"
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=15)  # torchrun waits for 30 s
     assert process.returncode == 128 + signal.SIGINT, output
@@ -249,7 +249,7 @@ def test_two_nodes_train_as_one_does(tmp_path, data, free_port, forked):
         launched(1, overrides, **node(1, free_port))
         output, _ = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 0, output
-    assert curve(tmp_path / "two") == forked[1]
+    assert curve(tmp_path / "two") == forked[2][1]
 
 
 def test_ctrl_c_ends_a_node_that_waits_in_one_line(tmp_path, data, free_port):
@@ -270,7 +270,7 @@ def train_speaking(log_rank, arguments):
 
 
 def test_log_rank_chooses_who_speaks(tmp_path, data, forked):
-    assert "[rank" not in forked[0]
+    assert "[rank" not in forked[2][0], "one rank speaks unless more are asked for"
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 1}
     assert "[rank 1]" in on_ranks(2, train_speaking, "1", options(overrides))
     output = train(1, overrides)
