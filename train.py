@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.attempts import end_for_good, log_restart
+from torchtrain.catalog.identity import MAY_DIFFER_PER_NODE
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
@@ -262,18 +263,6 @@ def compute_of_logits(
     if model.pipeline is not None:
         return model.pipeline.compute(of_logits, tokens, labels)
     return of_logits(model.parts[0](tokens), labels)
-
-
-MAY_DIFFER_PER_NODE = (
-    "job.config_file",
-    "data.cache_folder",
-    # Each node may have a copy of its own: what is in it is compared by fingerprint.
-    "training.dataset_path",
-    "validation.dataset_path",
-    "model.tokenizer_path",
-    "model.hf_assets_path",
-)
-"""Options whose values may differ between the nodes of a run."""
 
 
 def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> None:

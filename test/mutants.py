@@ -262,6 +262,40 @@ MUTANTS = {
             "        pass\n",
         ),
     ],
+    "torchtrain/tools/membership.py": [
+        (
+            "as many nodes train as there are",
+            "launchers = {rank: alive[rank].launcher for rank in waiting[:number]}",
+            "launchers = {rank: alive[rank].launcher for rank in waiting}",
+        ),
+        (
+            "a node that comes takes a restart",
+            'is_restart = not is_first and self.change != "join"',
+            "is_restart = not is_first",
+        ),
+        (
+            "ranks save while a node is lost",
+            'if lost or any(node.cause for node in ended) or (ended and self.change != "join"):',
+            'if (lost or ended) and self.change != "join":',
+        ),
+        (
+            "a node that is started again passes for the one before",
+            "if rank not in alive or alive[rank].launcher != launcher",
+            "if rank not in alive",
+        ),
+    ],
+    "torchtrain/tools/elastic.py": [
+        (
+            "a node that ends the run is taken for lost",
+            "        if self.is_closed():",
+            "        if False:",
+        ),
+        (
+            "a node with another config is let in",
+            '        if self._store.get("config").decode() != self._config:',
+            "        if False:",
+        ),
+    ],
     "torchtrain/tools/restarts.py": [
         (
             "a second Ctrl-C waits for a rank that does not answer",
@@ -2482,6 +2516,11 @@ MUTANTS = {
             "what ended for good is tried again",
             "    if store.check([ENDED]):",
             "    if False:",
+        ),
+        (
+            "a change of nodes is a user's stop",
+            "of_attempt(store).check([CHANGE])",
+            "False",
         ),
         (
             "a user error of an earlier attempt is a crash",

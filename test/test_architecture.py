@@ -65,7 +65,7 @@ INSTANT = (
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
 # Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10772, 2000, 300, 45
+LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10778, 2000, 300, 45
 FOLDER_LIMITS = {
     "config": 1647,
     "datasets": 1980,

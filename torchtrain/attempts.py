@@ -5,6 +5,7 @@ Without torchrun there is one attempt, and nothing to tell.
 """
 
 import os
+import signal
 from contextlib import suppress
 from datetime import timedelta
 
@@ -22,6 +23,11 @@ STEP = "torchtrain/step"
 """Key of the attempt that last began a step, and that step."""
 HANG = "hang"
 """Key of the line that says who had not arrived, among those of one attempt."""
+CHANGE = "change"
+"""Key, among those of one attempt, that is set where nodes have come or gone: the launcher then
+sends SIGTERM to its ranks, and no user."""
+RESTART = "TORCHTRAIN_RESTART"
+"""The environment variable by which the launcher names the start of an attempt."""
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -62,9 +68,9 @@ def connect_to_store(timeout: timedelta) -> dist.Store | None:
     return of_attempt(connection)
 
 
-def of_attempt(store: dist.Store) -> dist.PrefixStore:
-    """Return the part of a store in which the ranks of this attempt tell of themselves."""
-    return dist.PrefixStore(f"torchtrain/{name_attempt()}", store)
+def of_attempt(store: dist.Store, name: str | None = None) -> dist.PrefixStore:
+    """Return the part of a store in which the ranks of an attempt, by default this, tell of it."""
+    return dist.PrefixStore(f"torchtrain/{name or name_attempt()}", store)
 
 
 def _without_prefixes(store: dist.Store) -> dist.Store:
@@ -79,11 +85,17 @@ def name_attempt() -> str:
 
 
 def end_for_good(status: int) -> int:
-    """Leave word that a further attempt would not mend how this one ends; return its status."""
+    """Leave word that a further attempt would not mend how this one ends; return its status.
+
+    SIGTERM is not for good where it came from the launcher, which starts all ranks again on other
+    nodes. One from a user at the same moment is taken for it; to the launcher, it is not.
+    """
     store = find_store()
     if store is not None:
         with suppress(RuntimeError):  # the launcher has gone already
-            store.set(ENDED, str(status))
+            is_stop = status == 128 + signal.SIGTERM
+            if not (is_stop and of_attempt(store).check([CHANGE])):
+                store.set(ENDED, str(status))
     return status
 
 
@@ -99,14 +111,14 @@ def begin_step(step: int) -> None:
 def log_restart(done: int) -> None:
     """Say where a further attempt goes on: after step `done`, which its checkpoint holds."""
     store = find_store()
-    if store is None or restarts_so_far() == 0:
+    if store is None or (restarts_so_far() == 0 and RESTART not in os.environ):
         return
     again = 0
     if store.check([STEP]):
         again = max(0, int(store.get(STEP).split()[1]) - 1 - done)
     where = f"goes on after step {done}" if done else "begins at step 1"
-    count = f"restart {restarts_so_far()} of {max_restarts()}"
-    logger.info(f"{count}: {where}; {plural(again, 'step')} taken again")
+    name = os.environ.get(RESTART, f"restart {restarts_so_far()} of {max_restarts()}")
+    logger.info(f"{name}: {where}; {plural(again, 'step')} taken again")
 
 
 def restarts_so_far() -> int:

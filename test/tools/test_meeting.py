@@ -32,6 +32,8 @@ def come(node, timeout_s=60, together=None):
     [
         ({"NNODES": "two"}, "NNODES = 'two': must be a whole number at least 1"),
         ({"NNODES": "0"}, "NNODES = '0': must be"),
+        ({"NNODES": "0:2"}, "NNODES = '0:2': must be a whole number at least 1, or MIN:MAX"),
+        ({"NNODES": "2:"}, "NNODES = '2:': must be a whole number at least 1, or MIN:MAX"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = '2': must be a whole number from 0 to 1"),
         ({"NODE_RANK": "-1"}, "NODE_RANK = '-1': must be"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT = '65536': must be a whole number from 1 to 65535"),
@@ -48,8 +50,10 @@ def test_nodes_are_read_as_torchrun_reads_them():
     assert nodes == Nodes(count=3, rank=2, address="here", port=29500, static=True)
     assert nodes.meet_here
     assert not read_nodes({}).meet_here
-    elastic = read_nodes({"PET_NNODES": "1:4", "PET_NODE_RANK": "7", "PET_RDZV_BACKEND": "c10d"})
-    assert (elastic.count, elastic.meet_here) == (4, False)
+    elastic = read_nodes({"PET_NNODES": "1:4", "PET_NODE_RANK": "3"})
+    assert (elastic.least, elastic.count, elastic.meet_here) == (1, 4, False)
+    torchruns = read_nodes({"PET_NNODES": "4", "PET_NODE_RANK": "7", "PET_RDZV_BACKEND": "c10d"})
+    assert (torchruns.count, torchruns.meet_here, torchruns.is_elastic) == (4, False, False)
     assert read_nodes({"PET_RDZV_ENDPOINT": "there:2"}).endpoint == "there:2"
 
 

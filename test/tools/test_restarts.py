@@ -275,7 +275,7 @@ def test_a_rank_that_did_not_answer_is_the_cause_and_not_the_signal_that_ended_i
     outcome = restarts.Outcome(killed, hang=HANG)
     assert outcome.report() == 137
     assert capfd.readouterr().err == f"{HANG}; the others were stopped\n"
-    agent = SimpleNamespace(_outcome=outcome, _remaining_restarts=2)
+    agent = SimpleNamespace(_outcome=outcome, _remaining_restarts=2, _meeting=None)
     word = restarts.Word(step=8, hang=HANG)
     for count in (1, 2):
         restarts.Agent._judge(agent, killed, word, restarts=4)
@@ -332,6 +332,17 @@ def test_torchrun_tries_again_in_vain_what_ended_for_good(store, status, is_user
     with pytest.raises(PeerFault, match=f"ended for good, with exit status {status}") as caught:
         attempts.meet(timedelta(seconds=20))
     assert caught.value.is_user_error == is_user_error
+
+
+@pytest.mark.parametrize(
+    ("status", "is_for_good"), [(143, False), (130, True), (75, True), (2, True)]
+)
+def test_a_change_of_nodes_is_no_stop_of_a_user(store, status, is_for_good):
+    ranks.join_process_group(20)
+    attempts.of_attempt(store).set(attempts.CHANGE, "join")
+    assert attempts.end_for_good(status) == status
+    dist.destroy_process_group()
+    assert store.check([attempts.ENDED]) == is_for_good
 
 
 def test_without_torchrun_there_is_nothing_to_tell(alone):

@@ -78,6 +78,17 @@ SCALING_DETAILS = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_origin
 Sections = Mapping[str, Mapping[str, Any]]
 """A config by section and key."""
 
+MAY_DIFFER_PER_NODE = (
+    "job.config_file",
+    "data.cache_folder",
+    # Each node may have a copy of its own: what is in it is compared by fingerprint.
+    "training.dataset_path",
+    "validation.dataset_path",
+    "model.tokenizer_path",
+    "model.hf_assets_path",
+)
+"""Options whose values may differ between the nodes of a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:

@@ -8,17 +8,20 @@ CONFIG_FILE (default train_configs/debug_model.toml), LOG_RANK (ranks whose line
 nodes set torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (or
 PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without PET_:
 https://docs.pytorch.org/docs/stable/elastic/run.html
+With NNODES=MIN:MAX the run goes on while nodes are lost and come back.
 
 Exit status: 0, or that of the rank that failed first, in the last attempt (2: a user error;
 75: the end of its time; 128 + n: ended by signal n).
 """
 
+import importlib
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -30,7 +33,7 @@ if __name__ == "__main__":
 
 from torchtrain.config.options import print_help, wants_help
 from torchtrain.config_manager import JobConfig, parse_or_exit
-from torchtrain.errors import PeerFault, UserError
+from torchtrain.errors import ConfigError, PeerFault, UserError
 from torchtrain.installation import PROGRAM
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
@@ -49,6 +52,7 @@ RENDEZVOUS_VARIABLES = (
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
 """What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2."""
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 PROCESSES_WITHOUT_GPU = 2  # enough to show a layout; one process is the faster way to use a CPU
 
 # OpenMP's threads spin while they wait for each other; on a core that another program wants as
@@ -83,9 +87,11 @@ def main(trainer_args: list[str]) -> int:
         gpus = visible_gpus()
         nodes = read_nodes(os.environ)
         processes = count_processes(gpus)
-        check_log_rank(processes * nodes.count)
-        config = check_config(trainer_args, processes * nodes.count, nodes, restarts)
-        return launch(config, trainer_args, nodes, processes, restarts, on_cpu=gpus == 0)
+        usable = find_usable(trainer_args, nodes, processes)
+        check_log_rank(processes * usable[-1])
+        config = check_config(trainer_args, processes * usable[-1], nodes, restarts)
+        set_up_environment(processes, os.environ, on_cpu=gpus == 0)
+        return launch(config, trainer_args, nodes, usable, processes, restarts)
     except UserError as fault:
         print(fault, file=sys.stderr)
         return 2
@@ -146,16 +152,41 @@ def check_log_rank(world_size: int) -> None:
             )
 
 
+def find_usable(trainer_args: list[str], nodes: Nodes, processes: int) -> list[int]:
+    """Return the numbers of nodes that can share the config, ascending.
+
+    The largest alone, where the number of nodes is fixed or none can: `check_config` says why.
+    """
+    usable = []
+    for count in range(nodes.least, nodes.count + 1) if nodes.is_elastic else []:
+        with suppress(ConfigError):
+            JobConfig().parse_args(trainer_args, processes * count)
+            usable.append(count)
+    unusable = nodes.count + 1 - nodes.least - len(usable)
+    if usable and unusable and nodes.rank == 0:
+        numbers = ", ".join(map(str, usable))
+        print(f"of {nodes.least} to {nodes.count} nodes, this config can be shared by {numbers}")
+    return usable or [nodes.count]
+
+
 def check_config(
     trainer_args: list[str], world_size: int, nodes: Nodes, restarts: int
 ) -> JobConfig:
     """Read the config. A refused one ends this process, after a word to the nodes that wait.
 
     Raises:
-        UserError: restarts are wanted, but there will be no checkpoints to go on from.
+        UserError: restarts are wanted, but there will be no checkpoints to go on from; or nodes may
+            come and go, which takes restarts and one global batch size.
     """
     try:
         config = parse_or_exit(trainer_args, world_size)
+        elastic = f"NNODES = {nodes.least}:{nodes.count} needs "
+        if nodes.is_elastic and config.training.global_batch_size == -1:
+            raise UserError(
+                f"{elastic}training.global_batch_size: -1 would depend on how many nodes are there"
+            )
+        if nodes.is_elastic and restarts == 0:
+            raise UserError(f"{elastic}MAX_RESTARTS: each loss of a node takes one of them")
         if restarts and not config.checkpoint.enable:
             raise UserError(
                 f"MAX_RESTARTS = {restarts} needs checkpoint.enable: without checkpoints every "
@@ -177,6 +208,7 @@ def visible_gpus() -> int:
     """
     if not any(Path(driver).exists() for driver in DRIVERS):
         return 0
+    import_torch()
     import torch
 
     from torchtrain.ranks import usable_accelerator
@@ -184,14 +216,25 @@ def visible_gpus() -> int:
     return torch.accelerator.device_count() if usable_accelerator() is not None else 0
 
 
+def import_torch() -> None:
+    """Import torch so that its C++ part does not warn in this process; the ranks' warns as ever.
+
+    What it says at length, such as of a store whose node is lost, we say in a line.
+    """
+    is_set = CPP_LOG_LEVEL in os.environ
+    os.environ.setdefault(CPP_LOG_LEVEL, "FATAL")  # which is read once, at the import
+    importlib.import_module("torch")
+    if not is_set:
+        del os.environ[CPP_LOG_LEVEL]
+
+
 def launch(
     config: JobConfig,
     trainer_args: list[str],
     nodes: Nodes,
+    usable: list[int],
     processes: int,
     restarts: int,
-    *,
-    on_cpu: bool,
 ) -> int:
     """Meet the other nodes, start `processes` ranks on this one, wait. Returns the exit status.
 
@@ -199,17 +242,11 @@ def launch(
         UserError: node 0 cannot be where it should be.
         PeerFault: another node does not come.
     """
-    set_up_environment(processes, os.environ, on_cpu=on_cpu)
     os.environ[STARTED] = str(time.time())
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
-    from torch.distributed import DistNetworkError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.run import get_args_parser, run
-
+    import_torch()
+    from torchtrain.tools import elastic
     from torchtrain.tools.meeting import all_nodes
-    from torchtrain.tools.restarts import Outcome, use_agent
 
     end_imports()
     options = [
@@ -217,17 +254,51 @@ def launch(
         f"--max-restarts={restarts}",
         f"--signals-to-handle={','.join(SIGNALS)}",
     ]
+    program = [str(PROGRAM / "train.py"), *trainer_args]
+    timeout_s = config.comm.init_timeout_seconds
+    if nodes.is_elastic:
+        options += [f"--rdzv-backend={elastic.BACKEND}", f"--rdzv-endpoint={nodes.endpoint}"]
+        digest = elastic.digest_config(config, processes)
+        meeting = elastic.ElasticMeeting(nodes, usable, restarts, timeout_s, digest)
+        with elastic.registered(meeting) as leave:
+            status = start_ranks([*options, *program])
+            leave(status)
+            return status
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
+    with all_nodes(nodes, timeout_s):
+        return start_ranks([*options, *program])
+
+
+def start_ranks(command: list[str]) -> int:
+    """Start this node's ranks as torchrun does, wait for them, and return the exit status.
+
+    Args:
+        command: torchrun's options, the program and its own.
+
+    Raises:
+        PeerFault: the nodes did not meet.
+    """
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import get_args_parser, run
+
+    from torchtrain.tools.elastic import RunOver
+    from torchtrain.tools.restarts import Outcome, say, use_agent
+
     outcome = Outcome()
     use_agent(outcome)
     try:
-        with all_nodes(nodes, config.comm.init_timeout_seconds):
-            run(get_args_parser().parse_args([*options, str(PROGRAM / "train.py"), *trainer_args]))
+        run(get_args_parser().parse_args(command))
     except ChildFailedError:
         return outcome.report()
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except RunOver as over:
+        say(str(over))
+        return over.status
     except (RendezvousError, DistNetworkError) as fault:
         raise PeerFault(f"the nodes did not meet: {fault}") from fault
     return 0

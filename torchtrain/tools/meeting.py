@@ -45,8 +45,8 @@ def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[None]:
             print(f"waiting for {nodes.count} nodes", flush=True)
         yield
         return
-    waiting = _Waiting(nodes.endpoint, deadline=time.monotonic() + timeout_s)
-    store = _serve(nodes) if nodes.rank == 0 else _connect(nodes, waiting)
+    waiting = Waiting(nodes.endpoint, deadline=time.monotonic() + timeout_s)
+    store = serve(nodes) if nodes.rank == 0 else connect(nodes, waiting)
     try:
         store.set(_key(nodes.rank), READY)
         _wait_for_words(store, nodes, waiting)
@@ -65,16 +65,16 @@ def tell_refused(nodes: Nodes) -> None:
     """Tell the nodes that wait already that this one's configuration was refused."""
     with suppress(UserError, PeerFault, RuntimeError):
         if nodes.rank == 0:
-            store = _serve(nodes)
+            store = serve(nodes)
             store.set(_key(0), REFUSED)
             time.sleep(FAREWELL_S)
         else:
-            waiting = _Waiting(nodes.endpoint, deadline=time.monotonic() + FAREWELL_S, silent=True)
-            _connect(nodes, waiting).set(_key(nodes.rank), REFUSED)
+            waiting = Waiting(nodes.endpoint, deadline=time.monotonic() + FAREWELL_S, silent=True)
+            connect(nodes, waiting).set(_key(nodes.rank), REFUSED)
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """How long a node waits, and when it last said so."""
 
     endpoint: str
@@ -106,7 +106,7 @@ def _key(rank: int) -> str:
     return f"torchtrain/node-{rank}"
 
 
-def _serve(nodes: Nodes) -> TCPStore:
+def serve(nodes: Nodes) -> TCPStore:
     """Open node 0's store."""
     try:
         socket.create_server(("", nodes.port)).close()
@@ -135,7 +135,7 @@ def _open_store(nodes: Nodes) -> TCPStore:
     )
 
 
-def _connect(nodes: Nodes, waiting: _Waiting) -> TCPStore:
+def connect(nodes: Nodes, waiting: Waiting) -> TCPStore:
     """Wait for node 0's store."""
     while True:
         try:
@@ -167,7 +167,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _wait_for_words(store: TCPStore, nodes: Nodes, waiting: _Waiting) -> None:
+def _wait_for_words(store: TCPStore, nodes: Nodes, waiting: Waiting) -> None:
     """Wait until every other node is ready."""
     others = [rank for rank in range(nodes.count) if rank != nodes.rank]
     while True:

@@ -20,14 +20,15 @@ from functools import partial
 from typing import Any
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
-from torchtrain.attempts import ATTEMPT, ENDED, HANG, STEP, of_attempt
-from torchtrain.errors import TRY_AGAIN
+from torchtrain.attempts import ATTEMPT, ENDED, HANG, RESTART, STEP, of_attempt
+from torchtrain.errors import TRY_AGAIN, PeerFault
+from torchtrain.tools.elastic import ElasticMeeting
 
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
@@ -119,12 +120,17 @@ class Agent(LocalElasticAgent):
     def __init__(self, *args: Any, outcome: Outcome, **options: Any) -> None:
         super().__init__(*args, **options)
         self._outcome = outcome
+        handler = self._worker_group.spec.rdzv_handler
+        self._meeting = handler if isinstance(handler, ElasticMeeting) else None
+        self._stopped: SignalException | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Do as torchrun does, but note first who has failed before torchrun ends the others."""
         processes = self._processes(worker_group)
         failed_first = {rank for rank, process in processes.items() if process.poll()}
         word = self._ask_store(worker_group) if failed_first else Word()
+        if failed_first and not word.ended_for_good and self._nodes_change():
+            return RunResult(state=WorkerState.HEALTHY)  # torchrun then asks for it too
         may_restart = self._remaining_restarts > 0 and not word.ended_for_good
         if failed_first and (may_restart or word.hang):  # else they may have work to finish
             end_ranks(processes.values())
@@ -156,16 +162,60 @@ class Agent(LocalElasticAgent):
                 if again.sigval == signal.SIGINT:
                     send(signal.SIGKILL, processes)
                     raise
-                number = again.sigval
+                number, self._stopped = again.sigval, again
         super()._shutdown(death_sig, *args, **options)
+
+    def _nodes_change(self) -> bool:
+        """Return whether the ranks are to end since nodes have come or gone."""
+        return self._meeting is not None and self._meeting.find_change() != ""
+
+    def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **options: Any) -> None:
+        """End the ranks: after a save where a node has come, at once where others are lost."""
+        if self._meeting is not None and self._nodes_change():
+            if self._meeting.find_change() == "join":
+                say("a node has come: the ranks save, and start again with it")
+            else:
+                end_ranks(self._processes(worker_group).values())
+        super()._stop_workers(worker_group, *args, **options)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, and name the attempt for the ranks."""
-        super()._rendezvous(worker_group)
+        if self._stopped is not None:  # while ranks were ended
+            raise self._stopped
+        if self._meeting is None:
+            super()._rendezvous(worker_group)
+        else:
+            self._meet_who_comes(worker_group, self._meeting)
         os.environ[ATTEMPT] = self._agree_on_name(worker_group)
+
+    def _meet_who_comes(self, worker_group: WorkerGroup, meeting: ElasticMeeting) -> None:
+        """Meet the nodes that are there, and say why there is a further attempt."""
+        was_crash = bool(meeting.cause)
+        while True:
+            try:
+                super()._rendezvous(worker_group)
+                break
+            except PeerFault:
+                raise
+            except RuntimeError:  # a node was lost between the decision and its first word
+                continue
+        attempt = meeting.attempt
+        if was_crash and attempt.has_lost:
+            self._outcome.steps.pop()  # that a node is lost is no fault of the step
+        restarts = worker_group.spec.max_restarts
+        self._remaining_restarts = restarts - attempt.restarts
+        if attempt.number == 0:
+            return
+        on_nodes = f"on {len(attempt.launchers)} of {meeting.nodes.count} nodes"
+        count = f"restart {attempt.restarts} of {restarts}"
+        os.environ[RESTART] = count if attempt.is_restart else f"restart {on_nodes}"
+        counted = f" ({count})" if attempt.is_restart else ""
+        say(f"{attempt.cause}; all ranks are started again {on_nodes}{counted}")
 
     def _agree_on_name(self, worker_group: WorkerGroup) -> str:
         """Return a name for the attempt, the same on all nodes."""
+        if self._meeting is not None:
+            return str(self._meeting.attempt.number)
         spec = worker_group.spec
         if spec.rdzv_handler.get_backend() == "static":
             return str(spec.max_restarts - self._remaining_restarts)
@@ -196,6 +246,9 @@ class Agent(LocalElasticAgent):
             say(f"{what}, the same step {SAME_STEP} times in a row: not started again")
         elif self._remaining_restarts == 0:
             say(f"{what}; the ranks have been started again {restarts} times, as often as allowed")
+        elif self._meeting is not None:  # which knows more: a node may be lost
+            self._meeting.cause = what
+            self._meeting.is_guess = failure.exit_code >= 0 and not self._outcome.hang
         else:
             number = restarts - self._remaining_restarts + 1
             say(f"{what}; all ranks are started again (restart {number} of {restarts})")

@@ -78,6 +78,9 @@ FAULTS = {
     "launch-killed": launched(launching.kill_launch, 0.02),
     "launcher-killed": launched(launching.kill_launcher, 0.03),
     "rank-killed-and-restarted": launched(launching.restart, 0.03),
+    "node-lost-and-back": Fault(
+        launching.lose_node, 0.03, ranks=LAUNCHED, finish=launching.compare_nodes
+    ),
     "launched-twice": launched(launching.launch_twice, 0.02),
     "launcher-signaled": launched(launching.stop_launcher, 0.03),
 }

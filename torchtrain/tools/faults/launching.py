@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchtrain.tools.faults.bench import PATIENCE_S, STEPS, Lost
-from torchtrain.tools.faults.trial import Trial
+from torchtrain.tools.faults.bench import PATIENCE_S, STEPS, Lost, last_checkpoint
+from torchtrain.tools.faults.resharding import compare_to_rounding, compare_weights_to_rounding
+from torchtrain.tools.faults.trial import Trial, require_clean
 
 TAG = "TORCHTRAIN_FAULTS_TAG"
 """The environment variable by which the processes of a launch are found."""
+LOST_S = 20.0
+"""After so long the other nodes have gone on without one that was killed."""
 GONE_S = 15.0
 """How long the ranks of a dead launcher have to end."""
 
@@ -127,6 +131,49 @@ def restart(trial: Trial) -> None:
         launch.require_status(0)
         launch.require_gone()
     require_done(trial)
+
+
+def lose_node(trial: Trial) -> None:
+    """Kill one of two nodes at any time, its launcher and its rank, and bring it back.
+
+    It is back at once, or when the other has gone on without it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with start_node(trial, "node-0", 0, port) as first:
+        wait_for_any_time(trial, first)
+        for number in range(trial.rng.randint(1, 2)):
+            with start_node(trial, f"node-1-{number}", 1, port) as second:
+                wait_for_any_time(trial, second)
+                trial.faults += second.wait(0) is None
+            first.wait(trial.rng.choice([0, LOST_S]))
+        with start_node(trial, "node-1", 1, port):
+            first.require_status(0)
+        first.require_gone()
+    require_done(trial)
+
+
+def start_node(trial: Trial, name: str, rank: int, port: int) -> Launch:
+    """Start one of two nodes, each of one rank, that may come and go."""
+    return Launch(
+        trial,
+        name,
+        NGPU="1",
+        NNODES="1:2",
+        NODE_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RDZV_CONF="last_call_timeout=1",
+        MAX_RESTARTS="9",
+    )
+
+
+def compare_nodes(trial: Trial) -> None:
+    """Compare a run whose nodes have come and gone with the untouched one: equal to rounding."""
+    untouched = trial.bench.folder / "untouched"
+    compare_to_rounding(trial.run, untouched, was_stopped=True)
+    compare_weights_to_rounding(last_checkpoint(trial.run), last_checkpoint(untouched))
+    require_clean(trial.run)
 
 
 def launch_twice(trial: Trial) -> None:
