@@ -225,6 +225,11 @@ MUTANTS = {
     ],
     "torchtrain/set_up.py": [
         (
+            "the patterns of a user's model are not checked",
+            "together(lambda: check_names(config, plan))",
+            "assert plan",
+        ),
+        (
             "debug.seed does not reach the weights of the run",
             "seed = config.debug.seed if draws",
             "seed = 0 if draws",

@@ -9,7 +9,9 @@ from helpers.forking import on_ranks, run_trainer
 from helpers.launching import options, write_corpus
 
 from torchtrain import ranks, set_up
+from torchtrain.config.schema import ParameterGroup
 from torchtrain.config_manager import JobConfig
+from torchtrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,14 @@ def test_the_seed_reaches_every_matrix_and_the_samples(data, device):
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name
         assert torch.equal(weight, other_weights[name]) == (weight.ndim == 1), name
+
+
+def test_names_of_a_users_model_are_checked_before_it_is_made(data, device, monkeypatch):
+    config = JobConfig().parse_args(options(data), world_size=1)  # which knows no user's model
+    config.optimizer.groups = [ParameterGroup(pattern="tok_embedding.*", lr=0.1)]
+    monkeypatch.setattr(set_up, "set_up_model", None)
+    with pytest.raises(UserError, match=r"matches no parameter .* such as tok_embeddings.weight"):
+        set_up.set_up(config, device)
 
 
 def train_on_own_corpus(arguments, corpora):

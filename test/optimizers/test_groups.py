@@ -4,17 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.launching import options
 from torch import nn
 
 from torchtrain.catalog.optimizers import OPTIMIZERS
-from torchtrain.config.plans import plan_run
 from torchtrain.config.schema import LRScheduler, Optimizer, ParameterGroup
-from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.lr_scheduling import get_lr_scheduler
 from torchtrain.optimizers.build import LearningRates, build_optimizer
-from torchtrain.set_up import check_names
 from torchtrain.step_metrics import StepMetrics
 
 NAMES = ("tok_embeddings.weight", "layers.0.w1", "layers.0.norm.weight", "output.weight")
@@ -122,13 +118,3 @@ def test_an_optimizer_that_has_not_what_a_group_sets_is_refused(tmp_path, monkey
     config = Optimizer(name="mine", groups=[ParameterGroup(pattern="tok_*", weight_decay=0.0)])
     with pytest.raises(UserError, match=r"optimizer\.groups sets weight_decay, which"):
         build_optimizer(weights(), config)
-
-
-def test_names_of_a_users_model_are_checked_at_set_up(data):
-    config = JobConfig().parse_args(options(data), world_size=1)
-    config.optimizer.groups = [ParameterGroup(pattern="tok_embedding.*", lr=0.1)]
-    plan = plan_run(config, 1, tokenizer_size=99)
-    with pytest.raises(UserError, match=r"matches no parameter .* such as tok_embeddings.weight"):
-        check_names(config, plan)
-    config.optimizer.groups = []
-    check_names(config, plan)

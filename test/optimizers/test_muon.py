@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torchtrain.config.schema import Optimizer
 from torchtrain.optimizers.build import build_optimizer
 from torchtrain.optimizers.muon import orthogonalize
-from torchtrain.optimizers.shared_work import SharedWork, choose_owners, find_holdings
+from torchtrain.optimizers.shared_work import Matrix, SharedWork, choose_owners, find_holdings
 
 MATRICES = {
     "layers.0.attention.wq.weight": (24, 24),
@@ -214,6 +214,8 @@ def choose():
     for owner, matrix in zip(owners, shared_work.matrices, strict=True):
         loads[owner] += matrix.cost
     assert max(loads) - min(loads) <= max(matrix.cost for matrix in shared_work.matrices)
+    only_row = find_holdings(sharded, 0)[3]
+    assert only_row.find_holders(Matrix(3, None, 1, 8)) == [0, 1]
     part_holders = find_holdings(sharded, 0)[8]  # four matrices, each whole on one rank
     assert [part_holders.find_holders(m) for m in shared_work.matrices if m.weight == 8] == [
         [0],

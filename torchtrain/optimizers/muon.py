@@ -47,12 +47,12 @@ class Muon(Optimizer):
             [own, *adamw.param_groups], {"lr": config.lr, "weight_decay": config.weight_decay}
         )
         self.adamw = adamw
-        self.adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the weights that have a gradient, which all ranks have for the same weights."""
         self.update_matrices()
+        self.adamw.state = self.state
         self.adamw.param_groups = [group for group in self.param_groups if "momentum" not in group]
         self.adamw.step()
 
