@@ -95,7 +95,7 @@ def test_metrics_and_biases_are_those_by_hand(data, alone):
     own = {**WEIGHTED, "router.log_layers_freq": 2, "training.dtype": "bfloat16"}
     trainer = set_up(JobConfig().parse_args(options({**data, **SPARSE, **own})), alone)
     balance = trainer.expert_balance
-    assert trainer.metric_sources == [balance]
+    assert balance in trainer.metric_sources
     routers = [trainer.parts[0].layers[layer].moe.router for layer in ("2", "3")]
     assert [(r.balance_weight, r.z_weight) for r in routers] == [(0.5 / 8, 0.125 / 8 / 32)] * 2
     tokens = 8 * 32
