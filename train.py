@@ -45,7 +45,7 @@ from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import BatchLoss, count_valid
 from torchtrain.lr_scheduling import set_step
-from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, TextSample, peak_memory_gib
+from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_memory_gib
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.profiling import GarbageCollection, Profiler
@@ -60,6 +60,7 @@ from torchtrain.resuming import (
     check_model,
     find_saved_progress,
     has_steps_left,
+    make_up_validation,
     resume,
     save_progress,
     saving_at_stop,
@@ -87,6 +88,7 @@ def train(
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
     ending = saving_at_stop(trainer, checkpointer, metrics)
     with watchdog.watching(), profiler.recording(), checkpointer.finishing(), ending:
+        make_up_validation(trainer, metrics, partial(losses_of, trainer))
         for step in range(trainer.step + 1, config.training.steps + 1):
             is_last = step == config.training.steps
             stop.begin_turn(checkpointer.save_seconds, is_last=is_last)
@@ -100,14 +102,11 @@ def train(
             optimizer_step(trainer, skips=summary.skipped)
             if trainer.replica_check.is_due(step):
                 trainer.replica_check.run(step)
-            validated: dict[str, float | None] = {}
-            if trainer.validator.is_due(step) and not stopped_by:  # the time to save may be short
-                with stopwatch.paused():
-                    validated, stopped_by = validate(trainer, stop)
+            validated, stopped_by = validate(trainer, stop, stopwatch, stopped_by)
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if trainer.text_sampler.is_due(step) and not stopped_by:
-                show_texts(trainer, metrics)
+                stopped_by = show_texts(trainer, metrics, stop)
             checkpointer.poll()
             if not stopped_by:
                 save_progress(trainer, checkpointer, metrics)
@@ -223,10 +222,21 @@ def optimizer_step(trainer: Trainer, *, skips: bool = False) -> None:
     trainer.tokens_seen += trainer.tokens_per_step
 
 
-def validate(trainer: Trainer, stop: StopRequest) -> tuple[dict[str, float | None], int]:
-    """Return the validation's results and 0, or nothing and the reason to stop that a rank has."""
-    results = trainer.validator.run(partial(losses_of, trainer), stop.find_reason)
-    free_gathered(trainer.parts.values())
+def validate(
+    trainer: Trainer, stop: StopRequest, stopwatch: Stopwatch, stopped_by: int
+) -> tuple[dict[str, float | None], int]:
+    """Return the results, if a validation is due after this step, and why a rank is to stop, or 0.
+
+    A run that is to stop leaves its validation out, since the time to save may be short. The next
+    start makes up for it.
+    """
+    if not trainer.validator.is_due(trainer.step):
+        return {}, stopped_by
+    with stopwatch.paused():
+        results = trainer.validator.run(
+            partial(losses_of, trainer), lambda: stopped_by or stop.find_reason()
+        )
+        free_gathered(trainer.parts.values())
     return results
 
 
@@ -240,19 +250,15 @@ def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
         return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)
 
 
-def show_texts(trainer: Trainer, metrics: MetricsLogger | None) -> None:
-    """Let the model write, and report it."""
-    samples = write_texts(trainer)
-    if metrics is not None:
-        metrics.log_texts(trainer.step, samples)
-
-
-def write_texts(trainer: Trainer) -> list[TextSample]:
-    """Return what the model writes after this step."""
+def show_texts(trainer: Trainer, metrics: MetricsLogger | None, stop: StopRequest) -> int:
+    """Let the model write, and report it; return why a rank is to stop, which ends it, or 0."""
+    write = trainer.text_sampler.run
     compute = partial(compute_of_logits, trainer)
-    samples = trainer.text_sampler.run(trainer.step, compute, trainer.device)
+    samples, reason = write(trainer.step, compute, trainer.device, stop.find_reason)
     free_gathered(trainer.parts.values())
-    return samples
+    if metrics is not None and not reason:
+        metrics.log_texts(trainer.step, samples)
+    return reason
 
 
 def compute_of_logits(
@@ -280,7 +286,7 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find(config.training.steps)
     is_own = source is not None and source.path.parent == checkpointer.folder
-    if source is not None and not has_steps_left(source, config.training.steps, is_own=is_own):
+    if source is not None and not has_steps_left(source, config, is_own=is_own):
         export_last(config, source.path)
         return
 
@@ -296,7 +302,7 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
         on_rank_zero(lambda: folder.resume_at(trainer.step))
     else:
         on_rank_zero(lambda: folder.begin_afresh(list_output_folders(config).values()))
-    checkpointer.prepare(trainer.model_state, trainer.optimizer)
+    checkpointer.prepare(trainer.model_state, trainer.optimizer, estimate=deadline < math.inf)
     watchdog = Watchdog(config.comm, folder.path, trainer.mesh, loop=train)
     facts = describe(trainer)
     log_deadline(deadline)

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -272,15 +273,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_that_it_came_in(tmp_path,
     assert saved_steps(tmp_path) == ["step-3"]
 
 
-def stop_in_validation(arguments):
-    """Be a rank of a run whose second rank gets SIGTERM as it reads a batch of validation."""
+def stop_in_validation(stopped_at, arguments):
+    """Be a rank of a run whose second rank gets SIGTERM as it reads that batch of validation."""
     read = ValidationSet.read
     batches = 0
 
     def interrupted(self, numbers):
         nonlocal batches
         batches += 1
-        if batches == 6 and dist.get_rank() == 1:
+        if batches == stopped_at and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
         return read(self, numbers)
 
@@ -290,26 +291,40 @@ def stop_in_validation(arguments):
     return status
 
 
+VALIDATED = ("step", "val_loss", "val_bits_per_byte")
+
+
+def validations(folder):
+    return [{key: line.get(key, "none") for key in VALIDATED} for line in metrics(folder)]
+
+
 @pytest.mark.slow
-def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(tmp_path, data):
+@pytest.mark.parametrize(("step", "stopped_at"), [(3, 6), (STEPS, 16 + 6)])
+def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(
+    tmp_path, data, step, stopped_at
+):
+    """It is saved without, and the next start makes up for it, after the last step too."""
     validating = {
         **data,
         "validation.enable": True,
         "validation.freq": 3,
         "validation.steps": 4,
         "validation.local_batch_size": 1,  # 16 batches
+        "metrics.log_freq": 2,  # the line of step 3 is for its validation
     }
     run, whole = tmp_path / "run", tmp_path / "whole"
-    printed = forking.on_ranks(
-        2, stop_in_validation, options(saving(run, validating)), expect=143, timeout_s=60
-    )
-    assert "stopped by SIGTERM after step 3" in printed
-    assert all(f"rank {rank} has read 6 batches" in printed for rank in (0, 1)), printed
-    assert ["val_loss" in line for line in metrics(run)] == [False, False, False]
-    assert saved_steps(run) == ["step-3"]
+    given = options(saving(run, validating))
+    stop = partial(stop_in_validation, stopped_at)
+    printed = forking.on_ranks(2, stop, given, expect=143, timeout_s=60)
+    assert f"stopped by SIGTERM after step {step}" in printed
+    assert all(f"rank {rank} has read {stopped_at} batches" in printed for rank in (0, 1)), printed
+    assert validations(run)[-1] == {"step": step, "val_loss": None, "val_bits_per_byte": None}
+    assert saved_steps(run) == [f"step-{step}"]
     forking.train(2, saving(run, validating))
     forking.train(2, saving(whole, validating))
     assert_same_run(run, whole, tmp_path)
+    assert validations(run) == validations(whole)
+    assert "nothing to do" in forking.train(2, saving(run, validating))
 
 
 def compile_for_ever(arguments):

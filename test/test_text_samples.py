@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torchtrain import ranks
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
+from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.sampling import Sampling
 from torchtrain.set_up import set_up
 from torchtrain.shards import local
@@ -67,12 +68,21 @@ def run(tmp_path, data, device, capsys):
     return run_
 
 
+def written(trainer):
+    """What the model writes after this step."""
+    compute = partial(train.compute_of_logits, trainer)
+    texts, reason = trainer.text_sampler.run(trainer.step, compute, trainer.device)
+    assert reason == 0
+    free_gathered(trainer.parts.values())
+    return texts
+
+
 def at_temperature(trainer, temperature, step=0, seed=0):
     """The texts at this temperature."""
     sampler = trainer.text_sampler
     sampler.sampling = replace(sampler.sampling, temperature=temperature, seed=seed)
     trainer.step = step
-    return [sample.text for sample in train.write_texts(trainer)]
+    return [sample.text for sample in written(trainer)]
 
 
 @torch.no_grad()
@@ -98,9 +108,9 @@ def test_greedy_texts_are_those_by_hand(build):
             ids.append(logits.argmax().item())
         assert tokenizer.eos_id not in ids
         expected.append(tokenizer.decode(ids).removeprefix(prompt))
-    written = train.write_texts(trainer)
-    assert [sample.prompt for sample in written] == PROMPTS
-    assert [sample.text for sample in written] == expected
+    samples = written(trainer)
+    assert [sample.prompt for sample in samples] == PROMPTS
+    assert [sample.text for sample in samples] == expected
     assert at_temperature(trainer, 1e-6) == expected, "nearly 0: the likeliest too"
 
 
@@ -123,7 +133,7 @@ def test_a_text_ends_with_eos_or_where_training_sequences_end(build):
     assert sampler.length == 32
     lengths = []
     sampler._decode = lambda texts: lengths.extend(len(text) for text in texts)
-    train.write_texts(trainer)
+    written(trainer)
     assert lengths == [32, 32]
 
     lengths.clear()
@@ -131,14 +141,14 @@ def test_a_text_ends_with_eos_or_where_training_sequences_end(build):
     fill(trainer, "tok_embeddings.weight", 1.0)
     fill(trainer, "output.weight", 0.0)
     local(trainer.weights["output.weight"]).detach()[sampler.tokenizer.eos_id] = 1.0
-    train.write_texts(trainer)
+    written(trainer)
     assert lengths == [len(prompt) + 1 for prompt in sampler.prompts]
 
 
 def test_a_model_that_is_broken_ends_its_text(build):
     trainer = build()
     fill(trainer, "norm.weight", float("nan"))
-    assert [sample.text for sample in train.write_texts(trainer)] == ["", ""]
+    assert [sample.text for sample in written(trainer)] == ["", ""]
 
 
 def test_a_prompt_without_room_is_refused(build):
@@ -201,9 +211,30 @@ def test_training_does_not_notice(run, tmp_path):
 def test_a_stop_does_not_wait_for_texts(run, monkeypatch):
     combine = train.combine_ranks
     monkeypatch.setattr(train, "combine_ranks", lambda *given: (combine(*given)[0], 15))
-    monkeypatch.setattr(train, "write_texts", lambda trainer: pytest.fail("written"))
+    monkeypatch.setattr(train, "show_texts", lambda *given: pytest.fail("written"))
     with pytest.raises(train.Stopped):
         run("a", **{"text_samples.freq": 1})
+
+
+def test_a_stop_is_heard_between_two_tokens(run, tmp_path, monkeypatch):
+    """The texts are left out, and the step is saved."""
+    tokens = []
+
+    def find_reason(stop):
+        return 15 * (len(tokens) >= 3)
+
+    def count_token(*given):
+        tokens.append(1)
+        return compute(*given)
+
+    compute = train.compute_of_logits
+    monkeypatch.setattr(train, "compute_of_logits", count_token)
+    monkeypatch.setattr(train.StopRequest, "find_reason", find_reason)
+    with pytest.raises(train.Stopped):
+        run("a", **{"checkpoint.enable": True, "checkpoint.interval": 100})
+    assert len(tokens) == 4, "no more than the one that it was heard with"
+    assert not (tmp_path / "a" / "samples.jsonl").exists()
+    assert [path.name for path in (tmp_path / "a" / "checkpoint").iterdir()] == ["step-2"]
 
 
 @pytest.mark.slow

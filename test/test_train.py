@@ -199,7 +199,7 @@ def test_one_rank_divides_no_gradient(trainer):
 
 def test_a_validation_leaves_the_weights_sharded(trainer):
     """Else every rank would hold the whole model until its next backward."""
-    train.validate(trainer, train.StopRequest())
+    train.validate(trainer, train.StopRequest(), train.Stopwatch(), 0)
     for name, parameter in trainer.parts[0].named_parameters():
         assert isinstance(parameter, DTensor), name
 

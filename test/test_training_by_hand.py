@@ -342,7 +342,7 @@ def test_what_validation_computes(given, data, device, tmp_path, masking):
         "validation.local_batch_size": 2,
     }
     trainer = set_up(config_of({**given, **overrides}), device)
-    found, _ = train.validate(trainer, train.StopRequest())
+    found, _ = train.validate(trainer, train.StopRequest(), train.Stopwatch(), 0)
     parameters = [weight for part in trainer.parts.values() for weight in part.parameters()]
     assert all(isinstance(weight, DTensor) for weight in parameters), "weights stay gathered"
 

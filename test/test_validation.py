@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -230,7 +230,7 @@ def test_numbers_equal_those_by_hand(data, device, accented, kind, length):
     train.optimizer_step(trainer)
     with torch.no_grad():
         loss, bits = by_hand(trainer, texts, length.get("validation.seq_len", 32))
-    found, _ = train.validate(trainer, train.StopRequest())
+    found, _ = trainer.validator.run(partial(train.losses_of, trainer))
     assert found["val_loss"] == pytest.approx(loss, rel=1e-6)
     assert found["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
@@ -243,7 +243,7 @@ def test_bits_of_a_token_file_are_not_known(data, device, tmp_path):
         "validation.dataset_path": tmp_path / "ids.bin",
     }
     trainer = set_up(JobConfig().parse_args(options({**data, **given}), world_size=1), device)
-    found, _ = train.validate(trainer, train.StopRequest())
+    found, _ = trainer.validator.run(partial(train.losses_of, trainer))
     assert found["val_bits_per_byte"] is None
     assert 7 < found["val_loss"] < 9
 
@@ -345,7 +345,7 @@ def test_scalars_go_to_tensorboard(run, tmp_path):
 def test_a_stop_does_not_wait_for_a_validation(run, monkeypatch):
     combine = train.combine_ranks
     monkeypatch.setattr(train, "combine_ranks", lambda *given: (combine(*given)[0], 15))
-    monkeypatch.setattr(train, "validate", lambda *given: pytest.fail("validated"))
+    monkeypatch.setattr(train, "losses_of", lambda *given: pytest.fail("validated"))
     with pytest.raises(train.Stopped):
         run("run", **ON, **{"validation.freq": 1})
 
@@ -386,7 +386,7 @@ def test_a_runs_step_times_are_those_of_training(run, monkeypatch):
     """A step that waits 60 s for data, and is validated for 1,000 s, took 60 s, all waiting."""
     clock = Clock()
     monkeypatch.setattr("time.perf_counter", clock)
-    monkeypatch.setattr(train, "validate", clock.slowed(train.validate, 1000))
+    monkeypatch.setattr(train, "losses_of", clock.slowed(train.losses_of, 1000))
     monkeypatch.setattr(DataLoader, "step_batches", clock.slowed(DataLoader.step_batches, 60))
     lines, _ = run("run", **ON, **{"validation.freq": 1})
     for line in lines:

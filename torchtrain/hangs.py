@@ -28,6 +28,7 @@ PLACES = {
     "optimizer_step": "optimizer",
     "run": "replica check",
     "validate": "validation",
+    "make_up_validation": "validation",
     "show_texts": "text samples",
     "log": "logging",
     "poll": "saving",

@@ -6,13 +6,19 @@ is room again; TensorBoard's files end where they cannot be written.
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torchtrain.logging_utils import logger
-from torchtrain.utils import describe_os_error, fsync_folder, plural, writing
+from torchtrain.utils import (
+    describe_os_error,
+    fsync_folder,
+    plural,
+    write_durably,
+    writing,
+)
 
 
 class LogFile:
@@ -46,6 +52,15 @@ class LogFile:
         self.waiting.clear()
         if waited:
             logger.info(f"{self.path} can be written again: {plural(waited, 'line')} had waited")
+
+    def amend(self, change: Callable[[str], str]) -> None:
+        """Change the last line, all of it or nothing."""
+        *before, last = self.path.read_text("utf-8", "surrogateescape").splitlines()
+        text = "".join(f"{line}\n" for line in [*before, change(last)])
+        try:
+            write_durably(self.path, text)
+        except OSError as fault:
+            logger.warning(f"{self.path} cannot be written: {describe_os_error(fault)}")
 
     def sync(self) -> None:
         """Make safe from a power cut what was appended."""

@@ -195,6 +195,14 @@ def measure_running() -> float:
     return time.thread_time() + queued_s
 
 
+def make_finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with None for what is not finite: JSON has no NaN."""
+    return {
+        name: None if value is not None and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+
+
 def find_slowest(own_times_s: Sequence[Sequence[float]], total_time_s: float) -> dict[str, float]:
     """Return which rank had most to do itself, and by how much more than the ranks' median.
 
@@ -269,6 +277,12 @@ class MetricsLogger:
             rate = ("lr", f"{summary.lr:.2e}", "")
             logger.info(self._format_line([self._format_progress(step), rate]))
 
+    def amend(self, step: int, validated: Mapping[str, float | None]) -> None:
+        """Add a validation to the last line of metrics.jsonl, that of a step already logged."""
+        record = {"step": step, **make_finite(validated)}
+        self.metrics_file.amend(lambda line: json.dumps({**json.loads(line), **record}))
+        self._show(record)
+
     def log_texts(self, step: int, samples: Sequence[TextSample]) -> None:
         """Report what the model has written after a step."""
         self.samples_file.append(json.dumps({"step": step, **asdict(each)}) for each in samples)
@@ -298,10 +312,12 @@ class MetricsLogger:
             self.wandb.finish()
 
     def _log_in_full(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if value is not None and not math.isfinite(value):
-                record[name] = None  # JSON has no NaN
+        record = make_finite(record)
         self.metrics_file.append([json.dumps(record)])
+        self._show(record)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        """Report what metrics.jsonl has wherever else it is to be seen."""
         step = record["step"]
         scalars = {}
         for name, value in record.items():
@@ -341,10 +357,10 @@ class MetricsLogger:
         record |= find_slowest([own for _, _, own in steps], total_time)
         return record | dict(summary.added)
 
-    def _format_record(self, record: dict[str, Any]) -> str:
+    def _format_record(self, record: Mapping[str, Any]) -> str:
         """Return the line on the screen."""
         values = dict(record)
-        if record["tokens_per_second"] is not None:
+        if record.get("tokens_per_second") is not None:
             seconds = (self.total_steps - record["step"]) * record["step_time_s"]
             values["eta"] = timedelta(seconds=round(seconds))
         # Those of single layers, group/layer/name, are too many for the screen.

@@ -1,9 +1,11 @@
 """What a run goes on from: whether a checkpoint may be taken, and taking it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+
+from torch import Tensor
 
 from torchtrain.catalog.identity import (
     ModelIdentity,
@@ -16,12 +18,16 @@ from torchtrain.config.plans import plan_schedule, plan_shape
 from torchtrain.config.schema import LRScheduler
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_state import find_tokenizers
+from torchtrain.datasets.loader import Microbatch
 from torchtrain.errors import SharedUserError, Stopped
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import differences, set_step
 from torchtrain.metrics import MetricsLogger
-from torchtrain.ranks import gathered, together
+from torchtrain.parallelisms.fsdp import free_gathered
+from torchtrain.ranks import gathered, on_rank_zero, together
+from torchtrain.run_folder import lacks_validation
 from torchtrain.set_up import Trainer
+from torchtrain.utils import expand_user
 
 
 def find_saved_progress(source: Source | Foreign | None) -> Progress | None:
@@ -51,15 +57,20 @@ def check_model(source: Source | Foreign, config: JobConfig) -> None:
     )
 
 
-def has_steps_left(source: Source | Foreign, steps: int, *, is_own: bool) -> bool:
-    """Check whether a run of so many steps has some left after those of the checkpoint.
+def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool) -> bool:
+    """Check whether a run has steps left after those of the checkpoint, or their validation.
 
-    Where its own checkpoint leaves none, the run says so and is done.
+    Where its own checkpoint leaves nothing, the run says so and is done.
 
     Raises:
         SharedUserError: another run's checkpoint leaves none.
     """
+    steps = config.training.steps
     if not isinstance(source, Source) or source.progress.step < steps:
+        return True
+    folder = expand_user(config.job.dump_folder)
+    may_lack = is_own and config.validation.enable and not source.progress.model_only
+    if may_lack and on_rank_zero(lambda: lacks_validation(folder, source.progress.step)):
         return True
     if is_own:
         logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")
@@ -175,6 +186,27 @@ def save_progress(
         is_last=trainer.step == last_step,
         stopping=stopping,
     )
+
+
+def make_up_validation(
+    trainer: Trainer, metrics: MetricsLogger | None, losses_of: Callable[[Microbatch], Tensor]
+) -> None:
+    """Validate the loaded weights, if a stop has left that out. A collective call.
+
+    Args:
+        trainer: has just loaded them.
+        metrics: of rank 0; adds the results to the line of their step.
+        losses_of: as of `Validator.run`.
+    """
+    step = trainer.step
+    lacks_it = on_rank_zero(
+        lambda: metrics is not None and lacks_validation(metrics.run_folder, step)
+    )
+    if lacks_it and trainer.validator.is_due(step):
+        results, _ = trainer.validator.run(losses_of)
+        free_gathered(trainer.parts.values())
+        if metrics is not None:
+            metrics.amend(step, results)
 
 
 @contextmanager

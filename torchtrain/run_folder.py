@@ -152,6 +152,16 @@ class RunFolder:
                 write_durably(self.path / name, text)
 
 
+def lacks_validation(run_folder: Path, step: int) -> bool:
+    """Return whether a run was stopped after this step, and has left its validation out."""
+    log = run_folder / METRICS_FILE
+    lines = log.read_text("utf-8", "surrogateescape").splitlines() if log.exists() else []
+    with suppress(ValueError, KeyError, IndexError, TypeError):
+        last = json.loads(lines[-1])
+        return bool(last["step"] == step and last["val_loss"] is None)
+    return False
+
+
 def _holds_something(path: Path) -> bool:
     """Return whether it is there, and no empty folder, as a start that was refused leaves it."""
     return any(path.iterdir()) if path.is_dir() else path.exists()

@@ -80,7 +80,8 @@ class TextSampler:
         step: int,
         compute: Callable[[OfLogits, Tensor, Tensor], Tensor],
         device: torch.device,
-    ) -> list[TextSample]:
+        stop_reason: Callable[[], int] = int,
+    ) -> tuple[list[TextSample], int]:
         """Let the model continue each prompt; random states and training's data are left alone.
 
         Args:
@@ -88,21 +89,27 @@ class TextSampler:
             compute: takes a function of logits and labels, tokens [B, S] and labels [B, S] to this
                 rank's values [B] of that function: 0 where another rank has the logits.
             device: of the computation.
+            stop_reason: why this rank is to stop, 0 if it is not; asked before each token.
 
         Returns:
-            The same on every rank.
+            The same on every rank: the texts and 0. Or nothing, and why a rank is to stop.
         """
         texts = [list(prompt) for prompt in self.prompts]
         ended = [False for _ in texts]
         while not all(ended):
+            reason = torch.tensor([stop_reason()], device=device)
             tokens, draws = self._lay_out(texts, device)
             chosen = compute(partial(self._choose, step), tokens, draws).long()
-            dist.all_reduce(chosen, op=dist.ReduceOp.MAX)
-            for row, token in enumerate(chosen.tolist()):
+            agreed = torch.cat([chosen, reason])
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+            *new_tokens, stopped_by = agreed.tolist()
+            if stopped_by:
+                return [], stopped_by
+            for row, token in enumerate(new_tokens):
                 if not ended[row]:
                     texts[row].append(token)
                     ended[row] = token == self.tokenizer.eos_id or self._is_full(texts[row], row)
-        return self._decode(texts)
+        return self._decode(texts), 0
 
     def _is_full(self, text: list[int], row: int) -> bool:
         """Return whether the text of this prompt may not get longer."""

@@ -33,6 +33,9 @@ from torchtrain.errors import UserError
 from torchtrain.loss import count_valid
 from torchtrain.utils import IGNORE_INDEX, user_errors
 
+LEFT_OUT: dict[str, float | None] = {"val_loss": None, "val_bits_per_byte": None}
+"""The results of a validation that a stop has left out."""
+
 
 class ValidationSet:
     """The sequences to validate on: each source's documents joined and cut, the last filled up."""
@@ -132,20 +135,20 @@ class Validator:
         Args:
             losses_of: from a microbatch of B sequences on the device to this rank's part of their
                 losses [B], as in training.
-            stop_reason: why this rank is to stop, 0 if it is not; asked between two batches.
+            stop_reason: why this rank is to stop, 0 if it is not; asked before each batch.
 
         Returns:
             The same on every rank: `val_loss`, nats per token, and `val_bits_per_byte`, None where
-            the number of bytes is not known; and 0. Or nothing, and why a rank is to stop.
+            the number of bytes is not known; and 0. Or `LEFT_OUT`, and why a rank is to stop.
         """
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         token_bytes = torch.from_numpy(self.samples.token_bytes).to(self.device)
         size = self.plan.batch_size
         own = np.arange(size) + self.data_rank * size
         for first in range(0, self.sequences, self.degrees.data_parallel * size):
-            reason = self._agree(stop_reason()) if first else 0
+            reason = self._agree(stop_reason())
             if reason:
-                return {}, reason
+                return LEFT_OUT, reason
             numbers = np.where(first + own < self.sequences, first + own, -1)
             batch = self.samples.read(numbers).to(self.device)
             is_valid = batch.labels != IGNORE_INDEX

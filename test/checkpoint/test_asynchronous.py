@@ -23,7 +23,7 @@ from helpers.checkpoints import (
 )
 from helpers.forking import in_group
 
-from torchtrain.checkpoint import Checkpointer, saving, storage
+from torchtrain.checkpoint import Checkpointer, asynchronous, saving, storage
 from torchtrain.errors import CheckpointError, NonFinite, Stopped, UserError
 from torchtrain.shards import local
 
@@ -171,6 +171,33 @@ def test_training_goes_on_after_a_failed_save_if_it_may(tmp_path, alone, gate, l
     checkpointer.save(weights(model), optimizer, progress(4), is_last=True)
     checkpointer.finish()
     assert names(tmp_path) == ["step-1", "step-4"]
+
+
+def test_without_memory_for_the_copy_training_waits(tmp_path, alone, gate, log, monkeypatch):
+    """Once there is room for it, saves are made beside training again."""
+    gate.is_open.set()
+    model, optimizer, checkpointer = run_beside(tmp_path)
+    size = sum(local(tensor).nbytes for tensor in everything(model, optimizer).values())
+    for step, room in ((2, size - 1), (3, size + 2**20)):
+        monkeypatch.setattr(asynchronous, "find_available_bytes", lambda room=room: float(room))
+        checkpointer.save(weights(model), optimizer, progress(step))
+        assert checkpointer.background.is_idle == (step == 2)
+        assert ("in spite of checkpoint.async_mode: copies of the" in log.text) == (step == 2)
+        log.clear()
+        checkpointer.finish()
+    assert names(tmp_path) == ["step-2", "step-3"]
+    monkeypatch.setattr(asynchronous, "find_available_bytes", lambda: 1 / 0)
+    checkpointer.save(weights(model), optimizer, progress(4))  # into the same memory
+    checkpointer.finish()
+
+
+@pytest.mark.parametrize("ending", ["is_last", "stopping"])
+def test_a_save_that_ends_the_run_takes_no_copy(tmp_path, alone, gate, monkeypatch, ending):
+    gate.is_open.set()
+    model, optimizer, checkpointer = run_beside(tmp_path)
+    monkeypatch.setattr(asynchronous, "find_available_bytes", lambda: 1 / 0)
+    checkpointer.save(weights(model), optimizer, progress(2), **{ending: True})
+    assert names(tmp_path) == ["step-2"]
 
 
 def test_pinned_memory_needs_an_accelerator(tmp_path, alone):

@@ -92,6 +92,8 @@ def test_the_first_saves_time_is_estimated_by_a_part_of_it(
     monkeypatch.setattr(state, "measure", lambda *_: {"model/w": int(mib * 2**20)})
     checkpointer = Checkpointer(section(), tmp_path)
     checkpointer.prepare({}, None)
+    assert checkpointer.save_seconds == disk.written == 0, "nobody asks how long it takes"
+    checkpointer.prepare({}, None, estimate=True)
     assert checkpointer.save_seconds == pytest.approx(seconds)
     assert disk.written == int(written * 2**20)
     assert names(tmp_path) == [], "no probe is left"
@@ -106,7 +108,7 @@ def estimate_on_two(run: Path) -> None:
             monkeypatch.setattr("time.monotonic", lambda: 1000.0)
         monkeypatch.setattr(state, "measure", lambda *_: {"model/w": 8 * 2**20})
         checkpointer = Checkpointer(section(), run)
-        checkpointer.prepare({}, None)
+        checkpointer.prepare({}, None, estimate=dist.get_rank() == 0)
         assert checkpointer.save_seconds == pytest.approx(0.4), "for 4 MiB, on both"
 
 

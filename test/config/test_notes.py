@@ -105,6 +105,10 @@ IDLE = {
         "[training]\nspike_window = 64",
         ["spike_window = 64 has no effect while training.spike_deviations is unset"],
     ),
+    "skipping what raises": (
+        '[training]\non_nonfinite = "skip"\n[debug]\ndetect_anomaly = true',
+        ['training.on_nonfinite = "skip" skips no NaN', "debug.detect_anomaly ends the run"],
+    ),
     "warning only": (
         "[debug]\ndeterministic_warn_only = true",
         ["has no effect", "debug.deterministic = false"],

@@ -109,8 +109,9 @@ def assert_bitwise(found: dict, expected: dict) -> None:
 
 
 def section(**options) -> Checkpoint:
-    """Return the config's section with saving enabled."""
-    return Checkpoint(**{"enable": True, "interval": 2, "keep_latest_k": 0, **options})
+    """Return the config's section with saving enabled; a save is done when it returns."""
+    given = {"enable": True, "interval": 2, "keep_latest_k": 0, "async_mode": "disabled"}
+    return Checkpoint(**{**given, **options})
 
 
 def progress(step: int) -> Progress:

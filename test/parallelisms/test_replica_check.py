@@ -108,11 +108,9 @@ ON_FOUR = {
 
 def shared_names(check):
     """The names of this rank's parameters and buffers that another rank has a part of too."""
-    parts = check.parts[dist.get_rank()]
-    elsewhere = [
-        part for rank, has in enumerate(check.parts) for part in has if rank != dist.get_rank()
-    ]
-    return {part.partition(" ")[0] for part in parts if part in elsewhere}
+    counts = check.counts_of_own_parts().tolist()
+    parts = zip(check.parts, counts, strict=True)
+    return {part.partition(" ")[0] for part, count in parts if count > 1}
 
 
 def train_step(trainer):

@@ -12,7 +12,7 @@ import pytest
 from helpers.forking import on_ranks
 
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE
-from torchtrain.tools.faults import bench, campaign, disk, power, trial
+from torchtrain.tools.faults import bench, campaign, disk, each_operation, power, trial
 from torchtrain.tools.faults.__main__ import main
 from torchtrain.tools.faults.bench import STEPS, Bench, Lost
 from torchtrain.tools.faults.campaign import FAULTS, MIXED, Tally
@@ -165,8 +165,6 @@ def test_another_number_or_state_is_lost(tmp_path, monkeypatch):
         small.compare(write_run(tmp_path / "step", step=8))
     with pytest.raises(ZeroDivisionError):  # the tensors are looked at
         small.compare(write_run(tmp_path / "tensors", digest="b"))
-    with pytest.raises(Lost, match="instead of"):
-        small.compare(write_run(tmp_path / "stopped", loss=3.0), was_stopped=True)
     more = write_run(tmp_path / "more")
     with open(more / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 2, "loss": 1.0}) + "\n")
@@ -175,13 +173,6 @@ def test_another_number_or_state_is_lost(tmp_path, monkeypatch):
     (tmp_path / "same/checkpoint" / f"step-{STEPS}" / MARKER).unlink()
     with pytest.raises(Lost, match="not a complete checkpoint"):
         small.compare(tmp_path / "same")
-
-
-def test_a_stop_may_leave_a_validation_out_and_nothing_else():
-    expected = {"step": 3, "loss": 2.0, "val_loss": 2.5}
-    assert bench.lacks_validation({"step": 3, "loss": 2.0}, expected)
-    assert not bench.lacks_validation({"step": 3, "val_loss": 2.5}, expected)
-    assert not bench.lacks_validation({"step": 3, "loss": 2.1}, expected)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +240,7 @@ def test_the_table_adds_up():
         (["--only", "all-kiled"], "did you mean all-killed?"),
         (["--try", "3"], "--try needs --only"),
         (["--kills", "0"], "must be at least 1"),
+        (["--every-operation", "--only", "one-save"], "exclude each other"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(capsys, arguments, text):
@@ -256,6 +248,44 @@ def test_what_cannot_be_asked_for_is_one_line(capsys, arguments, text):
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_one_save_is_told_from_the_others():
+    """The sweep of a dead one's folder comes before, and the next save ends it."""
+    save = each_operation.OneSave(5)
+    folder = "/run/checkpoint"
+    operations = [
+        ("remove", f"{folder}/.tmp-step-5-dead/shard"),
+        ("mkdir", folder),
+        ("mkdir", f"{folder}/.tmp-step-5-new"),
+        ("write", f"{folder}/.tmp-step-5-new/shard"),
+        ("rename", f"{folder}/.tmp-step-5-new"),
+        ("rename", f"{folder}/step-3"),
+        ("rmdir", f"{folder}/.tmp-removed-step-3-x"),
+        ("mkdir", f"{folder}/.tmp-step-6-new"),
+        ("write", f"{folder}/.tmp-step-6-new/shard"),
+    ]
+    included = [save.includes(Operation(*operation)) for operation in operations]
+    assert included == [False, False, True, True, True, True, True, False, False]
+    assert save.is_over
+
+
+def test_every_operation_is_killed_at_once(tmp_path, monkeypatch):
+    counts = {1: [8], 2: [9, 5]}
+    monkeypatch.setattr(
+        each_operation, "count_operations", lambda bench, mode, ranks: counts[ranks]
+    )
+    tries = each_operation.list_tries(Bench(tmp_path), "async")
+    assert [len(kills) for kills in tries] == [6, 2, 6, 6, 2]
+    assert all(len({kill.ranks for kill in kills}) == 1 for kills in tries)
+    kills = [(kill.ranks, kill.victim, kill.operation) for kills in tries for kill in kills]
+    assert kills == [
+        *((1, 0, number) for number in range(1, 9)),
+        *((2, 0, number) for number in range(1, 10)),
+        *((2, 1, number) for number in range(1, 6)),
+    ]
+    planned = campaign.plan_every_operation(Bench(tmp_path))
+    assert planned == [(name, k) for name in ("one-save", "one-save-async") for k in range(5)]
 
 
 @pytest.mark.slow

@@ -254,6 +254,28 @@ def test_the_end_of_a_jobs_time_is_a_stop():
     assert not restarts.Failure(0, 1).is_stop
 
 
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        ([143, 143], 143),
+        ([0, 0], 143),
+        ([1, 1], 1),
+        ([143, 1], 143),
+        ([-15, 1], 143),
+        ([1, -15], 143),
+        ([1, -9], 137),
+        ([75, None], 143),
+        ([], 143),
+    ],
+)
+def test_a_launch_that_was_to_stop_and_could_not_save_has_failed(codes, status, capfd):
+    """Where one rank ends as it was asked to, others can have failed for want of it."""
+    outcome = restarts.Outcome(at_stop=dict(enumerate(codes)))
+    assert outcome.find_status(signal.SIGTERM) == status
+    said = "rank 1 was ended by SIGKILL after the launch was asked to stop\n"
+    assert capfd.readouterr().err == said * (status == 137)
+
+
 def test_failures_are_named_as_people_know_them():
     assert str(restarts.Failure(3, -11)) == "rank 3 was ended by SIGSEGV"
     assert str(restarts.Failure(3, -250)) == "rank 3 was ended by signal 250"

@@ -4,6 +4,8 @@ The threads have a process group of their own, since two threads that use one gr
 orders mix up its messages.
 """
 
+import socket
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,7 +15,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchtrain.errors import SharedUserError
-from torchtrain.ranks import patient_group
+from torchtrain.host_memory import find_available_bytes
+from torchtrain.logging_utils import logger
+from torchtrain.ranks import gathered, patient_group
+from torchtrain.shards import local
+
+MIB = 2**20
 
 
 class BackgroundWriter:
@@ -35,6 +42,7 @@ class BackgroundWriter:
         self.group = patient_group()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+        self._has_copied = False
         # It keeps the memory of one copy for the next.
         self._stager = DefaultStager(
             StagingOptions(
@@ -45,6 +53,35 @@ class BackgroundWriter:
             )
         )
 
+    def has_room(self, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> bool:
+        """Return whether the copies of all ranks fit in their hosts' memory, and say so.
+
+        Asked before the first copy, whose memory is kept: by then the run has taken steps, and
+        holds what it needs for them.
+
+        Args:
+            tensors: what this rank is to copy.
+            group: of all ranks, not that of the threads.
+        """
+        if self._has_copied:
+            return True
+        size = sum(local(tensor).nbytes for tensor in tensors.values())
+        by_rank = gathered((socket.gethostname(), size, find_available_bytes()), group)
+        needed: Counter[str] = Counter()
+        for host, of_rank, _ in by_rank:
+            needed[host] += of_rank
+        left = {host: available for host, _, available in by_rank}
+        host = min(needed, key=lambda name: left[name] - needed[name])
+        copies = f"copies of the state take {needed[host] / MIB:,.1f} MiB of host memory"
+        if needed[host] > left[host]:
+            logger.warning(
+                f"training stands still while this is saved, in spite of checkpoint.async_mode: "
+                f"{copies}, and {host} has {left[host] / MIB:,.1f} MiB left"
+            )
+            return False
+        logger.info(f"saves beside training: {copies} on {host}")
+        return True
+
     def start(
         self, write: Callable[[dict[str, Tensor]], None], tensors: Mapping[str, Tensor]
     ) -> None:
@@ -54,6 +91,7 @@ class BackgroundWriter:
         """
         assert self._running is None, "the save before was not finished"
         copy = self._stager.stage(dict(tensors))
+        self._has_copied = True
         assert isinstance(copy, dict)
         self._running = self._threads.submit(write, copy)
 

@@ -63,11 +63,15 @@ class Saver:
         is_turn = step == last_step or step % self.config.interval == 0
         return self._is_time() or first or stopping or is_turn
 
-    def prepare(self, weights: Weights, optimizer: Optimizer) -> None:
+    def prepare(self, weights: Weights, optimizer: Optimizer, *, estimate: bool = False) -> None:
         """Find out before training what would fail at the first save, and sweep the folder.
 
-        How long a save will take is estimated: all ranks write a small part of it at once, and the
-        slowest counts.
+        Args:
+            weights: this rank's.
+            optimizer: over the same parameters.
+            estimate: estimate how long a save will take: all ranks write a small part of it at
+                once, and the slowest counts. Where one rank wants it, all do so. Else each makes an
+                empty file.
 
         Raises:
             UserError: the folder cannot be written, is not seen by all ranks, or lacks room for two
@@ -86,7 +90,8 @@ class Saver:
         finally:
             if dist.get_rank() == 0:
                 probe.unlink(missing_ok=True)
-        share = sum(sizes.values()) // dist.get_world_size()
+        is_timed = any(gathered(estimate, self.group))
+        share = is_timed * sum(sizes.values()) // dist.get_world_size()
         seconds = self._together(lambda: time_writing(self._name_probe(), share))
         self.save_seconds = max(gathered(seconds, self.group))
 
@@ -102,7 +107,8 @@ class Saver:
         """Write `step-N`, unless it is complete already, and remove what is no longer kept.
 
         The run's last one is of the weights alone with `last_save_model_only`. With `async_mode`
-        the state has been copied when this returns, and the rest is done beside training.
+        the state has been copied when this returns, and the rest is done beside training; but not
+        of a save after which the run ends, nor while the host lacks memory for the copy.
 
         A save that fails removes its temporary folder and leaves earlier checkpoints as they are.
         (Should only the very last sync fail, after the rename, `step-N` stays: it is complete, if
@@ -117,7 +123,8 @@ class Saver:
         with self._failing(must_succeed=is_last or stopping):
             model_only = is_last and self.config.last_save_model_only
             progress = progress.model_copy(update={"model_only": model_only})
-            self._save(weights, optimizer, progress)
+            background = None if is_last or stopping else self.background
+            self._save(weights, optimizer, progress, background)
 
     def poll(self) -> None:
         """Report a save beside training that has ended. Costs nothing without one.
@@ -201,7 +208,13 @@ class Saver:
                 "its turn, and the last complete checkpoint is kept until then"
             )
 
-    def _save(self, weights: Weights, optimizer: Optimizer, progress: Progress) -> None:
+    def _save(
+        self,
+        weights: Weights,
+        optimizer: Optimizer,
+        progress: Progress,
+        background: BackgroundWriter | None,
+    ) -> None:
         target = self.path(progress.step)
         temporary = self._on_rank_zero(lambda: self._begin(target, progress.step))
         if temporary is None:
@@ -209,11 +222,11 @@ class Saver:
             return
         with removing(temporary):
             tensors = self._together(lambda: self._list_saved(weights, optimizer, progress))
-            if self.background is None:
+            if background is None or not background.has_room(tensors, self.group):
                 self._write(temporary, target, progress, self.group, tensors)
                 return
-            write = partial(self._write, temporary, target, progress, self.background.group)
-            self.background.start(write, tensors)
+            write = partial(self._write, temporary, target, progress, background.group)
+            background.start(write, tensors)
         stalled = time.monotonic() - self.saved_at
         logger.info(f"saving {target} beside training, which stood still for {stalled:.2f} s")
 

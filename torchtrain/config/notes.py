@@ -103,6 +103,9 @@ def find_idle_options(config: Config) -> list[str]:
                 found[name] = (
                     f"has no effect while optimizer.name = {quoted(config.optimizer.name)}"
                 )
+    if training.on_nonfinite == "skip" and config.debug.detect_anomaly:
+        text = "skips no NaN: debug.detect_anomaly ends the run with a traceback in its backward"
+        found["training.on_nonfinite"] = text
     checkpoint = config.checkpoint
     if "lr_scheduler" in checkpoint.exclude_from_loading:
         text = "lr_scheduler has no effect: the rate always follows from the config and the step"

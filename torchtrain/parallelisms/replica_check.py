@@ -9,6 +9,7 @@ same place in the whole tensor are compared.
 Letters: R ranks, P parameters and buffers of the rank that has the most of them.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
@@ -53,20 +54,20 @@ class ReplicaCheck:
         self.hash = BitHash()
         self.passed: int | None = None
         """The step of this launch's last check that found no difference."""
-        self.parts: list[list[str]] = []
-        """Name and place of what each rank has."""
-        if freq > 0:
-            own = [f"{name} {find_local_box(tensor)}" for name, tensor in state.items()]
-            self.parts = gathered(own)
-        self.width = max(map(len, self.parts), default=0)
-        self.holders = self._find_first_holders()
+        self.parts: list[str] = []
+        """Name and place of what this rank has."""
+        self.width = 0
+        self.holders = torch.empty(0, dtype=torch.int64)
         """[R · P]: for each part the first place, in ranks' order, of the same part."""
-        if freq > 0 and self.holders.equal(torch.arange(len(self.holders))):
-            logger.warning(
-                f"debug.replica_check_freq = {freq} has no effect: no two ranks hold the same part "
-                "of the model"
-            )
-        self.holders = self.holders.to(device)
+        if freq > 0:
+            self.parts = [f"{name} {find_local_box(tensor)}" for name, tensor in state.items()]
+            self.width = max(gathered(len(self.parts)))
+            self.holders = self._find_first_holders()
+            if not self.counts_of_own_parts().gt(1).any():
+                logger.warning(
+                    f"debug.replica_check_freq = {freq} has no effect: no two ranks hold the same "
+                    "part of the model"
+                )
 
     def is_due(self, step: int) -> bool:
         """Return whether to check after this step."""
@@ -82,22 +83,36 @@ class ReplicaCheck:
             ReplicasDiffer: it is not; the same on all ranks.
         """
         hashes = [self._hash_with_states(tensor) for tensor in self.state.values()]
-        row = torch.zeros(self.width, dtype=torch.int64, device=self.device)
-        row[: len(hashes)] = torch.stack(hashes)
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, row)
-        by_rank = torch.cat(rows)
+        by_rank = self._gather(torch.stack(hashes))
         if not by_rank.equal(by_rank[self.holders]):
-            raise ReplicasDiffer(self._describe_difference(step, by_rank.tolist()))
+            raise ReplicasDiffer(self._describe_difference(step, by_rank))
         self.passed = step
 
+    def counts_of_own_parts(self) -> Tensor:
+        """Return how many ranks hold each part of this rank, in its order."""
+        counts = self.holders.bincount()[self.holders]
+        first = dist.get_rank() * self.width
+        return counts[first : first + len(self.parts)]
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Return all ranks' values [R · P], int64; zeros fill up those of ranks with fewer."""
+        row = torch.zeros(self.width, dtype=torch.int64, device=self.device)
+        row[: len(values)] = values
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, row)
+        return torch.cat(rows)
+
     def _find_first_holders(self) -> Tensor:
-        first: dict[str, int] = {}
-        holders = list(range(len(self.parts) * self.width))
-        for rank, parts in enumerate(self.parts):
-            for place, part in enumerate(parts, start=rank * self.width):
-                holders[place] = first.setdefault(part, place)
-        return torch.tensor(holders, dtype=torch.int64)
+        """Return `holders`. Of the ranks' names only hashes travel: thousands of ranks have many.
+
+        With a million different parts two have one hash of 64 bits once in 10^7 models.
+        """
+        digests = [hashlib.sha256(part.encode()).digest()[:8] for part in self.parts]
+        hashes = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+        kinds, kind_of = self._gather(torch.tensor(hashes)).unique(return_inverse=True)
+        places = torch.arange(len(kind_of), device=self.device)
+        first = places.new_full(kinds.shape, len(places))
+        return first.scatter_reduce(0, kind_of, places, "amin")[kind_of]
 
     def _hash_with_states(self, tensor: Tensor) -> Tensor:
         total = self.hash(local(tensor)).to(self.device)
@@ -114,15 +129,17 @@ class ReplicaCheck:
             if isinstance(value, Tensor | int):
                 yield torch.as_tensor(value)
 
-    def _describe_difference(self, step: int, by_rank: list[int]) -> str:
+    def _describe_difference(self, step: int, by_rank: Tensor) -> str:
         """Name the first parameter that differs and the ranks, those that agree together."""
-        found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for rank, parts in enumerate(self.parts):
-            for place, part in enumerate(parts, start=rank * self.width):
-                found[part][by_rank[place]].append(rank)
-        differing = [part for part, ranks_by_hash in found.items() if len(ranks_by_hash) > 1]
-        sides = sorted(found[differing[0]].values(), key=len, reverse=True)
-        names = list(dict.fromkeys(part.partition(" ")[0] for part in differing))
+        differing = self.holders[by_rank != by_rank[self.holders]].unique().tolist()
+        first = dist.get_rank() * self.width
+        own = range(first, first + len(self.parts))
+        named = gathered([self.parts[place - first] for place in differing if place in own])
+        names = list(dict.fromkeys(part.partition(" ")[0] for parts in named for part in parts))
+        found: dict[int, list[int]] = defaultdict(list)
+        for place in (self.holders == differing[0]).nonzero().flatten().tolist():
+            found[int(by_rank[place])].append(place // self.width)
+        sides = sorted(found.values(), key=len, reverse=True)
         others = f" (and {plural(len(names) - 1, 'other parameter')})" if len(names) > 1 else ""
         before = "there was no earlier check in this launch"
         if self.passed is not None:

@@ -295,7 +295,7 @@ def start_ranks(command: list[str]) -> int:
     except ChildFailedError:
         return outcome.report()
     except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+        return outcome.find_status(int(stopped.sigval))
     except RunOver as over:
         say(str(over))
         return over.status

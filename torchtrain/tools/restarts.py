@@ -91,6 +91,8 @@ class Outcome:
     """The cause of the last failure, if it was that a rank was waited for in vain."""
     is_told: bool = False
     """Whether the last failure has been printed."""
+    at_stop: dict[int, int | None] = field(default_factory=dict)
+    """How each rank of this node has ended after it was asked to stop; None: it had not."""
 
     @property
     def is_repeated(self) -> bool:
@@ -105,6 +107,21 @@ class Outcome:
         if (self.failure.exit_code < 0 or self.hang) and not self.is_told:
             say(f"{self.hang or self.failure}; the others were stopped")
         return self.failure.status
+
+    def find_status(self, number: int) -> int:
+        """Return the exit status of a launch that signal `number` was to stop.
+
+        A save is complete on all ranks or on none. So where one has ended as it was asked to,
+        others failed for want of it; where none has, they could not save, and the status is that of
+        the one that failed first.
+        """
+        failures = [Failure(rank, code) for rank, code in self.at_stop.items() if code]
+        if not failures or any(each.is_stop or each.exit_code == -number for each in failures):
+            return 128 + number
+        first = min(failures, key=lambda failure: failure.exit_code >= 0)
+        if first.exit_code < 0:
+            say(f"{first} after the launch was asked to stop")
+        return first.status
 
     @property
     def cause(self) -> str:
@@ -163,6 +180,8 @@ class Agent(LocalElasticAgent):
                     send(signal.SIGKILL, processes)
                     raise
                 number, self._stopped = again.sigval, again
+        ranks = self._processes(self._worker_group)
+        self._outcome.at_stop = {rank: process.poll() for rank, process in ranks.items()}
         super()._shutdown(death_sig, *args, **options)
 
     def _nodes_change(self) -> bool:

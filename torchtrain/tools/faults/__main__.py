@@ -1,6 +1,7 @@
 """Train a small model under faults, and show that nothing is lost.
 
     python -m torchtrain.tools.faults [--seed S] [--kills N] [--jobs J] [--only NAME [--try K]]
+    python -m torchtrain.tools.faults --every-operation [--jobs J]
 
 A try injects a fault, or several in a row, into a run of 10 steps on two ranks; then the run is
 restarted without faults, and must end as the untouched run does: weights, optimizer states,
@@ -43,12 +44,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="tries at a time (default: 1)")
     add("--only", metavar="NAME", help="of this fault alone")
     add("--try", type=int, metavar="K", dest="number", help="this try of it alone")
+    add(
+        "--every-operation",
+        action="store_true",
+        help="kill at each operation of one save instead, on one rank and two, in both ways",
+    )
     add("--folder", type=Path, help="where the runs are (default: a temporary folder)")
     return parser
 
 
-def choose_tries(asked: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return the tries that the command line asks for.
+def check(asked: argparse.Namespace) -> None:
+    """Check the command line.
 
     Raises:
         UserError: an option is out of range, or this is not Linux.
@@ -63,17 +69,32 @@ def choose_tries(asked: argparse.Namespace) -> list[tuple[str, int]]:
         raise UserError(f"--only {asked.only!r} is none of {', '.join(FAULTS)}{hint}")
     if asked.number is not None and asked.only is None:
         raise UserError("--try needs --only: each fault has tries of its own")
+    if asked.every_operation and asked.only is not None:
+        raise UserError("--every-operation and --only exclude each other")
+
+
+def choose_tries(asked: argparse.Namespace, bench: Bench) -> list[tuple[str, int]]:
+    """Return the tries that the command line asks for."""
+    if asked.every_operation:
+        return campaign.plan_every_operation(bench)
     if asked.number is not None:
         return [(asked.only, asked.number)]
     return campaign.plan([asked.only] if asked.only else FAULTS, asked.kills, asked.seed)
 
 
-def make(tries: list[tuple[str, int]], bench: Bench, seed: int, jobs: int) -> dict[str, Tally]:
-    """Make the tries, say at once which are lost, and return the lines of the table."""
+def make(asked: argparse.Namespace, bench: Bench) -> tuple[dict[str, Tally], int]:
+    """Make the tries, say at once which are lost.
+
+    Returns:
+        The lines of the table, and how many tries were to be made.
+    """
     tallies: dict[str, Tally] = {}
+    tries: list[tuple[str, int]] = []
+    seed = asked.seed
     try:
         bench.prepare()
-        for ended in campaign.run(bench, tries, seed, jobs):
+        tries = choose_tries(asked, bench)
+        for ended in campaign.run(bench, tries, seed, asked.jobs):
             campaign.count(tallies, ended)
             trial = ended.trial
             if not ended.lost:
@@ -86,7 +107,7 @@ def make(tries: list[tuple[str, int]], bench: Bench, seed: int, jobs: int) -> di
             )
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
-    return tallies
+    return tallies, len(tries)
 
 
 def main(arguments: list[str]) -> int:
@@ -95,9 +116,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     started = time.monotonic()
     try:
-        tries = choose_tries(asked)
+        check(asked)
         folder = asked.folder or Path(tempfile.mkdtemp(prefix="torchtrain-faults-"))
-        tallies = make(tries, Bench(folder), asked.seed, asked.jobs)
+        tallies, planned = make(asked, Bench(folder))
     except UserError as fault:
         print(fault, file=sys.stderr)
         return 2
@@ -110,7 +131,7 @@ def main(arguments: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     made = sum(tally.tries for tally in tallies.values())
     minutes = (time.monotonic() - started) / 60
-    print(f"\nseed {asked.seed}: {made} of {len(tries)} tries in {minutes:.1f} minutes")
+    print(f"\nseed {asked.seed}: {made} of {planned} tries in {minutes:.1f} minutes")
     return int(lost)
 
 

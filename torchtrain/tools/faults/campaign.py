@@ -9,6 +9,7 @@ from functools import partial
 
 from torchtrain.tools.faults import (
     damaging,
+    each_operation,
     failing,
     killing,
     launching,
@@ -74,6 +75,12 @@ FAULTS = {
     "mixed": Fault(mix, 0.02),
     "power-cut": Fault(partial(power.cut_power, mode="disabled"), 0.1),
     "power-cut-async": Fault(partial(power.cut_power, mode="async"), 0.05),
+    "one-save": Fault(partial(each_operation.make, mode="disabled"), 0.02),
+    "one-save-async": Fault(partial(each_operation.make, mode="async"), 0.02),
+    "bit-flipped": Fault(failing.flip_bit, 0.03),
+    "signals-compiling": Fault(stopping.stop_compiling, 0.03),
+    "signals-stalled": Fault(stopping.stop_stalled, 0.03),
+    "under-each-layout": Fault(resharding.kill_under_layout, 0.05, IN_A_ROW),
     "another-layout": Fault(resharding.reshard, 0.05, finish=resharding.compare_run),
     "launch-killed": launched(launching.kill_launch, 0.02),
     "launcher-killed": launched(launching.kill_launcher, 0.03),
@@ -122,6 +129,15 @@ def plan(names: Iterable[str], kills: int, seed: int) -> list[tuple[str, int]]:
     return [
         (name, number)
         for _, name, number in sorted(tries, key=lambda one: (one[0], offset.random()))
+    ]
+
+
+def plan_every_operation(bench: Bench) -> list[tuple[str, int]]:
+    """Return the tries that kill at every operation of a save, in both ways of saving."""
+    return [
+        (name, number)
+        for name, mode in (("one-save", "disabled"), ("one-save-async", "async"))
+        for number in range(len(each_operation.list_tries(bench, mode)))
     ]
 
 

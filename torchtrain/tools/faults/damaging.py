@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtrain.checkpoint.commit import INDEX, MARKER, STATE
 from torchtrain.checkpoint.digests import make_record, new_hasher
-from torchtrain.tools.faults.bench import PATIENCE_S, Lost
+from torchtrain.tools.faults.bench import Lost
 from torchtrain.tools.faults.forked import kill_all_ranks, replace
 from torchtrain.tools.faults.trial import Trial, require_resumed
 
@@ -115,9 +115,7 @@ def find_victim(trial: Trial) -> Path | None:
     A try that has no run yet gets one that is half done.
     """
     if not trial.run.exists():
-        half = trial.bench.make_half(HALF)
-        shutil.copytree(half, trial.run)
-        shutil.copytree(half.with_name(f"{half.name}-tokens"), trial.folder / "run-tokens")
+        trial.bench.copy_half(trial.run, HALF)
     complete = trial.list_complete()
     return trial.run / "checkpoint" / f"step-{complete[0]}" if len(complete) > 1 else None
 
@@ -133,7 +131,7 @@ def start_until_loaded(trial: Trial, damaged: Path, allowed: list[int]) -> None:
     trial.faults += 1
     ranks = trial.start(die_at_first_step)
     try:
-        ranks.wait(PATIENCE_S)
+        ranks.wait(trial.bench.patience_s)
     finally:
         ranks.kill()
     require_resumed(ranks.output, allowed)

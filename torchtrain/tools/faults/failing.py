@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchtrain.tools.faults import counting
-from torchtrain.tools.faults.bench import INTERVAL, PATIENCE_S, STEPS, Lost
+from torchtrain.tools.faults.bench import INTERVAL, STEPS, Lost
 from torchtrain.tools.faults.disk import Operation
 from torchtrain.tools.faults.forked import own_rank, replace
 from torchtrain.tools.faults.trial import Trial
+from torchtrain.tools.layouts import REPLICATE_2
 
 MAKES_LARGER = ("create", "write", "mkdir", "rename")
 FAILS_ON = {
@@ -122,6 +125,63 @@ def make_nan(victim: int, step: int) -> None:
         replace(train, "forward_backward", spoil)
 
 
+def flip_bit(trial: Trial) -> None:
+    """Flip a bit of what one replica holds: the next check must find it, before a save.
+
+    Between two checks it can turn the loss into NaN, which is found first; and what an optimizer
+    keeps can lose the difference in its next update.
+    """
+    rng = trial.rng
+    trial.task = REPLICATE_2
+    freq, victim = rng.choice([1, INTERVAL]), rng.randrange(2)
+    step = rng.randint(trial.find_newest() + 1, STEPS)
+    check = -(-step // freq) * freq
+    inject = partial(flip_after_step, victim, step, rng.random(), rng.random())
+    ranks = trial.end(inject, {"debug.replica_check_freq": freq})
+    flipped = re.search(r"flipped a bit of (\S+)", ranks.output)
+    if ranks.statuses == [0, 0] and step < check:
+        trial.faults += 1
+        return
+    if ranks.statuses != [1, 1] or flipped is None:
+        raise Lost(f"a flipped bit ended the ranks with {ranks.statuses}: {ranks.output}")
+    found = rf"step {check}: silent corruption: {re.escape(flipped[1])}, .* rank 0 and rank 1"
+    require_cause(ranks.output, f"{found}|step {check}: loss (nan|inf)" if step < check else found)
+    if trial.find_newest() >= step:
+        raise Lost(f"a bit was flipped in step {step}, and step {trial.find_newest()} was saved")
+    trial.refusals += 1
+
+
+def flip_after_step(victim: int, step: int, which: float, where: float) -> None:
+    """Have one rank flip a bit of a parameter, or of its state in the optimizer, after that step.
+
+    Args:
+        victim: the rank.
+        step: after whose update.
+        which: of all tensors, from 0 to 1.
+        where: of all its bits, from 0 to 1.
+    """
+    import train
+    from torchtrain.shards import local
+
+    def flip(real: Callable[..., Any], trainer: Any, **how: Any) -> None:
+        real(trainer, **how)
+        if trainer.step != step:
+            return
+        held = [
+            (name, local(tensor))
+            for name, weight in trainer.weights.items()
+            for tensor in (weight, *trainer.optimizer.state[weight].values())
+        ]
+        name, tensor = held[int(which * len(held))]
+        content = tensor.detach().view(-1).view(torch.uint8)
+        byte, bit = divmod(int(where * 8 * len(content)), 8)
+        content[byte] ^= 1 << bit
+        print(f"flipped a bit of {name}", flush=True)
+
+    if own_rank() == victim:
+        replace(train, "optimizer_step", flip)
+
+
 def stop_one(trial: Trial) -> None:
     """Have one rank stand still in a step, as under SIGSTOP: the others must not wait for ever."""
     first = trial.find_newest() + 2  # the step before it has a timeout of its own
@@ -131,7 +191,7 @@ def stop_one(trial: Trial) -> None:
     timeout = {"comm.train_timeout_seconds": 3}
     ranks = trial.start(partial(stand_still, victim, step), timeout)
     try:
-        if not ranks.wait(PATIENCE_S, until_one_has_ended=True):
+        if not ranks.wait(trial.bench.patience_s, until_one_has_ended=True):
             raise Lost(f"no rank ended though rank {victim} stood still: {ranks.output}")
         statuses = ranks.statuses
     finally:

@@ -48,11 +48,13 @@ def kill_at_operation(trial: Trial, mode: str) -> None:
     trial.end(inject, {"checkpoint.async_mode": mode})
 
 
-def die_at_call(victim: int, call: int) -> None:
-    """Have this rank kill itself at that call, if it is the victim."""
+def die_at_call(victim: int, call: int, *, alone: bool = True) -> None:
+    """Have this rank kill itself, and the others unless `alone`, at that call."""
 
     def act(number: int) -> None:
         if number == call:
+            if not alone:
+                kill_all_ranks()
             os.kill(os.getpid(), signal.SIGKILL)
 
     if own_rank() == victim:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchtrain.tools.faults.bench import PATIENCE_S, STEPS, Lost, last_checkpoint
+from torchtrain.tools.faults.bench import STEPS, Lost, last_checkpoint
 from torchtrain.tools.faults.resharding import compare_to_rounding, compare_weights_to_rounding
 from torchtrain.tools.faults.trial import Trial, require_clean
 
@@ -26,6 +26,8 @@ class Launch:
     """What `run_llama_train.sh` starts, in the background."""
 
     def __init__(self, trial: Trial, name: str = "launch", **environment: str) -> None:
+        trial.bench.launch_seconds()  # which tells how long one may take
+        self.patience_s = trial.bench.patience_s
         self.tag = f"{TAG}={trial.folder}/{name}"
         self.printed = trial.folder / f"{name}.printed"
         command = [sys.executable, "-m", "torchtrain.tools.launch", *trial.bench.options(trial.run)]
@@ -80,7 +82,7 @@ class Launch:
         Raises:
             Lost: it does not.
         """
-        status = self.wait(PATIENCE_S)
+        status = self.wait(self.patience_s)
         if status not in allowed:
             raise Lost(f"a launch ended with {status} instead of {allowed}: {self.output}")
         return status
@@ -195,7 +197,6 @@ def launch_twice(trial: Trial) -> None:
 
 def stop_launcher(trial: Trial) -> None:
     """Ask the launcher to stop at any time, by chance twice: all end, and with that status."""
-    trial.was_stopped = True
     number = trial.rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
     with Launch(trial) as launch:
         wait_for_any_time(trial, launch)

@@ -60,10 +60,8 @@ def record(bench: Bench, mode: str, *, is_resumed: bool) -> tuple[Path, Path | N
 
 def start_from_older(bench: Bench, folder: Path) -> None:
     """Lay down a run that ended after step 6 and has to go on from step 4."""
-    half = bench.make_half(6)
-    shutil.copytree(half, folder / "run")
+    bench.copy_half(folder / "run", 6)
     shutil.rmtree(folder / "run" / "checkpoint" / "step-6")
-    shutil.copytree(half.with_name(f"{half.name}-tokens"), folder / "run-tokens")
 
 
 def record_operations(root: Path) -> None:

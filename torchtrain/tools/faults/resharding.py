@@ -1,4 +1,8 @@
-"""Runs that are killed and go on on another layout: exact state and data, losses to rounding."""
+"""Runs under each layout that are killed and go on, on the same one or another.
+
+On the same one they end with the untouched run's bits; on another state and data are exact, and the
+losses agree to rounding.
+"""
 
 import math
 import shutil
@@ -8,7 +12,6 @@ from typing import Any
 
 from torchtrain.tools.faults.bench import (
     STEPS,
-    Bench,
     Lost,
     Options,
     compare_tensors,
@@ -18,7 +21,7 @@ from torchtrain.tools.faults.bench import (
 from torchtrain.tools.faults.forked import replace
 from torchtrain.tools.faults.killing import die_at_call
 from torchtrain.tools.faults.trial import Trial
-from torchtrain.tools.layouts import CP_2, EP_2, PP_2, TASKS, TP_2
+from torchtrain.tools.layouts import CP_2, EP_2, PP_2, REPLICATE_2, TASKS, TP_2
 
 LAYOUTS: dict[str, tuple[int, Options]] = {
     "1": (1, {}),
@@ -30,6 +33,14 @@ LAYOUTS: dict[str, tuple[int, Options]] = {
 """Ranks and options by name."""
 LAYOUTS_OF_EXPERTS = {"FSDP 2": (2, {}), "EP 2": (2, EP_2), "TP 2": (2, TP_2)}
 EXPERTS = TASKS["experts"].overrides
+LAYOUTS_IN_TURN: dict[str, Options] = {
+    "TP 2": TP_2,
+    "PP 2": PP_2,
+    "CP 2": CP_2,
+    "EP 2": {**EXPERTS, **EP_2},
+    "HSDP 2": REPLICATE_2,
+}
+"""Of two ranks, whose runs are killed and go on under the same one."""
 TOLERANCE = 2e-5
 """By how much a loss or norm may differ, relative to itself."""
 
@@ -38,9 +49,9 @@ def reshard(trial: Trial) -> None:
     """Kill a run in any call, and let it go on, to the end, on another layout."""
     layouts = LAYOUTS_OF_EXPERTS if has_experts(trial) else LAYOUTS
     task = EXPERTS if has_experts(trial) else {}
-    (ranks, before), (ranks_after, after) = trial.rng.sample(list(layouts.values()), 2)
+    (trial.ranks, before), (ranks_after, after) = trial.rng.sample(list(layouts.values()), 2)
     call = trial.rng.randint(trial.bench.calls[0] // 2, trial.bench.calls[0])
-    trial.end(partial(die_at_call, 0, call), {**task, **before}, ranks)
+    trial.end(partial(die_at_call, 0, call), {**task, **before})
     newest = trial.find_newest()
     saved = trial.folder / "saved"
     if newest:
@@ -51,26 +62,25 @@ def reshard(trial: Trial) -> None:
         compare_tensors(loaded / "checkpoint" / f"step-{newest}", saved)
 
 
+def kill_under_layout(trial: Trial) -> None:
+    """Kill one rank, or all, in any call under each of these layouts in turn; it goes on there."""
+    kinds = [*LAYOUTS_IN_TURN.values()]
+    trial.task = kinds[trial.number % len(kinds)]
+    victim = trial.rng.randrange(2)
+    call = trial.draw_up_to(trial.bench.calls[victim])
+    die = partial(die_at_call, victim, call, alone=trial.rng.random() < 0.5)
+    trial.end(die, {"checkpoint.async_mode": trial.draw_mode()})
+
+
 def compare_run(trial: Trial) -> None:
     """Compare a try's run with the untouched one."""
-    untouched = trial.bench.folder / "untouched"
-    if has_experts(trial):
-        untouched = train_untouched(trial.bench, EXPERTS)
-    compare_to_rounding(trial.run, untouched)
+    task = EXPERTS if has_experts(trial) else {}
+    compare_to_rounding(trial.run, trial.bench.untouched(task))
 
 
 def has_experts(trial: Trial) -> bool:
     """Return whether its model has experts: every fourth."""
     return trial.number % 4 == 3
-
-
-def train_untouched(bench: Bench, task: Options) -> Path:
-    """Return the folder of the untouched run with experts, made once per campaign."""
-    folder = bench.folder / "untouched-experts"
-    with bench.lock:
-        if not folder.exists():
-            bench.train(folder, options=task)
-    return folder
 
 
 def keep_loaded(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torchtrain.checkpoint.commit import Marker, inspect
 from torchtrain.hangs import HANG_FOLDER
 from torchtrain.run_folder import LOGS
-from torchtrain.tools.faults.bench import NO_OPTIONS, PATIENCE_S, STEPS, Bench, Lost, Options
+from torchtrain.tools.faults.bench import NO_OPTIONS, STEPS, Bench, Lost, Options
 from torchtrain.tools.faults.forked import ForkedRanks, Inject
 from torchtrain.utils import METRICS_FILE
 
@@ -43,12 +43,14 @@ class Trial:
     number: int
     seed: int
     rng: random.Random = field(init=False)
+    task: Options = field(default_factory=dict)
+    """Options of all its starts, and of the untouched run that it is compared with."""
+    ranks: int = 2
+    """How many its run has."""
     faults: int = 0
     """How many faults were made, such as kills."""
     refusals: int = 0
     """How many of them ended a run with a message, after which the checkpoint before was loaded."""
-    was_stopped: bool = False
-    """Whether a signal has asked its run to stop."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.seed} {self.name} {self.number}")
@@ -70,24 +72,22 @@ class Trial:
         superseded = [self.run / LOGS[METRICS_FILE], *self.run.glob(f"previous-*/{METRICS_FILE}")]
         return sum(len(file.read_text().splitlines()) for file in superseded if file.exists())
 
-    def start(
-        self, inject: Inject | None = None, options: Options = NO_OPTIONS, ranks: int = 2
-    ) -> ForkedRanks:
+    def start(self, inject: Inject | None = None, options: Options = NO_OPTIONS) -> ForkedRanks:
         """Start its run in the background, with a fault or without."""
-        return self.bench.start(self.run, inject, options, ranks)
+        return self.bench.start(self.run, inject, {**self.task, **options}, self.ranks)
 
-    def end(self, inject: Inject, options: Options = NO_OPTIONS, count: int = 2) -> ForkedRanks:
+    def end(self, inject: Inject, options: Options = NO_OPTIONS) -> ForkedRanks:
         """Run until the fault, or the end, has ended all ranks.
 
         Raises:
             Lost: they do not end, or went on from another checkpoint than the newest.
         """
         newest = self.find_newest()
-        ranks = self.start(inject, options, count)
+        ranks = self.start(inject, options)
         try:
-            if not ranks.wait(PATIENCE_S, until_one_has_ended=True):
+            if not ranks.wait(self.bench.patience_s, until_one_has_ended=True):
                 raise Lost(f"no rank ended in time after the fault: {ranks.output}")
-            end_others(ranks)
+            end_others(ranks, self.bench.patience_s)
         finally:
             ranks.kill()
         if any(ranks.statuses):
@@ -124,9 +124,9 @@ class Trial:
             Lost: something is not as it must be.
         """
         newest = self.find_newest()
-        output = self.bench.train(self.run)
+        output = self.bench.train(self.run, options=self.task, ranks=self.ranks)
         require_resumed(output, newest)
-        self.bench.compare(self.run, was_stopped=self.was_stopped)
+        self.bench.compare(self.run, self.bench.untouched(self.task, self.ranks))
         require_clean(self.run)
 
     def last_logged_step(self) -> int:
@@ -141,10 +141,10 @@ class Trial:
         shutil.rmtree(self.folder)
 
 
-def end_others(ranks: ForkedRanks) -> None:
+def end_others(ranks: ForkedRanks, patience_s: float) -> None:
     """Do what the launcher does when a rank has failed: SIGTERM to the others, then SIGKILL."""
     if not any(ranks.statuses):
-        ranks.wait(PATIENCE_S)
+        ranks.wait(patience_s)
         return
     if ranks.wait(0.1):
         return
