@@ -336,3 +336,7 @@ def test_too_few_nodes_end_with_one_message(tmp_path, data, free_port):
         "the config can be shared by 2 or 4"
     )
     assert "Traceback" not in output
+    output = launched(1, given, expect=2, **node(0, free_port), RDZV_CONF="last_call_timeout=soon")
+    assert output.startswith("RDZV_CONF: ")
+    assert "'last_call_timeout'" in output
+    assert output.count("\n") == 1

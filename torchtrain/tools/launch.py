@@ -79,7 +79,7 @@ def main(trainer_args: list[str]) -> int:
     if wants_help(trainer_args):
         print_help()
         return 0
-    for name in RENDEZVOUS_VARIABLES:
+    for name in (*RENDEZVOUS_VARIABLES, "RDZV_CONF"):
         if name in os.environ:
             os.environ.setdefault(f"PET_{name}", os.environ[name])
     try:
