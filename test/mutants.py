@@ -1102,7 +1102,7 @@ MUTANTS = {
     "torchtrain/config/parameter_groups.py": [
         ("a parameter may be in two groups", "if len(found) > 1:", "if len(found) > 2:"),
         (
-            "a pattern takes a name's beginning",
+            "a pattern is for the beginnings of names",
             "if fnmatchcase(name, group.pattern))",
             'if fnmatchcase(name, group.pattern + "*"))',
         ),

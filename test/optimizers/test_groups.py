@@ -50,6 +50,13 @@ def test_a_group_sets_what_it_says_and_leaves_the_rest(name):
     }
 
 
+def test_a_pattern_is_for_whole_names():
+    named = weights()
+    beginning = ParameterGroup(pattern="layers.0.w", lr=0.9)
+    optimizer = build_optimizer(named, Optimizer(lr=0.1, groups=[beginning]))
+    assert {lr for lr, _ in settings_by_name(optimizer, named).values()} == {0.1}
+
+
 def test_a_group_counts_before_the_rate_of_adamw_beside_muon():
     named = weights()
     config = Optimizer(name="Muon", lr=0.1, muon_adamw_lr=0.5, groups=GROUPS)
