@@ -16,7 +16,7 @@ from torchtrain.tools.faults.trial import Trial
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
 """Traced and split as for any backend, but without its compiler, which takes a minute."""
-STREAMED = {"data.streaming": True}
+STREAMED = {"data.streaming": True, "validation.enable": False}
 STALLED_S = 600.0
 
 
