@@ -18,8 +18,8 @@ from torchtrain.tools.faults.trial import Trial
 
 TASK: Options = {"model.n_layers": 1, "checkpoint.interval": 1}
 """A save of few tensors, in each step."""
-BEGIN = 4
-"""The step after which the runs begin: they have two checkpoints, and a save removes the older."""
+BEGIN = 3
+"""The step after which the runs begin, one of validation: two checkpoints, a save removes one."""
 IN_A_TRY = 6
 """Kills in a row; at most so many saves are left, and a kill can come after the rename."""
 
