@@ -19,6 +19,7 @@ LONGEST = (
     "test_parity.py",
     "test_restarts.py",
     "test_launch.py",
+    "test_elastic_nodes.py",
     "test_resume.py",
     "test_validation.py",
     "test_replica_check.py",

@@ -177,12 +177,18 @@ class Agent(LocalElasticAgent):
                 number = None
             except SignalException as again:
                 if again.sigval == signal.SIGINT:
+                    self._note_ends()
                     send(signal.SIGKILL, processes)
                     raise
                 number, self._stopped = again.sigval, again
-        ranks = self._processes(self._worker_group)
-        self._outcome.at_stop = {rank: process.poll() for rank, process in ranks.items()}
+        self._note_ends()
         super()._shutdown(death_sig, *args, **options)
+
+    def _note_ends(self) -> None:
+        """Note how the ranks have ended by themselves, before any of them is killed."""
+        if not self._outcome.at_stop:
+            ranks = self._processes(self._worker_group)
+            self._outcome.at_stop = {rank: process.poll() for rank, process in ranks.items()}
 
     def _nodes_change(self) -> bool:
         """Return whether the ranks are to end since nodes have come or gone."""

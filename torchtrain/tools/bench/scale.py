@@ -43,15 +43,15 @@ def measure_scale(asked: str) -> list[dict[str, Any]]:
     Raises:
         UserError: not numbers of ranks; or the set-up failed.
     """
-    figures = []
-    for word in asked.split(","):
-        if not word.strip().isdigit() or not 1 <= int(word) <= MOST_RANKS:
-            raise UserError(f"--scale {asked!r}: must be numbers of ranks, separated by commas")
-        for layout, shards in LAYOUTS.items():
-            ranks = int(word)
-            if ranks % shards == 0:
-                figures.append(_in_own_process(ranks, layout))
-    return figures
+    numbers = asked.split(",")
+    if not all(word.strip().isdigit() and 1 <= int(word) <= MOST_RANKS for word in numbers):
+        raise UserError(f"--scale {asked!r}: must be numbers of ranks, separated by commas")
+    return [
+        _in_own_process(ranks, layout)
+        for ranks in map(int, numbers)
+        for layout, shards in LAYOUTS.items()
+        if ranks % shards == 0
+    ]
 
 
 def as_scale_table(figures: list[dict[str, Any]]) -> str:
