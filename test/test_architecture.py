@@ -65,8 +65,14 @@ INSTANT = (
 )
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
-# Lines of code: blank lines, comments and docstrings do not count.
-LIMIT_CORE, LIMIT_SPINE, LIMIT_FILE, LIMIT_FUNCTION = 10934, 2000, 300, 45
+# Lines of code: blank lines, comments and docstrings do not count. What a reader has to keep in mind
+# at once is bounded by the limits of spine, file and function, which do not move. The core and its
+# folders grow by what a feature needs and by nothing else: who adds one raises the number in the
+# same commit, where it is seen.
+LIMIT_SPINE = 2000
+LIMIT_FILE = 300
+LIMIT_FUNCTION = 45
+LIMIT_CORE = 10934
 FOLDER_LIMITS = {
     "config": 1650,
     "datasets": 1980,
@@ -324,3 +330,8 @@ def test_nothing_committed_names_this_machine_or_a_registry():
         text = path.read_text(encoding="utf-8")
         for word in ("/work/", "../shared", "pypi.org", "files.pythonhosted", "/opt/"):
             assert word not in text, f"{name} contains {word!r}"
+
+
+def test_each_test_file_has_a_name_of_its_own():
+    names = [path.name for path in (ROOT / "test").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), "pytest imports two files of one name as one module"
