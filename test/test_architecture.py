@@ -65,10 +65,10 @@ INSTANT = (
 )
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 
-# Lines of code: blank lines, comments and docstrings do not count. What a reader has to keep in mind
-# at once is bounded by the limits of spine, file and function, which do not move. The core and its
-# folders grow by what a feature needs and by nothing else: who adds one raises the number in the
-# same commit, where it is seen.
+# Lines of code: blank lines, comments and docstrings do not count. What a reader has to keep in
+# mind at once is bounded by the limits of spine, file and function, which do not move. The core and
+# its folders grow by what a feature needs and by nothing else: who adds one raises the number in
+# the same commit, where it is seen.
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
