@@ -361,7 +361,9 @@ def test_torchrun_tries_again_in_vain_what_ended_for_good(store, status, is_user
 )
 def test_a_change_of_nodes_is_no_stop_of_a_user(store, status, is_for_good):
     ranks.join_process_group(20)
-    attempts.of_attempt(store).set(attempts.CHANGE, "join")
+    told = attempts.of_attempt(store)
+    told.set(attempts.CHANGE, "join")
+    assert told.check([attempts.CHANGE])  # a set alone returns before the server has it
     assert attempts.end_for_good(status) == status
     dist.destroy_process_group()
     assert store.check([attempts.ENDED]) == is_for_good
