@@ -1019,8 +1019,8 @@ MUTANTS = {
     "torchtrain/optimizers/build.py": [
         (
             "weights of several meshes are updated together",
-            'for parameters in split_by_mesh(group["params"])',
-            'for parameters in [group["params"]]',
+            'for parameters in split_by_mesh(part["params"])',
+            'for parameters in [part["params"]]',
         ),
         (
             "the matched parameters come first",
@@ -1031,8 +1031,13 @@ MUTANTS = {
         ),
         (
             "a group's decay is not set",
-            'given = {"lr": setting.lr, "weight_decay": setting.weight_decay}',
-            'given = {"lr": setting.lr}',
+            "changed: dict[str, Any] = dict(setting.changes)",
+            'changed: dict[str, Any] = {"lr": setting.changes.get("lr", group["lr"])}',
+        ),
+        (
+            "an optimizer inside another keeps its own group",
+            "        group.update(first)",
+            "        group = {**group, **first}",
         ),
         (
             "norms decay too",

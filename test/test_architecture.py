@@ -72,12 +72,12 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 10934
+LIMIT_CORE = 10941
 FOLDER_LIMITS = {
-    "config": 1650,
+    "config": 1653,
     "datasets": 1980,
     "parallelisms": 1800,
-    "checkpoint": 1280,
+    "checkpoint": 1281,
     "models": 800,
     "optimizers": 400,
 }

@@ -55,12 +55,11 @@ class LogFile:
 
     def amend(self, change: Callable[[str], str]) -> None:
         """Change the last line, all of it or nothing."""
-        *before, last = self.path.read_text("utf-8", "surrogateescape").splitlines()
-        text = "".join(f"{line}\n" for line in [*before, change(last)])
         try:
-            write_durably(self.path, text)
+            *before, last = self.path.read_text("utf-8", "surrogateescape").splitlines()
+            write_durably(self.path, "".join(f"{line}\n" for line in [*before, change(last)]))
         except OSError as fault:
-            logger.warning(f"{self.path} cannot be written: {describe_os_error(fault)}")
+            logger.warning(f"{self.path} cannot be amended: {describe_os_error(fault)}")
 
     def sync(self) -> None:
         """Make safe from a power cut what was appended."""

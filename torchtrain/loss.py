@@ -28,7 +28,8 @@ class BatchLoss(NamedTuple):
     largest: Tensor
     """The largest mean loss of one of these samples, likewise."""
     valid: Tensor
-    """The valid labels of the whole global batch, the same on all ranks."""
+    """The valid labels of the whole global batch, the same on all ranks; 0: there must be no
+    update."""
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:

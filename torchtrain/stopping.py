@@ -1,8 +1,9 @@
 """What asks a run to stop after the step at hand: a signal, or the end of its time.
 
 All ranks stop after the same step, since each learns the others' reasons with the step's metrics,
-between the batches of a validation, and while all wait for a stream. Before a process has finished
-its first step, which may compile for minutes, it has nothing to save: there a signal ends it.
+between the batches of a validation and the tokens of a text, and while all wait for a stream.
+Before a process has finished its first step, which may compile for minutes, it has nothing to save:
+there a signal ends it.
 """
 
 import math

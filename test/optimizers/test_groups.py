@@ -123,5 +123,36 @@ def test_an_optimizer_that_has_not_what_a_group_sets_is_refused(tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(OPTIMIZERS, "mine", "without_decay:build")
     config = Optimizer(name="mine", groups=[ParameterGroup(pattern="tok_*", weight_decay=0.0)])
-    with pytest.raises(UserError, match=r"optimizer\.groups sets weight_decay, which"):
+    said = r"optimizer\.groups sets weight_decay, but the optimizer's parameter groups have no"
+    with pytest.raises(UserError, match=said):
         build_optimizer(weights(), config)
+    other_stage = {"layers.0.w1": nn.Parameter(torch.ones(4, 4))}  # of a pipeline
+    with pytest.raises(UserError, match=said):
+        build_optimizer(other_stage, config)
+
+
+class Two(torch.optim.Optimizer):
+    """Hands its groups on to an optimizer inside it, as containers of optimizers do."""
+
+    def __init__(self, parameters):
+        self.inner = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def build_two(weights, config):
+    return Two(list(weights.values()))
+
+
+def test_an_optimizer_inside_another_hears_of_the_learning_rate(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "Two", f"{__name__}:build_two")
+    named = weights()
+    optimizer = build_optimizer(named, Optimizer(name="Two"))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for weight in named.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert all((weight == 1).all() for weight in named.values())

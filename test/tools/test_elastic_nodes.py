@@ -340,3 +340,6 @@ def test_too_few_nodes_end_with_one_message(tmp_path, data, free_port):
     assert output.startswith("RDZV_CONF: ")
     assert "'last_call_timeout'" in output
     assert output.count("\n") == 1
+    none = "keep_alive_max_attempt=0"
+    output = launched(1, given, expect=2, **node(0, free_port), RDZV_CONF=none)
+    assert output == "RDZV_CONF: keep_alive_max_attempt = 0 is too small; the least is 1\n"

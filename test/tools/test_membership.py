@@ -110,6 +110,14 @@ def test_a_node_that_comes_does_not_count_unless_a_rank_fails_meanwhile():
         assert attempt.cause == (cause or "node 1 has come")
 
 
+def test_a_node_that_leaves_again_while_the_others_save_for_it_is_said_to_have():
+    membership = begun({0: "a"})
+    assert membership.decide({0: waits("a"), 1: waits("b")}, now=31.0).change == "join"
+    attempt = membership.decide({0: waits("a", after=0)}, now=32.0).attempt
+    assert attempt.launchers == {0: "a"}
+    assert attempt.cause == "a node had come, and left again"
+
+
 def test_nodes_that_stop_one_after_the_other_for_one_that_comes_have_not_failed():
     membership = begun({0: "a", 1: "b"}, 3, (1, 2, 3))
     here = {0: waits("a"), 1: waits("b"), 2: waits("c")}

@@ -15,7 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forking import train
-from helpers.launching import ROOT, TIMEOUT_S, environment, launched, metrics, options
+from helpers.launching import (
+    ROOT,
+    TIMEOUT_S,
+    environment,
+    launched,
+    metrics,
+    options,
+    running,
+    wait_for_step,
+)
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchtrain import attempts, ranks
@@ -123,6 +132,19 @@ def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
     assert ran.returncode == 0, output
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
     assert_same_run(folder, untouched[1], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_stop_after_a_restart_has_the_status_of_a_stop(tmp_path, data):
+    """Not that of the rank which had died before."""
+    folder = tmp_path / "run"
+    endless = killed_once(tmp_path, ranks=1) | {"training.steps": 100000}
+    with running(1, saving(data, folder, **endless), MAX_RESTARTS="1") as process:
+        wait_for_step(lambda: process.poll() is None, folder, 9)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "after the launch was asked to stop" not in output
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,10 @@ class BackgroundWriter:
         size = sum(local(tensor).nbytes for tensor in tensors.values())
         by_rank = gathered((socket.gethostname(), size, find_available_bytes()), group)
         needed: Counter[str] = Counter()
-        for host, of_rank, _ in by_rank:
+        left: dict[str, float] = {}
+        for host, of_rank, available in by_rank:
             needed[host] += of_rank
-        left = {host: available for host, _, available in by_rank}
+            left[host] = min(available, left.get(host, available))
         host = min(needed, key=lambda name: left[name] - needed[name])
         copies = f"copies of the state take {needed[host] / MIB:,.1f} MiB of host memory"
         if needed[host] > left[host]:

@@ -160,6 +160,11 @@ class ParameterGroup(Section):
     weight_decay: NotNegative | None = None
     """Their weight decay; unset: what they have without the group."""
 
+    @property
+    def changes(self) -> dict[str, float]:
+        """What is set, by its name in a parameter group of the optimizer."""
+        return self.model_dump(include={"lr", "weight_decay"}, exclude_none=True)
+
 
 class Optimizer(Section):
     """The optimizer."""

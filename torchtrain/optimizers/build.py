@@ -33,18 +33,22 @@ def build_optimizer(weights: Mapping[str, nn.Parameter], config: OptimizerConfig
         The optimizer. Its first parameter group has the main learning rate, and may be empty.
 
     Raises:
-        UserError: the catalog has no such name, its entry cannot be imported, or the optimizer has
-            not what `optimizer.groups` sets.
+        UserError: the catalog has no such name, its entry cannot be imported, or the optimizer
+            lacks what `optimizer.groups` sets.
     """
     build = load_attribute(find_optimizer(config.name), f"optimizer.name = {config.name!r}")
     optimizer: Optimizer = build(weights, config)
     names = {weight: name for name, weight in weights.items()}
-    optimizer.param_groups = [
-        {**group, "params": parameters}
-        for whole_group in optimizer.param_groups
-        for group in split_by_name(whole_group, names, config.groups)
-        for parameters in split_by_mesh(group["params"])
-    ]
+    groups = optimizer.param_groups
+    optimizer.param_groups = []
+    for group in groups:
+        first, *others = [
+            {**part, "params": parameters}
+            for part in split_by_name(group, names, config.groups)
+            for parameters in split_by_mesh(part["params"])
+        ]
+        group.update(first)  # an optimizer inside this one may hold the same group
+        optimizer.param_groups += [group, *others]
     return optimizer
 
 
@@ -75,20 +79,24 @@ def split_by_name(
     """Split a parameter group of the optimizer by what its parameters' names set.
 
     Returns:
-        First the group with what no pattern matches, if only nothing; then a group per pattern.
+        First the group with what no pattern matches, possibly empty; then a group per pattern.
+
+    Raises:
+        SharedUserError: a group of the optimizer lacks a setting. All ranks raise it, also those
+            without a parameter that the pattern matches.
     """
+    for setting in settings:
+        for key in setting.changes.keys() - group.keys():
+            raise SharedUserError(
+                f"optimizer.groups sets {key}, but the optimizer's parameter groups have no {key}"
+            )
     parameters: dict[int | None, list[nn.Parameter]] = defaultdict(list)
     for weight in group["params"]:
         parameters[find_group(names[weight], settings)].append(weight)
     split = [{**group, "params": parameters[None]}]
     for number, setting in enumerate(settings):
         if parameters[number]:
-            given = {"lr": setting.lr, "weight_decay": setting.weight_decay}
-            changed: dict[str, Any] = {
-                key: value for key, value in given.items() if value is not None
-            }
-            for key in changed.keys() - group.keys():
-                raise SharedUserError(f"optimizer.groups sets {key}, which this optimizer has not")
+            changed: dict[str, Any] = dict(setting.changes)
             if setting.lr is not None:
                 changed[RATE_NAME] = setting.pattern
             split.append({**group, **changed, "params": parameters[number]})

@@ -107,10 +107,13 @@ class ElasticMeeting(RendezvousHandler):
             PeerFault: node 0 does not come.
         """
         try:
-            conf = [parameters.get_as_int(name, value) for name, value in DEFAULTS.items()]
+            conf = [parameters.get_as_int(name, value) or 0 for name, value in DEFAULTS.items()]
         except ValueError as fault:
             raise UserError(f"RDZV_CONF: {fault}") from None
-        beat_s, beats, last_call_s = (float(value or 0) for value in conf)
+        for name, value in zip(DEFAULTS, conf, strict=True):
+            if value < (name != LAST_CALL):
+                raise UserError(f"RDZV_CONF: {name} = {value} is too small; the least is 1")
+        beat_s, beats, last_call_s = map(float, conf)
         waiting = Waiting(self.nodes.endpoint, deadline=time.monotonic() + self._timeout_s)
         self._base = serve(self.nodes) if self.nodes.rank == 0 else connect(self.nodes, waiting)
         self._base.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))

@@ -193,8 +193,11 @@ class Membership:
         members = self.attempt.launchers
         told = [alive[rank] for rank in members if rank in alive and alive[rank].cause]
         if self.change != "join":
-            return min(told, key=lambda node: node.is_guess).cause if told else ""
+            unknown = "the ranks have ended" if members else ""
+            return min(told, key=lambda node: node.is_guess).cause if told else unknown
         come = [rank for rank in sorted(alive) if rank not in members]
+        if not come:
+            return "a node had come, and left again"
         return f"{name_nodes(come)} {'has' if len(come) == 1 else 'have'} come"
 
 

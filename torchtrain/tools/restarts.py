@@ -30,6 +30,8 @@ from torchtrain.attempts import ATTEMPT, ENDED, HANG, RESTART, STEP, of_attempt
 from torchtrain.errors import TRY_AGAIN, PeerFault
 from torchtrain.tools.elastic import ElasticMeeting
 
+EXIT_BARRIER_S = 10.0
+"""How long a node whose ranks are done waits for the others' to be, where nodes may come and go."""
 SAME_STEP = 3
 """How many crashes in a row at the same step end the run."""
 STORE_TIMEOUT_S = 5.0
@@ -139,6 +141,8 @@ class Agent(LocalElasticAgent):
         self._outcome = outcome
         handler = self._worker_group.spec.rdzv_handler
         self._meeting = handler if isinstance(handler, ElasticMeeting) else None
+        if self._meeting is not None:  # the others may be waiting for a node that came at the end
+            self._exit_barrier_timeout = EXIT_BARRIER_S
         self._stopped: SignalException | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -207,6 +211,7 @@ class Agent(LocalElasticAgent):
         """Meet the other nodes, and name the attempt for the ranks."""
         if self._stopped is not None:  # while ranks were ended
             raise self._stopped
+        self._outcome.at_stop = {}  # what is noted there is how the attempt before has ended
         if self._meeting is None:
             super()._rendezvous(worker_group)
         else:

@@ -50,7 +50,7 @@ class Figures:
     """What a run was seen to do."""
 
     tokens_per_second: float
-    """Of all ranks; the median of the steps after the first third."""
+    """Of all ranks; the median of the second third of the steps."""
     step_time_s: float
     """The same median."""
     data_time_pct: float

@@ -65,7 +65,7 @@ def list_tries(bench: Bench, mode: str) -> list[list[Kill]]:
 
 def count_operations(bench: Bench, mode: str, ranks: int) -> list[int]:
     """Return how many operations each rank makes in a save; counted once per campaign."""
-    folder = bench.folder / f"one-save-{mode}-{ranks}"
+    folder = bench.folder / f"recorded-save-{mode}-{ranks}"
     with bench.lock:
         if not folder.exists():
             folder.mkdir()
