@@ -1090,8 +1090,8 @@ MUTANTS = {
         ),
         (
             "the lowest rank owns all matrices",
-            "owner = min(holders, key=lambda rank: (loads[rank], rank))",
-            "owner = min(holders)",
+            "while queue[0][0] != loads[queue[0][1]]:",
+            "while False:",
         ),
         (
             "a stack's matrices are counted from its beginning",

@@ -72,7 +72,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 10941
+LIMIT_CORE = 10946
 FOLDER_LIMITS = {
     "config": 1653,
     "datasets": 1980,

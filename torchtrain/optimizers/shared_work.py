@@ -9,6 +9,7 @@ The exchanges are made by all ranks of the run, once for all weights: stages of 
 experts, whose ranks are others, need no groups of their own.
 """
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -216,12 +217,18 @@ def choose_owners(matrices: Sequence[Matrix], holdings: Sequence[Holding]) -> li
     """Return the owner of each matrix: the largest go first, to the holder with least to do."""
     owners = [0] * len(matrices)
     loads: Counter[int] = Counter()
+    queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for number in sorted(range(len(matrices)), key=lambda number: -matrices[number].cost):
         matrix = matrices[number]
-        holders = holdings[matrix.weight].find_holders(matrix)
-        owner = min(holders, key=lambda rank: (loads[rank], rank))
-        owners[number] = owner
-        loads[owner] += matrix.cost
+        holders = tuple(sorted(holdings[matrix.weight].find_holders(matrix)))
+        # By load, then rank. A load may have grown since it was put there, so that a rank is moved
+        # back when it comes up: a search of thousands of ranks for each matrix would take long.
+        queue = queues.setdefault(holders, [(0, rank) for rank in holders])
+        while queue[0][0] != loads[queue[0][1]]:
+            rank = queue[0][1]
+            heapq.heapreplace(queue, (loads[rank], rank))
+        owners[number] = queue[0][1]
+        loads[owners[number]] += matrix.cost
     return owners
 
 
