@@ -2022,7 +2022,7 @@ MUTANTS = {
     "torchtrain/checkpoint/asynchronous.py": [
         (
             "what is saved beside training is not a copy",
-            "copy = self._stager.stage(dict(tensors))",
+            "copy = self._stager.stage(dict(tensors), non_blocking=self._pinned)",
             "copy = dict(tensors)",
         ),
         (

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from torchtrain.errors import SharedUserError
 from torchtrain.host_memory import find_available_bytes
@@ -43,15 +43,10 @@ class BackgroundWriter:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._has_copied = False
-        # It keeps the memory of one copy for the next.
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        self._pinned = pinned
+        # It keeps the memory of one copy for the next. (DefaultStager around it can be used once
+        # alone in torch 2.11.)
+        self._stager = StateDictStager(pin_memory=pinned, share_memory=False)
 
     def has_room(self, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> bool:
         """Return whether the copies of all ranks fit in their hosts' memory, and say so.
@@ -91,7 +86,9 @@ class BackgroundWriter:
         When this returns, the tensors may change.
         """
         assert self._running is None, "the save before was not finished"
-        copy = self._stager.stage(dict(tensors))
+        copy = self._stager.stage(dict(tensors), non_blocking=self._pinned)
+        if self._pinned:
+            torch.accelerator.synchronize()
         self._has_copied = True
         assert isinstance(copy, dict)
         self._running = self._threads.submit(write, copy)
