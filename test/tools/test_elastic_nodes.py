@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 from helpers.forking import train
 from helpers.launching import TIMEOUT_S, environment, launched, metrics, options, running
+from helpers.runs import STEPS, saving
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from torchtrain.attempts import STEP
@@ -211,7 +212,6 @@ def test_the_numbers_of_nodes_that_divide_the_batch_are_found(capsys, data):
     assert not capsys.readouterr().out  # that it is refused says the config check
 
 
-STEPS = 10
 LOSS_AND_RETURN = """
 import os
 import signal
@@ -235,17 +235,6 @@ def begin_step(step):
 
 attempts.begin_step = begin_step  # before train.py imports it
 """
-
-
-def saving(data, folder, **overrides):
-    return {
-        **data,
-        "job.dump_folder": folder,
-        "training.steps": STEPS,
-        "checkpoint.enable": True,
-        "checkpoint.interval": 5,
-        **overrides,
-    }
 
 
 def read_until(process, text):

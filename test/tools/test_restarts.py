@@ -25,13 +25,13 @@ from helpers.launching import (
     running,
     wait_for_step,
 )
+from helpers.runs import STEPS, saving
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchtrain import attempts, ranks
 from torchtrain.errors import PeerFault
 from torchtrain.tools import launch, restarts
 
-STEPS = 10
 CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 
 FAULT = """
@@ -57,17 +57,6 @@ def fault(folder, text):
     file = folder / "fault.py"
     file.write_text(textwrap.dedent(text))
     return {"experimental.custom_import": file}
-
-
-def saving(data, folder, **overrides):
-    return {
-        **data,
-        "job.dump_folder": folder,
-        "training.steps": STEPS,
-        "checkpoint.enable": True,
-        "checkpoint.interval": 5,
-        **overrides,
-    }
 
 
 def curve(folder):

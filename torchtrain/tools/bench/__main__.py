@@ -17,6 +17,7 @@ The machine should have nothing else to do.
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from dataclasses import asdict
@@ -165,4 +166,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Both end the run that is under way, and remove what is temporary.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main(sys.argv[1:]))
