@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers.launching import ROOT, TIMEOUT_S, environment, options
+from helpers.launching import ROOT, TIMEOUT_S, environment, find_free_port, options
 
 STOPPED = "stopped by SIGINT before the first step\n"
 
@@ -65,9 +65,7 @@ def listens(port):
 @pytest.mark.slow
 def test_while_it_waits_for_other_ranks(data):
     """No handler in Python runs there: the call that waits is C++."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     process = start(
         options(data),
         RANK="0",

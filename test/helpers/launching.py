@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,21 @@ def running(ranks: int, overrides: dict, **extra: str):
         kill_group(process)
         process.wait()
         process.stdout.close()
+
+
+def find_free_port() -> int:
+    """Return a port that no program has, and that none can get before it is used.
+
+    It is below those that the kernel deals out to connections; xdist's workers look at different
+    ones.
+    """
+    dealt_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    end = int(dealt_out.read_text().split()[0]) if dealt_out.exists() else 32768
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.SystemRandom().randrange(10000 + worker % 16, end, 16)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def kill_group(process: subprocess.Popen) -> None:

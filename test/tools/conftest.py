@@ -1,10 +1,8 @@
-import socket
-
 import pytest
+from helpers.launching import find_free_port
 
 
 @pytest.fixture
 def free_port():
     """A port that no program has."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return find_free_port()
