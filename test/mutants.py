@@ -24,6 +24,23 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/devices.py": [
+        (
+            "all ranks of torchrun take the one GPU that they see",
+            "if visible == 1 and not dist.is_torchelastic_launched():",
+            "if visible == 1:",
+        ),
+        (
+            "a LOCAL_RANK one beyond the last GPU is taken",
+            "if local_rank >= visible:",
+            "if local_rank > visible:",
+        ),
+        (
+            "GPUs hidden on purpose are spoken of",
+            'NO_DEVICES = ("", "-1", "NoDevFiles")',
+            'NO_DEVICES = ("-1", "NoDevFiles")',
+        ),
+    ],
     "train.py": [
         (
             "each rank reports the own time of all",

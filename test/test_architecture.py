@@ -20,6 +20,7 @@ FLOORS = {
     "torchtrain.early_interrupt": 0.03,
     "torchtrain.orphans": 0.03,
     "torchtrain.attempts": 0.025,
+    "torchtrain.devices": 0.025,
     "torchtrain.ranks": 0.03,
     "torchtrain.dtypes": 0.03,
     "torchtrain.shards": 0.03,
@@ -72,7 +73,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 10946
+LIMIT_CORE = 10991
 FOLDER_LIMITS = {
     "config": 1653,
     "datasets": 1980,

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from torchtrain import attempts
+from torchtrain.devices import choose_device, describe_unused_gpus, usable_accelerator
 from torchtrain.errors import PeerFault, SharedUserError, UserError
+from torchtrain.logging_utils import logger
 
 T = TypeVar("T")
 
@@ -21,35 +23,20 @@ FLIGHT_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """How many collectives NCCL's flight recorder keeps: the variable and its older name."""
 
 
-def usable_accelerator() -> str | None:
-    """Return the type of this machine's accelerator, or None: train on the CPU.
-
-    Training can use one that has a communication backend of its own, such as NCCL. (Apple's GPUs
-    have none, and no fp64.)
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return None
-    backend = dist.Backend.default_device_backend_map.get(accelerator.type, "gloo")
-    return None if backend == "gloo" else accelerator.type
-
-
 def join_process_group(timeout_seconds: int) -> torch.device:
-    """Take this rank's device and join the process group, of one rank without a launcher.
+    """Join the process group, of one rank without a launcher, and take this rank's device.
 
     The group carries CPU tensors over gloo and, with an accelerator, device tensors over that
     device's own backend.
 
     Raises:
-        PeerFault: an earlier attempt of this launch has ended for good.
+        UserError: this rank has no device.
+        PeerFault: another rank has none, or an earlier attempt of this launch has ended for good.
     """
     accelerator = usable_accelerator()
-    device = torch.device("cpu")
     backend = "gloo"
     if accelerator is not None:
-        device = torch.device(accelerator, int(os.environ.get("LOCAL_RANK", "0")))
-        torch.accelerator.set_device_index(device.index)
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        backend = f"cpu:gloo,{accelerator}:{dist.get_default_backend_for_device(accelerator)}"
     timeout = timedelta(seconds=timeout_seconds)
     if not any(name in os.environ for name in FLIGHT_RECORDER_SIZE):
         os.environ[FLIGHT_RECORDER_SIZE[0]] = "2000"
@@ -58,6 +45,11 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    device = together(lambda: choose_device(accelerator))
+    if accelerator is not None:
+        torch.accelerator.set_device_index(device.index)
+    elif attempts.ATTEMPT not in os.environ and (unused := describe_unused_gpus()):
+        logger.warning(unused)  # our launcher has said it
     return device
 
 

@@ -204,16 +204,20 @@ def check_config(
 def visible_gpus() -> int:
     """Count the accelerators that PyTorch can use and has a communication backend for.
 
-    Costs nothing where there is no driver.
+    Say so where it cannot use the machine's. Costs nothing where there is no driver.
     """
     if not any(Path(driver).exists() for driver in DRIVERS):
         return 0
     import_torch()
     import torch
 
-    from torchtrain.ranks import usable_accelerator
+    from torchtrain.devices import describe_unused_gpus, usable_accelerator
 
-    return torch.accelerator.device_count() if usable_accelerator() is not None else 0
+    if usable_accelerator() is not None:
+        return torch.accelerator.device_count()
+    if unused := describe_unused_gpus():
+        print(f"warning: {unused}", file=sys.stderr)
+    return 0
 
 
 def import_torch() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from torchtrain.devices import usable_accelerator
 from torchtrain.errors import UserError
 from torchtrain.parallelisms.emulated_bf16 import needs_emulation
-from torchtrain.ranks import usable_accelerator
 from torchtrain.utils import count_cores
 
 TELLING_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")

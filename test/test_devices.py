@@ -1,0 +1,177 @@
+"""Which device a rank takes, and what is said of a GPU that cannot be used."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.forking import on_ranks
+from helpers.launching import options
+
+import train
+from torchtrain import devices, ranks
+from torchtrain.config_manager import JobConfig
+from torchtrain.devices import choose_device, describe_unused_gpus
+from torchtrain.errors import UserError
+from torchtrain.tools import launch
+
+ELASTIC = "TORCHELASTIC_RUN_ID"
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible", "index"),
+    [
+        ({}, 8, 0),
+        ({"LOCAL_RANK": "3"}, 8, 3),
+        ({"LOCAL_RANK": "3", ELASTIC: "run"}, 4, 3),
+        ({"LOCAL_RANK": "0", ELASTIC: "run"}, 1, 0),
+        ({"LOCAL_RANK": "3"}, 1, 0),  # srun --gpus-per-task=1
+    ],
+)
+def test_a_rank_takes_the_accelerator_of_its_local_rank_or_the_only_one(
+    monkeypatch, variables, visible, index
+):
+    see(monkeypatch, variables, visible)
+    assert choose_device("cuda") == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible", "said"),
+    [
+        (
+            {"LOCAL_RANK": "4"},
+            4,
+            "LOCAL_RANK = 4, but this rank sees 4 accelerators: start no more ranks on a node than "
+            "it has, or let each rank see one of its own alone",
+        ),
+        # torchrun's ranks would all get the same one.
+        ({"LOCAL_RANK": "1", ELASTIC: "run"}, 1, "LOCAL_RANK = 1, but this rank sees 1 acc"),
+    ],
+)
+def test_a_local_rank_beyond_what_is_visible_is_told_both_numbers(
+    monkeypatch, variables, visible, said
+):
+    see(monkeypatch, variables, visible)
+    with pytest.raises(UserError) as caught:
+        choose_device("cuda")
+    assert str(caught.value).startswith(said)
+
+
+def see(monkeypatch, variables, visible):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv(ELASTIC, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+
+
+def test_without_an_accelerator_the_cpu_is_every_ranks(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device(None) == torch.device("cpu")
+
+
+def run_on_one_gpu(arguments):
+    """A rank on a machine with one GPU; gloo stands in for NCCL."""
+    ranks.usable_accelerator = lambda: "cuda"
+    dist.get_default_backend_for_device = lambda device: "gloo"
+    torch.accelerator.device_count = lambda: 1
+    torch.accelerator.set_device_index = lambda index: None
+    return train.main(JobConfig().parse_args(arguments))
+
+
+@pytest.mark.slow
+def test_more_ranks_than_gpus_end_together_with_one_message(tmp_path, data):
+    given = options({**data, "job.dump_folder": tmp_path / "run"})
+    printed = on_ranks(2, run_on_one_gpu, given, expect=2, timeout_s=60)
+    (line,) = printed.splitlines()
+    assert line.startswith("error: LOCAL_RANK = 1, but this rank sees 1 accelerator: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def dev(tmp_path, monkeypatch):
+    """A folder in place of /dev, with the files of two NVIDIA GPUs that nothing hides."""
+    for name in ("null", "nvidiactl", "nvidia-uvm", "nvidia0", "nvidia1"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name in devices.VISIBLE_DEVICES:
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+class Module:
+    """What a build for this kind of GPU has in place of torch.cuda."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def init(self):
+        raise RuntimeError(self.fault)
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Update it."
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "permitted", "cause"),
+    [
+        (None, True, f"torch {torch.__version__} is a build without GPUs"),
+        ("cuda", False, "no permission to read and write them"),
+        ("cuda", True, TOO_OLD.rstrip(".")),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_named_with_the_cause(
+    dev, monkeypatch, accelerator, permitted, cause
+):
+    found = None if accelerator is None else torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Module(f"{TOO_OLD}\na trace"))
+    monkeypatch.setattr(os, "access", lambda path, mode: permitted)
+    assert describe_unused_gpus() == (
+        f"training on the CPU, since PyTorch cannot use {dev}/nvidia0, {dev}/nvidia1: {cause}. "
+        "With CUDA_VISIBLE_DEVICES= it is meant"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CUDA_VISIBLE_DEVICES", ""),
+        ("CUDA_VISIBLE_DEVICES", "-1"),
+        ("CUDA_VISIBLE_DEVICES", "NoDevFiles"),
+        ("ROCR_VISIBLE_DEVICES", ""),
+    ],
+)
+@pytest.mark.usefixtures("dev")
+def test_gpus_that_are_hidden_are_not_spoken_of(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert describe_unused_gpus() is None
+
+
+def test_a_machine_without_gpus_says_nothing(dev):
+    for file in dev.glob("nvidia[0-9]"):
+        file.unlink()
+    assert describe_unused_gpus() is None, "the driver's own files are no GPU's"
+
+
+@pytest.mark.usefixtures("dev")
+def test_the_launcher_says_that_it_starts_ranks_on_the_cpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(launch, "DRIVERS", [str(tmp_path / "nvidiactl")])
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert launch.visible_gpus() == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: training on the CPU, since PyTorch cannot use ")
+
+
+def test_a_rank_that_no_launcher_of_ours_has_started_says_it(monkeypatch, caplog):
+    """Ours has said it, on each node."""
+    monkeypatch.setattr(ranks, "describe_unused_gpus", lambda: "cannot use the GPU")
+    monkeypatch.setattr(ranks.logger, "propagate", True)
+    for name, said in ((None, ["cannot use the GPU"]), ("first", [])):
+        caplog.clear()
+        if name is not None:
+            monkeypatch.setenv("TORCHTRAIN_ATTEMPT", name)
+        ranks.join_process_group(60)
+        dist.destroy_process_group()
+        assert caplog.messages == said
