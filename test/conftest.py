@@ -1,4 +1,5 @@
 import gc
+import os
 import signal
 
 import pytest
@@ -7,6 +8,11 @@ from hypothesis import settings
 # The same examples in each run, and as long as each takes: a busy machine must not fail a test.
 settings.register_profile("torchtrain", deadline=None, derandomize=True)
 settings.load_profile("torchtrain")
+
+# The suite is the same on every machine: its ranks are processes on the CPU, over gloo. What a GPU
+# alone can show is test/gpu, which has a command of its own.
+if os.environ.get("TORCHTRAIN_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ROCm honors it too
 
 # A shell without job control starts background commands with Ctrl-C ignored. The processes that
 # tests start and interrupt would inherit that, and go on.

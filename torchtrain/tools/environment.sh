@@ -1,10 +1,12 @@
-# Sourced by run_llama_train.sh and test/run.sh. Sets PYTHON to an interpreter that has what pyproject.toml asks for:
-# the current one, or else the repository's own virtual environment, which is made and filled where it does not exist
-# yet. TORCHTRAIN_VENV names another place for it, and then the current interpreter is not considered.
+# Sourced by run_llama_train.sh, test/run.sh and test/gpu.sh. Sets PYTHON to an interpreter that has what pyproject.toml
+# asks for: the current one, or else the repository's own virtual environment, which is made and filled where it does
+# not exist yet. TORCHTRAIN_VENV names another place for it, and then the current interpreter is not considered.
 
-# use_python ROOT EXTRA: EXTRA is the project's optional dependency group, or empty.
+# use_python ROOT EXTRA [OPTION...]: EXTRA is the project's optional dependency group, or empty; the OPTIONs are those of
+# `python3 -m venv` for an environment that does not exist yet.
 use_python() {
     local root=$1 extra=$2 venv=${TORCHTRAIN_VENV:-$1/.venv}
+    shift 2
     if [ -z "${TORCHTRAIN_VENV:-}" ] && has_dependencies python3 "$root" "$extra"; then
         PYTHON=python3
         return
@@ -22,10 +24,10 @@ use_python() {
         return 2
     fi
     echo "This Python lacks what torchtrain needs: installing it once into $venv (a few minutes)" >&2
-    # Some distributions ship venv without ensurepip; then the outer pip installs into it.
     local pip=("$PYTHON" -m pip)
-    if ! python3 -m venv "$venv" 2>/dev/null; then
-        python3 -m venv --without-pip "$venv"
+    if ! "${pip[@]}" --version >/dev/null 2>&1 && ! python3 -m venv "$@" "$venv" 2>/dev/null; then
+        # Some distributions ship venv without ensurepip; then the outer pip installs into it.
+        python3 -m venv "$@" --without-pip "$venv"
         pip=(python3 -m pip --python "$PYTHON")
     fi
     "${pip[@]}" install --quiet --editable "$root${extra:+[$extra]}"
@@ -51,7 +53,7 @@ except ImportError:  # Python 3.10; tomli is one of the dependencies
     except ImportError:
         sys.exit(1)
 
-# Imported only by runs that read such files, so that a bare GPU image can do without them.
+# Imported only by runs that read such files, so that a bare GPU image can do without them; some tests do read them.
 OPTIONAL = ("datasets", "tokenizers")
 COMPARE = {">=": operator.ge, "<": operator.lt}
 
@@ -64,10 +66,10 @@ root, extra = sys.argv[1:]
 with open(root + "/pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 wanted = project["dependencies"]
+if extra != "dev":
+    wanted = [text for text in wanted if not text.startswith(OPTIONAL)]
 if extra:
     wanted += project["optional-dependencies"][extra]
-else:
-    wanted = [text for text in wanted if not text.startswith(OPTIONAL)]
 for text in wanted:
     name = re.match(r"[\w-]+", text).group()
     try:
