@@ -318,6 +318,20 @@ MUTANTS = {
             "        if False:",
         ),
     ],
+    "torchtrain/tools/parity.py": [
+        (
+            "layouts are run although their reference has failed",
+            'if case["reference"] not in lost}',
+            'if case["name"] not in lost}',
+        ),
+    ],
+    "torchtrain/tools/parity_plan.py": [
+        (
+            "a user's model gets the heads of the shrunk one",
+            "(TASKS[task].shrunk if self.is_shrunk else {})",
+            "TASKS[task].shrunk",
+        ),
+    ],
     "torchtrain/tools/restarts.py": [
         (
             "a second Ctrl-C waits for a rank that does not answer",

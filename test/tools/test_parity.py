@@ -11,6 +11,7 @@ from helpers import sabotage
 from helpers.forking import Ranks
 from helpers.launching import ROOT
 
+from torchtrain.config.plans import plan_shape
 from torchtrain.config_manager import JobConfig
 from torchtrain.tools import parity, parity_ranks
 from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout, pipeline
@@ -235,6 +236,50 @@ def test_the_tool_starts_its_own_ranks(small):
 
 
 # ---- without ranks ----
+
+
+def test_a_reference_that_fails_costs_its_own_layouts_alone(tmp_path, capsys):
+    """Those of the other tasks are compared; the table and the exit status say what was not."""
+    ran = []
+
+    def run(plan, ranks, cases, folder):
+        for name in cases:
+            ran.append(name)
+            fails = "documents" in name
+            if not fails:
+                torch.save(results(), folder / f"{name}.0")
+            yield name, "UserError: heads too narrow\non this device" if fails else ""
+
+    file = tmp_path / "table.json"
+    names = "accumulate-documents,fsdp2,fsdp2-documents,accumulate"
+    with patch.object(parity, "run_cases", run):
+        assert parity.main(["--layouts", names, "--json", str(file)]) == 1
+    verdicts = {row["layout"]: row["verdict"] for row in json.loads(file.read_text())["layouts"]}
+    lost = "failed: its reference, one process in fp32: UserError: heads too narrow"
+    assert verdicts == {
+        "accumulate": "same",
+        "fsdp2": "same",
+        "accumulate-documents": lost,
+        "fsdp2-documents": lost,
+    }
+    printed = capsys.readouterr().out
+    assert "2 of 4 layouts agree; not accumulate-documents; not fsdp2-documents" in printed
+    assert "fsdp2-documents" not in ran  # on ranks that would have been started for it
+
+
+def width_per_head(plan, task):
+    return plan_shape(JobConfig().parse_args(plan.command_line(task)).model).width_per_head
+
+
+def test_where_the_shrunk_model_masks_documents_its_heads_are_wide_enough_for_a_gpu(tmp_path):
+    shrunk = make_plan(None, 4, [], LAYOUTS)
+    for task, content in TASKS.items():
+        if content.overrides.get("training.document_masking"):
+            assert width_per_head(shrunk, task) == 16
+    assert width_per_head(shrunk, "plain") == 8
+    (tmp_path / "c.toml").touch()  # a user's model stays as it is
+    own = make_plan(str(tmp_path / "c.toml"), 4, ["--model.head_width=8"], LAYOUTS)
+    assert width_per_head(own, "documents") == 8
 
 
 def results(**changes):

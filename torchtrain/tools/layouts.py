@@ -23,6 +23,8 @@ class Task:
     hide_labels: bool = False
     """Whether the number of valid labels is made very unequal over samples, and so over ranks,
     microbatches and shards."""
+    shrunk: dict[str, Any] = field(default_factory=dict)
+    """What it takes of the model that is made small for the whole table, and of no other."""
 
 
 DOCUMENTS = {
@@ -41,6 +43,7 @@ EXPERTS = {
     "router.balance_loss_weight": 0.01,
     "router.z_loss_weight": 0.001,
 }
+WIDE_HEADS = {"model.head_width": 16}  # as masks of documents need them on a GPU
 # Newton-Schulz in fp32: in bf16 the weights would show its rounding.
 MUON = {"optimizer.name": "Muon", "optimizer.muon_ns_dtype": "float32"}
 TASKS = {
@@ -52,10 +55,10 @@ TASKS = {
     "experts-labels": Task(EXPERTS, hide_labels=True),
     # No choice that rounding to bf16 could turn; fewer experts than ranks.
     "experts-all": Task(EXPERTS | {"model.n_experts": 2, "model.experts_per_token": 2}),
-    "experts-documents": Task(EXPERTS | DOCUMENTS),
-    "documents": Task(DOCUMENTS),
-    "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}),
-    "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}),
+    "experts-documents": Task(EXPERTS | DOCUMENTS, shrunk=WIDE_HEADS),
+    "documents": Task(DOCUMENTS, shrunk=WIDE_HEADS),
+    "documents-packed": Task(DOCUMENTS | {"data.packing": "best_fit"}, shrunk=WIDE_HEADS),
+    "documents-tied": Task(DOCUMENTS | {"model.tied_embeddings": True}, shrunk=WIDE_HEADS),
     "muon": Task(MUON),
     "muon-tied": Task(MUON | {"model.tied_embeddings": True}),
     "muon-experts": Task(MUON | EXPERTS),

@@ -15,7 +15,10 @@ lists them) are ignored. Trainer options given here override the FILE, also in t
 they are layout options. A FILE runs as it is but for the number of steps; without one
 debug_model.toml runs, shrunk so that the whole table takes minutes on two cores.
 
-Exit status: 0 all layouts agree; 1 one differs, failed or was refused; 2 a user error.
+A reference that fails costs the layouts that are compared with it, and no others.
+
+Exit status: 0 all layouts agree; 1 one differs, failed, was refused or has nothing to be compared
+with; 2 a user error.
 """
 
 import argparse
@@ -43,13 +46,7 @@ COLUMNS = "{:<34}{:>6}{:>9}{:>9}{:>10}{:>9}{:>9}  {}"
 
 
 def check_layouts(layouts: dict[str, Layout], plan: Plan) -> Iterator[Row]:
-    """Run the references and the layouts, and yield each row as soon as it is known.
-
-    Layouts of fewer ranks come first.
-
-    Raises:
-        UserError: a reference cannot be run.
-    """
+    """Yield the row of each layout as soon as it is known, of fewer ranks first."""
     tolerances = {}
     refused = {}
     for name, layout in layouts.items():
@@ -60,22 +57,36 @@ def check_layouts(layouts: dict[str, Layout], plan: Plan) -> Iterator[Row]:
     for name, reason in refused.items():
         yield Row(name, layouts[name].ranks, f"refused: {reason}")
 
+    accepted = {name: layout for name, layout in layouts.items() if name not in refused}
+    with tempfile.TemporaryDirectory(prefix="torchtrain-parity-") as folder:
+        yield from run_layouts(accepted, tolerances, plan, Path(folder))
+
+
+def run_layouts(
+    layouts: dict[str, Layout], tolerances: dict[str, Tolerance], plan: Plan, folder: Path
+) -> Iterator[Row]:
+    """Run the references and the layouts, and yield each row, at last those without a reference."""
     references: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="torchtrain-parity-") as temporary:
-        folder = Path(temporary)
-        accepted = {name: layout for name, layout in layouts.items() if name not in refused}
-        for ranks, cases in sorted(list_cases(accepted, plan, folder).items()):
-            for name, failure in run_cases(plan, ranks, cases, folder):
-                if failure and name.startswith(REFERENCE):
-                    raise UserError(f"the reference, one process in fp32, failed: {failure}")
-                if failure:
-                    yield Row(name, ranks, f"failed: {failure.splitlines()[0]}")
-                elif name.startswith(REFERENCE):
-                    references[name] = load_results(folder, name)
-                else:
-                    results = load_results(folder, name)
-                    reference = references[REFERENCE + layouts[name].task]
-                    yield compare(name, ranks, results, reference, tolerances[name])
+    lost: dict[str, str] = {}  # references that failed, and why
+    for ranks, cases in sorted(list_cases(layouts, plan, folder).items()):
+        of_use = {name: case for name, case in cases.items() if case["reference"] not in lost}
+        for name, failure in run_cases(plan, ranks, of_use, folder):
+            reference = cases[name]["reference"]
+            if name == reference and failure:
+                lost[name] = first_line(failure)
+            elif name == reference:
+                references[name] = load_results(folder, name)
+            elif reference in lost:
+                continue  # it has run beside its reference, and has nothing to be compared with
+            elif failure:
+                yield Row(name, ranks, f"failed: {first_line(failure)}")
+            else:
+                results = load_results(folder, name)
+                yield compare(name, ranks, results, references[reference], tolerances[name])
+    for name, layout in layouts.items():
+        reason = lost.get(REFERENCE + layout.task)
+        if reason is not None:
+            yield Row(name, layout.ranks, f"failed: its reference, one process in fp32: {reason}")
 
 
 def check_layout(layout: Layout, plan: Plan) -> Tolerance:
@@ -101,6 +112,7 @@ def list_cases(
     def add(name: str, ranks: int, task: str, layout: Layout | None) -> None:
         cases[ranks][name] = {
             "name": name,
+            "reference": REFERENCE + task,
             "results": str(folder / name),
             "options": plan.command_line(task, layout),
             "hide_labels": TASKS[task].hide_labels,
@@ -111,6 +123,11 @@ def list_cases(
     for name, layout in layouts.items():
         add(name, layout.ranks, layout.task, layout)
     return cases
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text."""
+    return text.partition("\n")[0]
 
 
 def as_line(row: Row) -> str:

@@ -34,6 +34,8 @@ class Plan:
     config_file: str
     values: dict[str, Any]
     """Options over the file, by full name."""
+    is_shrunk: bool = False
+    """Whether the model is debug_model.toml's, made small."""
     timeout_seconds: int = 120
     on_gpus: bool = False
     worker: tuple[str, ...] = ("-m", "torchtrain.tools.parity_ranks")
@@ -42,10 +44,11 @@ class Plan:
     def command_line(self, task: str, layout: Layout | None = None) -> list[str]:
         """Return the trainer options of a layout; of the task's reference without one."""
         overrides = TASKS[task].overrides
+        given_values = (TASKS[task].shrunk if self.is_shrunk else {}) | self.values
         if layout is None:
-            values = self.values | plain() | overrides
+            values = given_values | plain() | overrides
         else:
-            values = plain() | self.values | overrides | layout.overrides
+            values = plain() | given_values | overrides | layout.overrides
         given = [f"--{name}={as_text(value)}" for name, value in values.items()]
         return ["--job.config_file", self.config_file, *given]
 
@@ -115,6 +118,7 @@ def make_plan(
     return Plan(
         config_file=file,
         values=values,
+        is_shrunk=config_file is None,
         timeout_seconds=config.comm.init_timeout_seconds,
         on_gpus=visible_gpus() >= ranks,
     )
