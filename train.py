@@ -45,7 +45,13 @@ from torchtrain.exporting import check_export, export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import BatchLoss, count_valid
 from torchtrain.lr_scheduling import set_step
-from torchtrain.metrics import MetricsLogger, StepSummary, Stopwatch, peak_memory_gib
+from torchtrain.metrics import (
+    MetricsLogger,
+    StepSummary,
+    Stopwatch,
+    peak_memory_gib,
+    reset_peak_memory,
+)
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.profiling import GarbageCollection, Profiler
@@ -87,6 +93,7 @@ def train(
     config = trainer.config
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
     ending = saving_at_stop(trainer, checkpointer, metrics)
+    reset_peak_memory(trainer.device)  # before, each weight was whole: drawn, or read from a file
     with watchdog.watching(), profiler.recording(), checkpointer.finishing(), ending:
         make_up_validation(trainer, metrics, partial(losses_of, trainer))
         for step in range(trainer.step + 1, config.training.steps + 1):

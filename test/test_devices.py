@@ -1,6 +1,7 @@
 """Which device a rank takes, and what is said of a GPU that cannot be used."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +176,42 @@ def test_a_rank_that_no_launcher_of_ours_has_started_says_it(monkeypatch, caplog
         ranks.join_process_group(60)
         dist.destroy_process_group()
         assert caplog.messages == said
+
+
+EXPANDABLE = "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("given", "driver", "on_cpu", "expected"),
+    [
+        ({}, "nvidiactl", False, {"PYTORCH_ALLOC_CONF": EXPANDABLE}),
+        ({}, "nvidiactl", True, {}),
+        ({}, "dxg", False, {}),
+        ({"PYTORCH_ALLOC_CONF": ""}, "nvidiactl", False, {"PYTORCH_ALLOC_CONF": ""}),
+        # The older name: the new one would count before it.
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"},
+            "nvidiactl",
+            False,
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"},
+        ),
+    ],
+)
+def test_memory_grows_in_segments_on_nvidias_gpus_where_nobody_has_set_how(
+    tmp_path, monkeypatch, given, driver, on_cpu, expected
+):
+    (tmp_path / driver).touch()
+    monkeypatch.setattr(launch, "NVIDIA", str(tmp_path / "nvidiactl"))
+    environment = dict(given)
+    launch.set_up_environment(2, environment, on_cpu=on_cpu)
+    assert {key: value for key, value in environment.items() if "ALLOC" in key} == expected
+
+
+def test_pytorch_reads_the_setting_of_the_launcher_and_the_older_names():
+    """An unknown name would be passed over without a word."""
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not library.exists():
+        pytest.skip("not a build for Linux")
+    text = library.read_bytes()
+    for name in launch.ALLOCATOR_VARIABLES:
+        assert b"\0" + name.encode() + b"\0" in text

@@ -27,6 +27,7 @@ from torchtrain.metrics import (
     find_slowest,
     measure_running,
     peak_memory_gib,
+    reset_peak_memory,
 )
 
 
@@ -385,6 +386,15 @@ def test_peak_memory_is_what_the_kernel_says():
 def test_peak_memory_of_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 3 * 2**30)
     assert peak_memory_gib(torch.device("cuda:0")) == 3.0
+
+
+def test_the_peak_of_an_accelerator_begins_anew(monkeypatch):
+    reset = []
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", reset.append)
+    reset_peak_memory(torch.device("cpu"))
+    assert reset == [], "it has none"
+    reset_peak_memory(torch.device("cuda:3"))
+    assert reset == [torch.device("cuda:3")]
 
 
 class Device:

@@ -4,6 +4,7 @@ import signal
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,24 +205,43 @@ def test_a_validation_leaves_the_weights_sharded(trainer):
         assert isinstance(parameter, DTensor), name
 
 
-@pytest.mark.usefixtures("trainer")  # for its process group
-def test_what_is_logged_is_synced_before_a_checkpoint_is_written(data, tmp_path, monkeypatch):
-    """After a power cut no complete checkpoint lacks the lines of its steps."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """What is called of the functions that `watch(where, name)` has named, in turn."""
     events = []
 
-    def recorded(kind, name):
-        action = getattr(kind, name)
+    def watch(where, name):
+        action = getattr(where, name)
 
         def act(*arguments, **options):
             events.append(name)
             return action(*arguments, **options)
 
-        monkeypatch.setattr(kind, name, act)
+        monkeypatch.setattr(where, name, act)
 
-    recorded(MetricsLogger, "log")
-    recorded(MetricsLogger, "sync")
-    recorded(Checkpointer, "save")
+    return SimpleNamespace(events=events, watch=watch)
+
+
+@pytest.mark.usefixtures("trainer")  # for its process group
+def test_what_is_logged_is_synced_before_a_checkpoint_is_written(data, tmp_path, recorded):
+    """After a power cut no complete checkpoint lacks the lines of its steps."""
+    recorded.watch(MetricsLogger, "log")
+    recorded.watch(MetricsLogger, "sync")
+    recorded.watch(Checkpointer, "save")
     saving = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 3}
     given = options({**data, **saving, "job.dump_folder": tmp_path / "run"})
     train.run(JobConfig().parse_args(given, world_size=1), torch.device("cpu"))
-    assert events == ["log", "log", "sync", "save", "log", "sync", "save"]
+    assert recorded.events == ["log", "log", "sync", "save", "log", "sync", "save"]
+
+
+@pytest.mark.usefixtures("trainer")  # for its process group
+def test_the_peak_of_memory_is_that_of_training(data, tmp_path, recorded):
+    """Not of what comes before, where a weight is drawn or read whole."""
+    for name in ("set_up", "resume", "reset_peak_memory", "forward_backward"):
+        recorded.watch(train, name)
+    given = {**data, "checkpoint.enable": True, "job.dump_folder": tmp_path / "run"}
+    for steps in (1, 2):
+        arguments = options({**given, "training.steps": steps})
+        train.run(JobConfig().parse_args(arguments, world_size=1), torch.device("cpu"))
+    trained = ["reset_peak_memory", "forward_backward"]
+    assert recorded.events == ["set_up", *trained, "set_up", "resume", *trained]

@@ -98,12 +98,21 @@ def find_peak_flops(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held: allocated on the accelerator, or resident on a CPU."""
+    """Return the most memory this rank has held, in GiB.
+
+    On an accelerator it is what was allocated, on a CPU what was resident.
+    """
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return peak * unit / GIB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let an accelerator's peak begin anew; a CPU's is that of the whole process."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
 
 
 @dataclass(frozen=True)

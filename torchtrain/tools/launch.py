@@ -51,7 +51,8 @@ RENDEZVOUS_VARIABLES = (
 )
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
 """What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2."""
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel")
+NVIDIA = "/dev/nvidiactl"
+DRIVERS = (NVIDIA, "/dev/kfd", "/dev/dxg", "/dev/accel")
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 PROCESSES_WITHOUT_GPU = 2  # enough to show a layout; one process is the faster way to use a CPU
 
@@ -68,6 +69,13 @@ GLIBC_TUNABLES = {
     "glibc.malloc.trim_threshold": 16 * 2**30,
     "glibc.malloc.top_pad": 256 * 2**20,
 }
+
+ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF",
+)
+"""What sets PyTorch's memory allocator, and its older names; the first that is set counts."""
 
 
 def main(trainer_args: list[str]) -> int:
@@ -317,6 +325,10 @@ def set_up_environment(
         tunables = ":".join(f"{name}={value}" for name, value in GLIBC_TUNABLES.items())
         environment.setdefault("GLIBC_TUNABLES", tunables)
         environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    elif Path(NVIDIA).exists() and environment.keys().isdisjoint(ALLOCATOR_VARIABLES):
+        # Segments that grow leave no gaps that no tensor fits into. Not under WSL, where the driver
+        # fails at the first of them (https://github.com/pytorch/pytorch/issues/192330).
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     if "PYTHON_EXEC" not in environment:  # torchrun's; such a wrapper can be the ranks' parent
         environment[LAUNCHER_PID] = str(os.getpid())
     paths = [str(PROGRAM), environment.get("PYTHONPATH", "")]
