@@ -172,7 +172,7 @@ def save_progress(
 ) -> None:
     """Save what the run has, if a save is due after this step. A collective call.
 
-    With `checkpoint.async_mode` it happens beside the next steps.
+    It happens beside the next steps, unless `checkpoint.async_mode` is disabled.
     """
     last_step = trainer.config.training.steps
     if not checkpointer.should_save(trainer.step, last_step, stopping=stopping):

@@ -8,13 +8,17 @@ STEPS = 10
 
 
 def saving(data, folder, **overrides):
-    """Return the options of a run that saves after every fifth step."""
+    """Return the options of a run that saves after every fifth step.
+
+    It stands still meanwhile: what is killed in step 8 has a checkpoint of step 5.
+    """
     return {
         **data,
         "job.dump_folder": folder,
         "training.steps": STEPS,
         "checkpoint.enable": True,
         "checkpoint.interval": 5,
+        "checkpoint.async_mode": "disabled",
         **overrides,
     }
 

@@ -26,6 +26,7 @@ def write_run(folder, overrides, steps=(1,)):
             local.detach().normal_(mean, 0.3, generator=generator)
         trainer.step = step
         checkpointer.save(trainer.model_state, trainer.optimizer, progress_of(trainer))
+    checkpointer.finish()
     (folder / "config.toml").write_text(to_toml(trainer.config))
     return {
         name: tensor.full_tensor().detach().clone() if hasattr(tensor, "full_tensor") else tensor

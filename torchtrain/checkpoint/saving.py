@@ -106,9 +106,9 @@ class Saver:
     ) -> None:
         """Write `step-N`, unless it is complete already, and remove what is no longer kept.
 
-        The run's last one is of the weights alone with `last_save_model_only`. With `async_mode`
-        the state has been copied when this returns, and the rest is done beside training; but not
-        of a save after which the run ends, nor while the host lacks memory for the copy.
+        The run's last one is of the weights alone with `last_save_model_only`. The state has been
+        copied when this returns, and the rest is done beside training; but not with `async_mode`
+        disabled, of a save after which the run ends, or where the host lacks memory for the copy.
 
         A save that fails removes its temporary folder and leaves earlier checkpoints as they are.
         (Should only the very last sync fail, after the rename, `step-N` stays: it is complete, if

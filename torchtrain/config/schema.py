@@ -365,8 +365,8 @@ class Checkpoint(Section):
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     interval_minutes: Positive | None = None
     """Save also when so many minutes have passed since the last save; unset: never."""
-    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save beside training, from a copy in host memory (pinned, for an accelerator)."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "async"
+    """Save beside training, from a copy in host memory (pinned, for an accelerator), or not."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """After a failed save, such as on a full disk: end the run, or train on to the next."""
     load_step: CountOrAuto = -1
