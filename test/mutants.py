@@ -242,6 +242,11 @@ MUTANTS = {
     ],
     "torchtrain/set_up.py": [
         (
+            "a mesh's groups keep PyTorch's timeout until the second step",
+            "    set_timeout(config.comm.init_timeout_seconds)",
+            "    assert mesh",
+        ),
+        (
             "the patterns of a user's model are not checked",
             "together(lambda: check_names(config, plan))",
             "assert plan",
@@ -2597,6 +2602,16 @@ MUTANTS = {
         ),
     ],
     "torchtrain/ranks.py": [
+        (
+            "the timeout reaches the group of all ranks alone",
+            "    for group in dist.distributed_c10d._world.pg_map:\n",
+            "    for group in [dist.group.WORLD]:\n",
+        ),
+        (
+            "what waits for a disk gets the timeout of training",
+            "        if group.group_desc != PATIENT:\n",
+            "        if group:\n",
+        ),
         (
             "only the first key that differs is named",
             "        if len(ranks_by_value) > 1:\n",

@@ -73,7 +73,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11000
+LIMIT_CORE = 11008
 FOLDER_LIMITS = {
     "config": 1653,
     "datasets": 1980,

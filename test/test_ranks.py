@@ -91,13 +91,18 @@ def compare_configs():
     ]
 
 
+def timeout_of(group):
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
 def shorten_timeouts():
     groups = [dist.group.WORLD, dist.new_group([0, 1]), dist.new_group([2, 3])]
     own = [group for group in groups if dist.get_rank(group) >= 0]
     assert len(own) == 2
-    set_timeout(7, own[1:])
-    for group in own:
-        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7
+    patient = patient_group()
+    set_timeout(7)
+    assert [timeout_of(group) for group in own] == [7, 7]
+    assert timeout_of(patient) == 6 * 3600
 
 
 def agree_and_fail(folder):

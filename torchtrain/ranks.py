@@ -22,6 +22,9 @@ T = TypeVar("T")
 FLIGHT_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """How many collectives NCCL's flight recorder keeps: the variable and its older name."""
 
+PATIENT = "patient"
+"""How PyTorch's registry describes a patient group."""
+
 
 def join_process_group(timeout_seconds: int) -> torch.device:
     """Join the process group, of one rank without a launcher, and take this rank's device.
@@ -61,14 +64,17 @@ def name_process() -> None:
     ctypes.CDLL(None).prctl(set_name, b"torchtrain")
 
 
-def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
-    """Make it an error, from now on, for a collective of `groups` or of all ranks to take longer.
+def set_timeout(seconds: int) -> None:
+    """Make it an error, from now on, for a collective to take longer; not in patient groups.
 
-    A stopped or lost rank then ends the run instead of hanging it.
+    A stopped or lost rank then ends the run instead of hanging it. All ranks call it. It reaches
+    every process group that this rank is in, whoever made it: one that is made later, as those of a
+    mesh, has PyTorch's timeout until the next call.
     """
     dist.barrier()
-    for group in [dist.group.WORLD, *groups]:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc != PATIENT:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -77,7 +83,7 @@ def patient_group() -> dist.ProcessGroup:
     Every rank must call it. The messages are off the accelerator; the timeout is hours where that
     of training is minutes.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=6), group_desc=PATIENT)
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -41,7 +41,13 @@ from torchtrain.parallelisms.pipeline_parallel import Pipeline
 from torchtrain.parallelisms.replica_check import ReplicaCheck
 from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
-from torchtrain.ranks import first_on_each_node, patient_group, require_equal, together
+from torchtrain.ranks import (
+    first_on_each_node,
+    patient_group,
+    require_equal,
+    set_timeout,
+    together,
+)
 from torchtrain.step_metrics import MetricSource, find_metric_sources
 from torchtrain.text_samples import TextSampler
 from torchtrain.validation import ValidationSet, Validator
@@ -176,6 +182,7 @@ def set_up_model(
         sequence_shards=plan.sequence_shards,
         has_experts=plan.shape.n_experts > 0,
     )
+    set_timeout(config.comm.init_timeout_seconds)  # its groups have PyTorch's until here
     tag_compiler_cache(mesh)
     parts = build_model(config, plan, mesh, device, draws=draws, fsdp=fsdp)
     losses = build_losses(config.compile)

@@ -67,11 +67,10 @@ class Watchdog:
     def __init__(self, comm: Comm, run_folder: Path, mesh: Mesh, loop: Callable[..., None]) -> None:
         self.comm = comm
         self.folder = run_folder / HANG_FOLDER
-        self.groups = mesh.all_groups()
         # The stages of a pipeline send different numbers of messages, which gloo counts too.
         pipeline = mesh.group("pp")
         world = dist.distributed_c10d._get_default_group()
-        self.counted = [world, *(group for group in self.groups if group is not pipeline)]
+        self.counted = [world, *(group for group in mesh.all_groups() if group is not pipeline)]
         self.loop = loop.__code__
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.timeout_s: float = comm.init_timeout_seconds
@@ -99,7 +98,7 @@ class Watchdog:
         if self._is_first:
             self._is_first = False
             self.timeout_s = self.comm.train_timeout_seconds
-            set_timeout(self.comm.train_timeout_seconds, self.groups)
+            set_timeout(self.comm.train_timeout_seconds)
 
     @property
     def margin_s(self) -> float:

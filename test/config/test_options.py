@@ -907,9 +907,7 @@ def test_compile_options(data, device, monkeypatch):
 
 def test_timeouts_reach_the_process_group(run, monkeypatch):
     given = {}
-    monkeypatch.setattr(
-        watchdog, "set_timeout", lambda seconds, _: given.update(in_training=seconds)
-    )
+    monkeypatch.setattr(watchdog, "set_timeout", lambda seconds: given.update(in_training=seconds))
     run(**{"comm.train_timeout_seconds": 23})
     assert given == {"in_training": 23}
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **arguments: given.update(arguments))

@@ -139,6 +139,6 @@ def test_a_rank_finds_its_place_and_its_groups(found, number):
 
 
 @pytest.mark.slow
-def test_timeouts_reach_the_group_over_which_fsdp_shards(found):
+def test_what_is_counted_in_a_hang_includes_the_group_over_which_fsdp_shards(found):
     """Under context parallelism that is a group of its own, of the ranks along both dimensions."""
     assert [17, 19, 21, 23] in found[0]["all_groups"]

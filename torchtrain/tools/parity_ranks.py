@@ -24,7 +24,7 @@ from torchtrain.datasets.loader import Microbatch
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.orphans import end_with_launcher
-from torchtrain.ranks import gathered, join_process_group, set_timeout
+from torchtrain.ranks import gathered, join_process_group
 from torchtrain.set_up import set_up
 from torchtrain.stopping import StopRequest
 from torchtrain.utils import IGNORE_INDEX
@@ -63,7 +63,6 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     config = JobConfig().parse_args(case["options"])
     trainer = set_up(config, device)
-    set_timeout(config.comm.init_timeout_seconds, trainer.mesh.all_groups())
     initial, _ = gather(trainer.model_state)
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": initial}
     stop = StopRequest()
