@@ -42,6 +42,7 @@ from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import Microbatch
 from torchtrain.errors import BadNumbers, PeerFault, SharedUserError, Stopped, UserError
 from torchtrain.exporting import check_export, export_last
+from torchtrain.kernel_checks import check_kernels, find_device_facts
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import BatchLoss, count_valid
 from torchtrain.lr_scheduling import set_step
@@ -71,7 +72,7 @@ from torchtrain.resuming import (
     save_progress,
     saving_at_stop,
 )
-from torchtrain.run_facts import describe, open_metrics
+from torchtrain.run_facts import describe, open_metrics, state_config
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import ParallelModel, Trainer, set_up
 from torchtrain.step_metrics import StepMetrics
@@ -285,10 +286,8 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     """
     rank = dist.get_rank()
     require_equal_config(config.model_dump(mode="json"), MAY_DIFFER_PER_NODE)
-    if config.job.print_config:
-        logger.info(to_toml(config))
-    for note in config.notes:
-        logger.info(f"config     {note}")
+    together(lambda: check_kernels(config, find_device_facts(device)))
+    state_config(config)
     folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
     source = checkpointer.find(config.training.steps)

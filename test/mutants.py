@@ -24,6 +24,28 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/kernel_checks.py": [
+        (
+            "heads of 16 are refused under masks",
+            "shape.width_per_head < LEAST_MASKED_WIDTH",
+            "shape.width_per_head <= LEAST_MASKED_WIDTH",
+        ),
+        (
+            "a ring in bf16 takes heads wider than flash attention does",
+            "is_allowed = is_allowed and shape.width_per_head <= LARGEST_FLASH_WIDTH",
+            "is_allowed = is_allowed",
+        ),
+        (
+            "bf16 that is emulated counts as a card's own",
+            "module.is_bf16_supported(including_emulation=False)",
+            "module.is_bf16_supported()",
+        ),
+        (
+            "a compiled loss needs bf16, which PyTorch leaves uncompiled",
+            'if compiled.enable and "model" in compiled.components and compiled',
+            "if compiled.enable and compiled",
+        ),
+    ],
     "torchtrain/devices.py": [
         (
             "all ranks of torchrun take the one GPU that they see",

@@ -76,6 +76,7 @@ ROOMS = {
     "torchtrain/datasets": ("test/datasets",),
     "torchtrain/datasets/read_ahead.py": ("test/datasets/test_streams.py", "test/test_stopping.py"),
     "torchtrain/datasets/packing.py": ("test/models/test_document_masking.py", "test/datasets"),
+    "torchtrain/kernel_checks.py": ("test/test_kernel_checks.py",),
     "torchtrain/models": ("test/models", "test/test_training_by_hand.py"),
     "torchtrain/text_samples.py": ("test/test_text_samples.py",),
     "torchtrain/validation.py": (

@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from torchtrain import __version__
 from torchtrain.config.layout import BatchPlan
+from torchtrain.config.toml import to_toml
+from torchtrain.config_manager import JobConfig
 from torchtrain.dtypes import DTYPES
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import describe as describe_schedule
@@ -47,6 +49,14 @@ class RunFacts:
     """Empty without validation."""
     first_step: int
     """The step after those that had been taken when the run started or resumed."""
+
+
+def state_config(config: JobConfig) -> None:
+    """Say what the config is, if it asks for that, and which of its options have no effect."""
+    if config.job.print_config:
+        logger.info(to_toml(config))
+    for note in config.notes:
+        logger.info(f"config     {note}")
 
 
 def describe(trainer: Trainer) -> RunFacts:

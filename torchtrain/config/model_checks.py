@@ -28,14 +28,12 @@ def check_model(config: Config) -> Faults:
 
 
 def _check_heads(config: Config, shape: ModelShape) -> Faults:
-    given = f"model.head_width = {shape.head_width}"
     if shape.head_width == 0:
         yield from must_divide("model.n_heads", shape.n_heads, {"model.dim": shape.dim})
-        given = f"model.dim / model.n_heads = {shape.dim} / {shape.n_heads} = "
-        given += str(shape.width_per_head)
     if shape.width_per_head % 2 and (shape.head_width or shape.dim % shape.n_heads == 0):
         yield Fault(
-            f"{given}: the head width must be even, since RoPE rotates pairs of features",
+            f"{describe_head_width(shape)}: the head width must be even, since RoPE rotates pairs "
+            "of features",
             (*FLAVOR_KEYS, "model.head_width"),
         )
     note = ""
@@ -43,6 +41,14 @@ def _check_heads(config: Config, shape: ModelShape) -> Faults:
         note = " (the flavor's: it does not follow n_heads; set it too)"
     heads = {"model.n_heads": shape.n_heads}
     yield from must_divide("model.n_kv_heads", shape.n_kv_heads, heads, note)
+
+
+def describe_head_width(shape: ModelShape) -> str:
+    """Return the head width as the config gives it."""
+    if shape.head_width:
+        return f"model.head_width = {shape.head_width}"
+    division = f"{shape.dim} / {shape.n_heads}"
+    return f"model.dim / model.n_heads = {division} = {shape.width_per_head}"
 
 
 def _check_rope(shape: ModelShape) -> Faults:

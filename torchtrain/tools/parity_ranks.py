@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import train
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.loader import Microbatch
+from torchtrain.kernel_checks import check_kernels, find_device_facts
 from torchtrain.metrics import Stopwatch
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.orphans import end_with_launcher
@@ -62,6 +63,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train as `train.train` does, and collect what this rank has of what is compared."""
     started = time.perf_counter()
     config = JobConfig().parse_args(case["options"])
+    check_kernels(config, find_device_facts(device))
     trainer = set_up(config, device)
     initial, _ = gather(trainer.model_state)
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": initial}
