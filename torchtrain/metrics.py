@@ -28,18 +28,27 @@ from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable, write_d
 GIB = 2**30
 TEXT_MARGIN = "  | "
 
+# NVIDIA's pages give twice that for the tensor cores, "with sparsity".
 PEAK_BF16_FLOPS = (
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("MI300X", 1307e12),
+    ("H100 NVL", 835e12),  # 1,671 TFLOPS: nvidia.com/en-us/data-center/h100
+    ("H100 PCIe", 756e12),  # 1,513, its data sheet of 2022
+    ("H100", 989e12),  # SXM: 1,979
+    ("H200 NVL", 835e12),  # 1,671: nvidia.com/en-us/data-center/h200
+    ("H200", 989e12),  # SXM: 1,979; and GH200: nvidia.com/en-us/data-center/grace-hopper-superchip
+    ("GB300", 2500e12),  # 360 PFLOPS of 72: nvidia.com/en-us/data-center/gb300-nvl72
+    ("B300", 2250e12),  # 36 PFLOPS of 8: nvidia.com/en-us/data-center/hgx
+    ("GB200", 2500e12),  # 5 PFLOPS: nvidia.com/en-us/data-center/gb200-nvl72
+    ("B200", 2250e12),  # 36 PFLOPS of 8: nvidia.com/en-us/data-center/hgx
+    ("A100", 312e12),  # 624: nvidia.com/en-us/data-center/a100
+    ("L40S", 362e12),  # 733: nvidia.com/en-us/data-center/l40s
+    ("MI300X", 1307e12),  # 1,307.4: amd.com/en/products/accelerators/instinct/mi300/mi300x.html
+    ("MI325X", 1307e12),  # 1,307.4: amd.com/en/products/accelerators/instinct/mi300/mi325x.html
 )
 """Dense bf16 peaks in FLOP/s, from the makers' data sheets, by part of the device's name. The first
 that matches counts."""
+
+MIG = "MIG "
+"""In the name of a slice of an NVIDIA GPU, which has an unknown share of its peak."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ def find_peak_flops(
     if device.type == "cpu" or dtype != torch.bfloat16:
         return None
     device_name = torch.get_device_module(device).get_device_name(device)
+    if MIG in device_name:
+        return None
     return next((peak for known, peak in PEAK_BF16_FLOPS if known in device_name), None)
 
 
