@@ -2378,8 +2378,8 @@ MUTANTS = {
         ),
         (
             "another part of the name goes first",
-            '    ("H100", 989e12),\n    ("H200"',
-            '    ("H200"',
+            '    ("H100", 989e12),  # SXM: 1,979\n    ("H200 NVL"',
+            '    ("H200 NVL"',
         ),
         (
             "the first step counts for the throughput",

@@ -1,6 +1,7 @@
 """Which device a rank takes, and what is said of a GPU that cannot be used."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,15 @@ class Module:
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Update it."
 
 
+def test_pytorchs_own_words_are_not_printed_by_every_rank(monkeypatch, recwarn):
+    def find(*, check_available):
+        warnings.warn(f"CUDA initialization: {TOO_OLD}", stacklevel=2)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
+    assert devices.usable_accelerator() is None
+    assert not list(recwarn)
+
+
 @pytest.mark.parametrize(
     ("accelerator", "permitted", "cause"),
     [
@@ -131,7 +141,7 @@ def test_gpus_that_cannot_be_used_are_named_with_the_cause(
     monkeypatch.setattr(os, "access", lambda path, mode: permitted)
     assert describe_unused_gpus() == (
         f"training on the CPU, since PyTorch cannot use {dev}/nvidia0, {dev}/nvidia1: {cause}. "
-        "With CUDA_VISIBLE_DEVICES= it is meant"
+        "To train on the CPU on purpose, set CUDA_VISIBLE_DEVICES="
     )
 
 

@@ -1,6 +1,7 @@
 """Which device a rank trains on, and why a GPU that is there is not used."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ def usable_accelerator() -> str | None:
     Training can use one that has a communication backend of its own, such as NCCL. (Apple's GPUs
     have none, and no fp64.)
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why there is none: `describe_unused_gpus` says it, once
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return None
     backend = dist.Backend.default_device_backend_map.get(accelerator.type, "gloo")
@@ -49,7 +52,7 @@ def describe_unused_gpus() -> str | None:
         return None
     return (
         f"training on the CPU, since PyTorch cannot use {first_few(files)}: "
-        f"{_find_cause(files)}. With CUDA_VISIBLE_DEVICES= it is meant"
+        f"{_find_cause(files)}. To train on the CPU on purpose, set CUDA_VISIBLE_DEVICES="
     )
 
 
