@@ -987,6 +987,16 @@ MUTANTS = {
             "rotate(q, rotations), k",
         ),
         ("keys are not normalized", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
+        (
+            "on a GPU fp32 keeps all scores of grouped heads",
+            'return q.device.type == "cpu" or q.dtype != torch.float32',
+            "return True",
+        ),
+        (
+            "each query head has the keys of another",
+            "k.repeat_interleave(share, dim=1), v.repeat",
+            "k.repeat(1, share, 1, 1), v.repeat",
+        ),
     ],
     "torchtrain/models/rotary.py": [
         (

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchtrain.models.attention import CausalAttention
 from torchtrain.models.document_masking import attend_masked, build_document_mask
 from torchtrain.parallelisms import ring_attention
 from torchtrain.parallelisms.context_parallel import shard_sequence
@@ -120,6 +121,18 @@ def test_flash_and_cudnn_attention_are_right(device, record_property, kv_heads, 
         record_property(name, f"{error}, {ms:.2f} ms{' (the default)' if is_default else ''}")
         found += 1
     assert found > 0, "attention would keep all S x S scores"
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_plain_attention_in_fp32_keeps_no_scores(device, record_property, kv_heads):
+    *inputs, grad = draw(device, torch.float32, (2, 8, kv_heads, 160, 64))
+    expected = result_and_gradients(
+        lambda q, k, v: attend_exactly(q, k, v, causal(160, device)), *inputs, grad
+    )
+    fused = {"cpu": SDPBackend.FLASH_ATTENTION, "cuda": SDPBackend.EFFICIENT_ATTENTION}
+    with sdpa_kernel(fused[device.type]):  # and no other: without a kernel it would be an error
+        found = result_and_gradients(CausalAttention(), *inputs, grad)
+    record_property("worst", assert_close(found, expected, torch.float32))
 
 
 # ---- FlexAttention against the CPU's mask ----

@@ -3,6 +3,7 @@
 Letters: B batch, S sequence, D model width, H query heads, K key/value heads, C head width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +52,25 @@ class CausalAttention(nn.Module):
         """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
         if mask is not None:
             return attend_masked(q, k, v, mask)
+        if not kernel_shares_heads(q):
+            k, v = repeat_heads(q, k, v)
         # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.
         is_grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+
+
+def kernel_shares_heads(q: Tensor) -> bool:
+    """Check whether the kernel for such queries takes fewer key/value heads than query heads.
+
+    A GPU's for fp32, memory-efficient attention, does not (PyTorch 2.11 to 2.13): given them as
+    they are, PyTorch would write down all S x S scores.
+    """
+    return q.device.type == "cpu" or q.dtype != torch.float32
+
+
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat each head of k and v, [B, K, S, C] to [B, H, S, C], for kernels that can't share."""
+    share = q.shape[1] // k.shape[1]
+    if share == 1:
+        return k, v
+    return k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)

@@ -5,6 +5,8 @@ the attention, the norms and the shared experts are compiled: how many rows an e
 only when a router has decided.
 """
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -17,6 +19,10 @@ def apply_compile(model: Decoder, backend: str) -> None:
 
     FSDP's hooks run around it, outside the graph; parameter names are unchanged.
     """
+    # Each rank would print it. Of the rotations, which are complex, a compiled block only takes a
+    # view as real numbers.
+    complex_operators = "Torchinductor does not support code generation for complex operators"
+    warnings.filterwarnings("ignore", message=complex_operators)
     for block in model.layers.values():
         for module in find_compilable(block):
             module.forward = torch.compile(  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrain.config.schema import Parallelism
+from torchtrain.models.attention import repeat_heads
 
 aten = torch.ops.aten
 # These ops, unlike torch.distributed's functions, can be traced by torch.compile and have the same
@@ -269,14 +270,6 @@ def attend_backward(
             grad, q, k, v, result, lse.contiguous(), *lengths, 0.0, causal, *state
         )
     return grad_q, sum_heads(grad_k, kv_heads), sum_heads(grad_v, kv_heads)
-
-
-def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat each head of k and v, [B, K, L, C] to [B, H, L, C], for kernels that can't share."""
-    share = q.shape[1] // k.shape[1]
-    if share == 1:
-        return k, v
-    return k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
 
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:
