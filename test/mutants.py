@@ -2089,6 +2089,11 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/asynchronous.py": [
         (
+            "the thread that saves shares the group of the main thread",
+            'patient_group("checkpoint")',
+            "patient_group()",
+        ),
+        (
             "what is saved beside training is not a copy",
             "copy = self._stager.stage(dict(tensors), non_blocking=self._pinned)",
             "copy = dict(tensors)",
@@ -2633,15 +2638,37 @@ MUTANTS = {
             "    if False:",
         ),
     ],
+    "torchtrain/open_files.py": [
+        (
+            "the hard limit is taken whatever is needed",
+            "else min(wanted, hard)",
+            "else hard",
+        ),
+        (
+            "nobody hears that the hard limit may be too low",
+            "    if allowed == wanted:\n",
+            "    if allowed:\n",
+        ),
+    ],
     "torchtrain/ranks.py": [
         (
+            "each caller has a patient group of its own",
+            "        if group.group_desc == name:\n",
+            "        if group is None:\n",
+        ),
+        (
+            "every rank of a node says that it may open too few files",
+            '        if os.environ.get("LOCAL_RANK", "0") == "0":\n            raise\n',
+            "        if fault:\n            raise\n",
+        ),
+        (
             "the timeout reaches the group of all ranks alone",
-            "    for group in dist.distributed_c10d._world.pg_map:\n",
-            "    for group in [dist.group.WORLD]:\n",
+            "    for group in dist.distributed_c10d._world.pg_map:\n        if not",
+            "    for group in [dist.group.WORLD]:\n        if not",
         ),
         (
             "what waits for a disk gets the timeout of training",
-            "        if group.group_desc != PATIENT:\n",
+            "        if not group.group_desc.startswith(PATIENT):\n",
             "        if group:\n",
         ),
         (

@@ -20,6 +20,7 @@ FLOORS = {
     "torchtrain.early_interrupt": 0.03,
     "torchtrain.orphans": 0.03,
     "torchtrain.attempts": 0.025,
+    "torchtrain.open_files": 0.025,
     "torchtrain.devices": 0.025,
     "torchtrain.ranks": 0.03,
     "torchtrain.dtypes": 0.03,
@@ -74,7 +75,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11125
+LIMIT_CORE = 11171
 FOLDER_LIMITS = {
     "config": 1656,
     "datasets": 1980,

@@ -16,6 +16,7 @@ from torchtrain import attempts
 from torchtrain.devices import choose_device, describe_unused_gpus, usable_accelerator
 from torchtrain.errors import PeerFault, SharedUserError, UserError
 from torchtrain.logging_utils import logger
+from torchtrain.open_files import allow_open_files
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ FLIGHT_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """How many collectives NCCL's flight recorder keeps: the variable and its older name."""
 
 PATIENT = "patient"
-"""How PyTorch's registry describes a patient group."""
+"""What the name of a patient group begins with in PyTorch's registry of groups."""
 
 
 def join_process_group(timeout_seconds: int) -> torch.device:
@@ -33,8 +34,9 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     device's own backend.
 
     Raises:
-        UserError: this rank has no device.
-        PeerFault: another rank has none, or an earlier attempt of this launch has ended for good.
+        UserError: this rank has no device, or may not have as many open files as it needs.
+        PeerFault: another rank has no device; this node's first rank raises the same of open files;
+            or an earlier attempt of this launch has ended for good.
     """
     accelerator = usable_accelerator()
     backend = "gloo"
@@ -43,6 +45,7 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     timeout = timedelta(seconds=timeout_seconds)
     if not any(name in os.environ for name in FLIGHT_RECORDER_SIZE):
         os.environ[FLIGHT_RECORDER_SIZE[0]] = "2000"
+    _allow_connections()
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = attempts.meet(timeout)
     else:
@@ -54,6 +57,20 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     elif attempts.ATTEMPT not in os.environ and (unused := describe_unused_gpus()):
         logger.warning(unused)  # our launcher has said it
     return device
+
+
+def _allow_connections() -> None:
+    """Let this rank have open files enough for its connections to the others."""
+    try:
+        warning = allow_open_files(int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError as fault:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        peer_fault = PeerFault(str(fault))
+        peer_fault.is_user_error = True
+        raise peer_fault from None
+    if warning and attempts.ATTEMPT not in os.environ:
+        logger.warning(warning)  # our launcher has said it
 
 
 def name_process() -> None:
@@ -73,17 +90,22 @@ def set_timeout(seconds: int) -> None:
     """
     dist.barrier()
     for group in dist.distributed_c10d._world.pg_map:
-        if group.group_desc != PATIENT:
+        if not group.group_desc.startswith(PATIENT):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def patient_group() -> dist.ProcessGroup:
-    """Create a group for messages that may wait long for a slow disk or for one rank's work.
+def patient_group(thread: str = "main") -> dist.ProcessGroup:
+    """Return the group of a thread for messages that may wait long, as for a slow disk.
 
-    Every rank must call it. The messages are off the accelerator; the timeout is hours where that
-    of training is minutes.
+    The messages are off the accelerator; the timeout is hours where that of training is minutes.
+    A group of many ranks is dear (open_files.py), so each thread has one: the first call makes it,
+    on every rank. Two threads must not share one: in another order their messages would mix.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=6), group_desc=PATIENT)
+    name = f"{PATIENT}: {thread}"
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc == name:
+            return group
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=6), group_desc=name)
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

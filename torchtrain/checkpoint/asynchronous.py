@@ -39,7 +39,7 @@ class BackgroundWriter:
                 'checkpoint.async_mode = "async_with_pinned_mem": PyTorch finds no accelerator '
                 'here, and memory is pinned for one; set "async"'
             )
-        self.group = patient_group()
+        self.group = patient_group("checkpoint")
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._has_copied = False

@@ -45,7 +45,7 @@ class Saver:
     def __init__(self, config: Checkpoint, run_folder: Path) -> None:
         self.config = config
         self.folder = run_folder / config.folder
-        # A group of its own: DCP's messages never mix with training's, stay off the accelerator,
+        # Not training's group: DCP's messages never mix with training's, stay off the accelerator,
         # and may wait for a slow disk for hours where training's own timeout is short.
         self.group = patient_group()
         self.background: BackgroundWriter | None = None

@@ -35,6 +35,7 @@ from torchtrain.config.options import print_help, wants_help
 from torchtrain.config_manager import JobConfig, parse_or_exit
 from torchtrain.errors import ConfigError, PeerFault, UserError
 from torchtrain.installation import PROGRAM
+from torchtrain.open_files import allow_open_files
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
 from torchtrain.tools.nodes import Nodes, read_nodes
@@ -184,7 +185,8 @@ def check_config(
 
     Raises:
         UserError: restarts are wanted, but there will be no checkpoints to go on from; or nodes may
-            come and go, which takes restarts and one global batch size.
+            come and go, which takes restarts and one global batch size; or too few files may be
+            open for so many ranks.
     """
     try:
         config = parse_or_exit(trainer_args, world_size)
@@ -200,6 +202,9 @@ def check_config(
                 f"MAX_RESTARTS = {restarts} needs checkpoint.enable: without checkpoints every "
                 "restart would begin at step 1 again"
             )
+        # The ranks inherit it; and all of them connect to the launcher of node 0.
+        if warning := allow_open_files(world_size):
+            print(f"warning: {warning}", file=sys.stderr)
         return config
     except (SystemExit, UserError):
         if nodes.meet_here:
