@@ -1299,8 +1299,8 @@ MUTANTS = {
         ("whole tensors are counted once per rank", "if not placement.is_replicate():", "if True:"),
         (
             "the norm is summed without squares",
-            "rows.double().square().sum()",
-            "rows.double().sum()",
+            "torch.cat(norms_of_rows).double().square().sum()",
+            "torch.cat(norms_of_rows).double().sum()",
         ),
         (
             "the norm that is returned is the clipped one",

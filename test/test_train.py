@@ -1,19 +1,17 @@
 """The edges of the loop: what ends a run early, with which status and message; and memory."""
 
 import signal
-import traceback
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.launching import ROOT, options
+from helpers.forking import on_ranks
+from helpers.launching import options
+from helpers.waits import wait_once_a_step, waits_of_steps
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from torchtrain import ranks
@@ -119,62 +117,29 @@ def test_a_batch_without_a_valid_label_ends_the_run_before_the_update(
         assert (local(weight.grad) == 0).all(), name
 
 
-class Waits(TorchFunctionMode):
-    """Notes where the host would wait for an accelerator, if this CPU were one.
-
-    A tensor counts as on the host only if it was made of numbers without naming a device, was
-    brought there by `cpu`, or was computed from such tensors alone.
-    """
-
-    READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-        self.on_host = {}  # by id; keeps them alive, so that no other tensor gets the id
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        on_host = bool(given) and all(id(each) in self.on_host for each in given)
-        moves = name == "to" and any(isinstance(each, torch.device) for each in args)
-        uploads = moves and on_host and not kwargs.get("non_blocking")
-        if uploads or (name in self.READS and not on_host):
-            self.found.append(innermost_of_ours())
-        result = function(*args, **kwargs)
-        made = name in ("tensor", "as_tensor") and not given and kwargs.get("device") is None
-        for each in tree_leaves(result):
-            if isinstance(each, torch.Tensor):
-                self.on_host.pop(id(each), None)
-                if name == "cpu" or made or (on_host and not moves):
-                    self.on_host[id(each)] = each
-        return result
-
-
-def innermost_of_ours():
-    """Return file and function, of the package or train.py, of the innermost call of theirs."""
-    frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
-    ours = [ROOT / "train.py", *(ROOT / "torchtrain").rglob("*.py")]
-    file, name = [frame for frame in frames if frame[0] in ours][-1]
-    return f"{file.stem}.{name}"
-
-
 @pytest.mark.usefixtures("trainer")  # for its process group
-def test_a_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
-    """When it reads what the ranks have measured, before the update."""
-    waits = Waits()
-    loop = train.train
-
-    def watched(*arguments):
-        with waits:
-            loop(*arguments)
-
-    monkeypatch.setattr(train, "train", watched)
+@pytest.mark.parametrize("log_freq", [1, 10])
+def test_a_step_waits_for_the_device_once(data, tmp_path, log_freq):
+    """When it reads what the ranks have measured, before the update: a step without a line too."""
     given = {**data, "training.steps": 3, "job.dump_folder": tmp_path}
-    given |= {"training.local_batch_size": 4}
-    train.run(JobConfig().parse_args(options(given), world_size=1), torch.device("cpu"))
-    assert waits.found == ["step_metrics._gather"] * 3
+    given |= {"training.local_batch_size": 4, "metrics.log_freq": log_freq}
+    config = JobConfig().parse_args(options(given), world_size=1)
+    waits = waits_of_steps(config, torch.device("cpu"))
+    assert waits == [["step_metrics._gather"]] * 2
+
+
+@pytest.mark.slow
+def test_a_step_waits_once_on_every_layout(data, tmp_path):
+    runs = {}
+    for name, given in {
+        "masks": {"training.document_masking": True},
+        "tp": {"parallelism.tensor_parallel_degree": 2},
+        "cp": {"parallelism.context_parallel_degree": 2},
+        "pp": {"parallelism.pipeline_parallel_degree": 2},
+    }.items():
+        folder = {"training.steps": 3, "job.dump_folder": tmp_path / name}
+        runs[name] = options({**data, **given, **folder})
+    on_ranks(2, wait_once_a_step, runs, 1)
 
 
 class Divisions(TorchDispatchMode):

@@ -9,6 +9,7 @@ from helpers.forking import in_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.optimizers import OPTIMIZERS
@@ -185,6 +186,29 @@ def test_the_norm_keeps_its_precision_over_millions_of_elements(dtype):
     gradient = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = gradient.double().square().sum().sqrt()
     assert compute_norm([gradient]).item() == pytest.approx(exact.item(), rel=2e-7)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that a device would have a kernel for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_clipping_takes_one_kernel_for_each_gradient_and_a_few_more():
+    counts = []
+    for number in (1, 56):
+        parameters = with_gradients(*[torch.ones(4, 3)] * number)
+        with Kernels() as seen:
+            clip_grad_norm_(parameters, 1.0)
+        counts.append(seen.count)
+    assert counts[1] - counts[0] == 55
+    assert counts[0] <= 20
 
 
 # Whole gradients, and how each lies on a 2 x 2 mesh: uneven rows, rows and columns, copies, an
