@@ -38,7 +38,9 @@ def end_on_interrupt(before: str) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)  # as the interpreter wants it
     signal.signal(signal.SIGINT, _leave_to_thread)
-    signal.set_wakeup_fd(writer)
+    former = signal.set_wakeup_fd(writer)
+    if former != -1:  # of an earlier call, whose thread this ends
+        os.close(former)
     threading.Thread(target=_watch, args=(reader, before), daemon=True).start()
 
 

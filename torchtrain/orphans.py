@@ -20,7 +20,8 @@ def end_with_launcher() -> None:
     A launcher that was ended by SIGKILL would leave it training on. The kernel goes by the thread
     that started the rank: torchrun's main thread, which lives as long as the process.
     """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or LAUNCHER_PID in os.environ
+    if sys.platform != "linux" or not is_launched:
         return
     _ask_to_end_with_parent()
     if _is_orphan():  # asked last: a launcher that dies later is the kernel's business

@@ -123,6 +123,38 @@ def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
     assert_same_run(folder, untouched[1], tmp_path)
 
 
+LAUNCH_WITH_STANDBYS = """
+import sys
+from torchtrain.tools import launch, restarts
+restarts.STANDBY_AFTER_S = 0.0
+sys.exit(launch.main(sys.argv[1:]))
+"""
+TELL_COMMAND = """
+from pathlib import Path
+with open(FILE, "a") as file:
+    file.write(Path("/proc/self/cmdline").read_text().replace(chr(0), " ") + chr(10))
+"""
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_further_attempt_are_there_before_it(tmp_path, data, untouched):
+    folder, commands = tmp_path / "run", tmp_path / "commands"
+    once = killed_once(tmp_path, ranks=1)
+    with open(tmp_path / "fault.py", "a") as file:
+        file.write(TELL_COMMAND.replace("FILE", repr(str(commands))))
+    ran = subprocess.run(
+        [sys.executable, "-c", LAUNCH_WITH_STANDBYS, *options(saving(data, folder, **once))],
+        env=environment(1, NGPU="1", MAX_RESTARTS="1"),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    of_ranks = [line for line in commands.read_text().splitlines() if "train.py" in line]
+    assert [" -m torchtrain.tools.standby " in line for line in of_ranks] == [True, True]
+    assert_same_run(folder, untouched[1], tmp_path)
+
+
 @pytest.mark.slow
 def test_a_stop_after_a_restart_has_the_status_of_a_stop(tmp_path, data):
     """Not that of the rank which had died before."""

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import MutableMapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -39,6 +39,7 @@ from torchtrain.open_files import allow_open_files
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
 from torchtrain.tools.nodes import Nodes, read_nodes
+from torchtrain.tools.standby import Standbys
 from torchtrain.utils import count_cores
 
 RENDEZVOUS_VARIABLES = (
@@ -253,13 +254,29 @@ def launch(
     processes: int,
     restarts: int,
 ) -> int:
-    """Meet the other nodes, start `processes` ranks on this one, wait. Returns the exit status.
+    """Start `processes` ranks on this node, wait. Returns the exit status.
 
     Raises:
         UserError: node 0 cannot be where it should be.
         PeerFault: another node does not come.
     """
     os.environ[STARTED] = str(time.time())
+    program = [str(PROGRAM / "train.py"), *trainer_args]
+    with closing(Standbys([sys.executable, "-u", *program], processes)) as standbys:
+        if "PYTHON_EXEC" not in os.environ:  # torchrun's, for ranks that are started otherwise
+            standbys.start(first_rank=nodes.rank * processes)
+        return meet(config, nodes, usable, restarts, program, standbys)
+
+
+def meet(
+    config: JobConfig,
+    nodes: Nodes,
+    usable: list[int],
+    restarts: int,
+    program: list[str],
+    standbys: Standbys,
+) -> int:
+    """Meet the other nodes, give each its ranks, wait. Returns the exit status."""
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     import_torch()
     from torchtrain.tools import elastic
@@ -267,31 +284,31 @@ def launch(
 
     end_imports()
     options = [
-        f"--nproc-per-node={processes}",
+        f"--nproc-per-node={standbys.count}",
         f"--max-restarts={restarts}",
         f"--signals-to-handle={','.join(SIGNALS)}",
     ]
-    program = [str(PROGRAM / "train.py"), *trainer_args]
     timeout_s = config.comm.init_timeout_seconds
     if nodes.is_elastic:
         options += [f"--rdzv-backend={elastic.BACKEND}", f"--rdzv-endpoint={nodes.endpoint}"]
-        digest = elastic.digest_config(config, processes)
+        digest = elastic.digest_config(config, standbys.count)
         meeting = elastic.ElasticMeeting(nodes, usable, restarts, timeout_s, digest)
         with elastic.registered(meeting) as leave:
-            status = start_ranks([*options, *program])
+            status = start_ranks([*options, *program], standbys)
             leave(status)
             return status
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
     with all_nodes(nodes, timeout_s):
-        return start_ranks([*options, *program])
+        return start_ranks([*options, *program], standbys)
 
 
-def start_ranks(command: list[str]) -> int:
+def start_ranks(command: list[str], standbys: Standbys) -> int:
     """Start this node's ranks as torchrun does, wait for them, and return the exit status.
 
     Args:
         command: torchrun's options, the program and its own.
+        standbys: who become the ranks.
 
     Raises:
         PeerFault: the nodes did not meet.
@@ -306,7 +323,7 @@ def start_ranks(command: list[str]) -> int:
     from torchtrain.tools.restarts import Outcome, say, use_agent
 
     outcome = Outcome()
-    use_agent(outcome)
+    use_agent(outcome, standbys)
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError:

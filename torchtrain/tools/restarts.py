@@ -22,13 +22,16 @@ from typing import Any
 from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api as processes_api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher import api
 
 from torchtrain.attempts import ATTEMPT, ENDED, HANG, RESTART, STEP, of_attempt
 from torchtrain.errors import TRY_AGAIN, PeerFault
 from torchtrain.tools.elastic import ElasticMeeting
+from torchtrain.tools.standby import Standbys
 
 EXIT_BARRIER_S = 10.0
 """How long a node whose ranks are done waits for the others' to be, where nodes may come and go."""
@@ -39,6 +42,8 @@ GRACE_S = 5.0
 """How long the other ranks have to say what they died of, before all are started again."""
 STOPPING_S = 30.0
 """How long the other ranks have to end after the first, where all were asked to stop."""
+STANDBY_AFTER_S = 20.0
+"""How long an attempt has run before the ranks of the next one make their imports beside it."""
 POLL_S = 0.1
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -133,12 +138,28 @@ class Outcome:
         return self.hang or f"{self.failure} {where}"
 
 
+class Handler(SubprocessHandler):
+    """A rank's process: one that waits for that, or a new one."""
+
+    def __init__(self, *args: Any, standbys: Standbys, **options: Any) -> None:
+        self._standbys = standbys
+        super().__init__(*args, **options)
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        is_redirected = self._stdout is not None or self._stderr is not None
+        taken = None if is_redirected else self._standbys.take(list(args), env)
+        return taken or super()._popen(args, env)
+
+
 class Agent(LocalElasticAgent):
     """torchrun's agent; `outcome` is told how each attempt failed."""
 
-    def __init__(self, *args: Any, outcome: Outcome, **options: Any) -> None:
+    def __init__(self, *args: Any, outcome: Outcome, standbys: Standbys, **options: Any) -> None:
         super().__init__(*args, **options)
         self._outcome = outcome
+        self._standbys = standbys
+        self._standbys_due = math.inf
+        """When the ranks of the next attempt are to make their imports."""
         handler = self._worker_group.spec.rdzv_handler
         self._meeting = handler if isinstance(handler, ElasticMeeting) else None
         if self._meeting is not None:  # the others may be waiting for a node that came at the end
@@ -147,6 +168,8 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Do as torchrun does, but note first who has failed before torchrun ends the others."""
+        if self._remaining_restarts > 0 and time.monotonic() > self._standbys_due:
+            self._standbys.start()
         processes = self._processes(worker_group)
         failed_first = {rank for rank, process in processes.items() if process.poll()}
         word = self._ask_store(worker_group) if failed_first else Word()
@@ -217,6 +240,7 @@ class Agent(LocalElasticAgent):
         else:
             self._meet_who_comes(worker_group, self._meeting)
         os.environ[ATTEMPT] = self._agree_on_name(worker_group)
+        self._standbys_due = time.monotonic() + STANDBY_AFTER_S
 
     def _meet_who_comes(self, worker_group: WorkerGroup, meeting: ElasticMeeting) -> None:
         """Meet the nodes that are there, and say why there is a further attempt."""
@@ -341,12 +365,14 @@ def wait_for_ranks(
         time.sleep(POLL_S)
 
 
-def use_agent(outcome: Outcome) -> None:
-    """Have torchrun start the ranks by an `Agent`.
+def use_agent(outcome: Outcome, standbys: Standbys) -> None:
+    """Have torchrun start the ranks by an `Agent`, as processes that a `Handler` gives it.
 
-    Its run() takes none; it makes the one that has this name.
+    Its run() takes neither; it makes those that have these names.
     """
-    api.LocalElasticAgent = partial(Agent, outcome=outcome)  # type: ignore[assignment, misc]
+    agent = partial(Agent, outcome=outcome, standbys=standbys)
+    api.LocalElasticAgent = agent  # type: ignore[assignment, misc]
+    processes_api.get_subprocess_handler = partial(Handler, standbys=standbys)
 
 
 def find_first(failures: dict[int, ProcessFailure], failed_first: set[int]) -> Failure:

@@ -1,0 +1,147 @@
+"""Ranks that import what they need before they are told which ranks they are.
+
+The imports take seconds, most of a small run's start. At first they are made beside the launcher's
+own; and while ranks train that may be started again, their successors have made theirs.
+
+    python -m torchtrain.tools.standby READ_END train.py [trainer options]
+
+is one of them, which the launcher starts. It waits for the rank's environment at the end of a pipe
+that it has inherited, and then is that rank. Without one it leaves.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+
+from torchtrain.early_interrupt import end_on_interrupt
+from torchtrain.imports import begin_imports
+from torchtrain.orphans import end_with_launcher
+
+IMPORTS = (
+    "pydantic",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.attention.flex_attention",
+)
+"""What takes long of what a rank imports, and nothing of torchtrain's: what
+`experimental.custom_import` names comes before that."""
+
+
+@dataclass
+class Standby:
+    """A process that waits."""
+
+    process: subprocess.Popen[bytes]
+    write_end: int
+    """Of the pipe that its environment goes through."""
+
+
+class Standbys:
+    """The processes that wait on this node, at most one for each of its ranks.
+
+    Args:
+        command: of a rank: Python, its options, train.py and the trainer's options.
+        count: number of ranks on this node.
+    """
+
+    def __init__(self, command: list[str], count: int) -> None:
+        self.command = command
+        self.count = count
+        self.waiting: dict[int, Standby] = {}
+        """By local rank."""
+
+    def start(self, first_rank: int | None = None) -> None:
+        """Start those that are not there; none where the host refuses.
+
+        Args:
+            first_rank: this node's, where the ranks start for the first time: a rank may be
+                interrupted before its imports are done, and rank 0 alone then says so.
+        """
+        script = next(place for place, word in enumerate(self.command) if word.endswith(".py"))
+        python, rank_command = self.command[:script], self.command[script:]
+        for local_rank in range(self.count):
+            if local_rank in self.waiting:
+                continue
+            environment = dict(os.environ)
+            if first_rank is not None:
+                environment["RANK"] = str(first_rank + local_rank)
+            read_end, write_end = os.pipe()
+            module = ["-m", "torchtrain.tools.standby", str(read_end)]
+            try:
+                process = subprocess.Popen(
+                    [*python, *module, *rank_command],
+                    env=environment,
+                    pass_fds=[read_end],
+                    start_new_session=True,
+                )
+            except OSError:
+                os.close(write_end)
+                return
+            finally:
+                os.close(read_end)
+            self.waiting[local_rank] = Standby(process, write_end)
+
+    def take(
+        self, command: list[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes] | None:
+        """Return a process that becomes this rank, or None if none is there."""
+        standby = self.waiting.pop(int(environment["LOCAL_RANK"]), None)
+        if standby is None:
+            return None
+        is_sent = False
+        if command == self.command and standby.process.poll() is None:
+            with suppress(BrokenPipeError), os.fdopen(standby.write_end, "w") as pipe:
+                json.dump(dict(environment), pipe)
+                pipe.flush()
+                is_sent = True
+        if is_sent:
+            return standby.process
+        end(standby)
+        return None
+
+    def close(self) -> None:
+        """End those that are left."""
+        while self.waiting:
+            end(self.waiting.popitem()[1])
+
+
+def end(standby: Standby) -> None:
+    """End a process that has nothing to lose."""
+    with suppress(OSError):  # it may be closed
+        os.close(standby.write_end)
+    standby.process.kill()
+    standby.process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    """Import, wait, and be the rank; returns only where there is none to be."""
+    end_with_launcher()
+    end_on_interrupt(before="the first step")
+    begin_imports()
+    read_end, *rank_command = arguments
+    with suppress(ImportError):  # train.py says what is missing
+        for name in IMPORTS:
+            import_module(name)
+    with os.fdopen(int(read_end)) as pipe:
+        environment = pipe.read()
+    if not environment:
+        return 0
+    os.environ.clear()
+    os.environ.update(json.loads(environment))
+    sys.argv = rank_command
+    runpy.run_path(rank_command[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
