@@ -55,6 +55,7 @@ from torchtrain.metrics import (
 )
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
+from torchtrain.parallelisms.initial_weights import require_same_draws
 from torchtrain.profiling import GarbageCollection, Profiler
 from torchtrain.ranks import (
     join_process_group,
@@ -299,6 +300,7 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     check_export(config)
     if source is not None:
         check_model(source, config)
+    require_same_draws(device, loads=source is not None)
     trainer = set_up(config, device, find_saved_progress(source))
     if source is not None:
         resume(trainer, checkpointer, source)

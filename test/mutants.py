@@ -1322,6 +1322,16 @@ MUTANTS = {
         ("norm weights start at 0.9", "whole.fill_(1.0)", "whole.fill_(0.9)"),
         ("values are not cut off", "CUTOFF = 3.0", "CUTOFF = 30.0"),
         (
+            "devices that draw other weights train on",
+            "    if len({digest for _, digest in kinds}) == 1:\n",
+            "    if True:\n",
+        ),
+        (
+            "a run does not go on from its checkpoint on other devices",
+            "    if not loads:\n",
+            "    if True:\n",
+        ),
+        (
             "weights are drawn in the parameter's precision",
             "torch.empty(parameter.shape, dtype=torch.float32, device=device)",
             "torch.empty(parameter.shape, dtype=parameter.dtype, device=device)",
@@ -2673,8 +2683,8 @@ MUTANTS = {
         ),
         (
             "only the first key that differs is named",
-            "        if len(ranks_by_value) > 1:\n",
-            "        if len(ranks_by_value) > 1 and len(lines) < 2:\n",
+            "        if len(set(given)) > 1:\n",
+            "        if len(set(given)) > 1 and len(lines) < 2:\n",
         ),
         (
             "a key that may differ is compared",

@@ -38,7 +38,8 @@ class DeviceFacts:
 def find_device_facts(device: torch.device) -> DeviceFacts:
     """Return the facts of a rank's device."""
     if device.type == "cpu":
-        return DeviceFacts(type="cpu", name="CPU", has_bf16=True)  # see emulated_bf16.py
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        return DeviceFacts(type="cpu", name=name, has_bf16=True)  # see emulated_bf16.py
     module = torch.get_device_module(device)
     return DeviceFacts(
         type=device.type,

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -213,13 +213,18 @@ def require_equal_config(
     by_rank = gathered(compared)
     lines = ["the ranks were given different configs; all nodes of a run need the same"]
     for key in sorted(set().union(*by_rank)):
-        ranks_by_value: dict[str, list[int]] = defaultdict(list)
-        for rank, theirs in enumerate(by_rank):
-            ranks_by_value[theirs.get(key, "not there")].append(rank)
-        if len(ranks_by_value) > 1:
-            parts = [f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
-            lines.append(f"  {key} = {', '.join(parts)}")
+        given = [theirs.get(key, "not there") for theirs in by_rank]
+        if len(set(given)) > 1:
+            lines.append(f"  {key} = {name_values(given)}")
     raise SharedUserError("\n".join(lines))
+
+
+def name_values(values: Iterable[str]) -> str:
+    """Return "a on rank 0, b on ranks 1 to 7" of values in rank order."""
+    ranks_by_value: dict[str, list[int]] = defaultdict(list)
+    for rank, value in enumerate(values):
+        ranks_by_value[value].append(rank)
+    return ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in ranks_by_value.items())
 
 
 def name_ranks(ranks: list[int]) -> str:
