@@ -7,12 +7,11 @@ import time
 from functools import partial
 
 import pytest
-import torch
 import torch.distributed as dist
 from helpers import forking
 from helpers.forking import Ranks, run_trainer
 from helpers.launching import metrics, options, wait_for_step
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from helpers.sameness import assert_same_state, curve
 
 import train
 from torchtrain import ranks, stopping
@@ -171,7 +170,6 @@ def waiting(gate):
             time.sleep(0.05)
         yield f"document {number} says {number * number} " * 5
 """
-CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 
 
 def saving(folder, given, **overrides):
@@ -186,26 +184,13 @@ def saving(folder, given, **overrides):
     }
 
 
-def curve(folder):
-    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
-
-
 def saved_steps(folder):
     return sorted(path.name for path in (folder / "checkpoint").glob("step-*"))
 
 
-def tensors(folder, scratch):
-    """Every tensor of the last checkpoint, whole; but for random states, which no step draws on."""
-    dcp_to_torch_save(folder / "checkpoint" / f"step-{STEPS}", scratch)
-    loaded = torch.load(scratch, weights_only=True)
-    return {name: tensor for name, tensor in loaded.items() if not name.startswith("rng/")}
-
-
 def assert_same_run(folder, whole, tmp_path):
     assert curve(folder) == curve(whole)
-    mine, theirs = tensors(folder, tmp_path / "a.pt"), tensors(whole, tmp_path / "b.pt")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_same_state(folder, whole, STEPS, tmp_path)
 
 
 def streaming(tmp_path, waits_at):

@@ -15,31 +15,11 @@ import torch
 from helpers import forking, launching
 from helpers.forking import train
 from helpers.launching import metrics, wait_for_step
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from helpers.sameness import assert_same_state, curve, saved_tensors
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
-
-
-def curve(folder):
-    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
-
-
-def tensors(folder, step, scratch):
-    """Every tensor of a checkpoint, whole; the random states aside, which are a rank's own."""
-    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", scratch)
-    loaded = torch.load(scratch, weights_only=True)
-    return {name: tensor for name, tensor in loaded.items() if not name.startswith("rng/")}
-
-
-def assert_same_state(a, b, step, tmp_path):
-    mine, theirs = tensors(a, step, tmp_path / "a.pt"), tensors(b, step, tmp_path / "b.pt")
-    assert mine.keys() == theirs.keys()
-    assert any(name.endswith("exp_avg_sq") for name in mine)
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
 
 
 def saving(data, folder, **overrides):
@@ -231,10 +211,7 @@ def test_weights_alone_start_a_new_run_and_a_global_batch_of_minus_one_is_taken_
     )
     assert str(source) in output
     assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
-    mine, theirs = (
-        tensors(folder, STEPS, tmp_path / "a.pt"),
-        tensors(whole[2], STEPS, tmp_path / "b.pt"),
-    )
+    mine, theirs = (saved_tensors(run, STEPS, tmp_path / "whole.pt") for run in (folder, whole[2]))
     weights = [name for name in theirs if name.startswith("model/")]
     assert all(torch.equal(mine[name], theirs[name]) for name in weights)
     assert not all(torch.equal(mine[name], theirs[name]) for name in theirs), (

@@ -5,6 +5,7 @@ tries out everything but the device. Its figures go to `record_property`.
 """
 
 import os
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,6 @@ DEVICE = os.environ.get("TORCHTRAIN_TEST_DEVICE", "")
 """What test/gpu.sh was given: cuda, or cpu for the dry run."""
 CPU_RANKS = 2
 FOLDER = Path(__file__).parent
-IN_WORDS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 
 
 @cache
@@ -68,6 +68,12 @@ def devices():
     return count_devices()
 
 
+@pytest.fixture(scope="session")
+def ranks(devices):
+    """How many ranks a run has: a power of two, so that a batch of 16 can be shared."""
+    return max(count for count in (1, 2, 4, 8) if count <= devices)
+
+
 @pytest.fixture(autouse=True)
 def memory_for_others():
     """Give back what a check has held of the device: the next one's runs are other processes."""
@@ -84,6 +90,7 @@ class Summary:
     def __init__(self, terminal):
         self.terminal = terminal
         self.lines = []
+        self.skipped = Counter()
 
     def pytest_report_teststatus(self, report):
         """Count each check once, and keep pytest from printing a dot."""
@@ -95,16 +102,17 @@ class Summary:
         if report.when != "call" and report.outcome == "passed":
             return
         name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        facts = [f"{key} {value}" for key, value in report.user_properties]
         if report.skipped:
-            facts = [report.longrepr[2].removeprefix("Skipped: ")]
-        elif report.failed:
-            facts.append(report.longreprtext.strip().split("\n")[-1])
-        said = "; ".join(facts)
-        self.lines.append(
-            f"{IN_WORDS[report.outcome]:<8}{name}{': ' if said else ''}{said} "
-            f"({report.duration:.0f} s)"
-        )
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            self.skipped[name.partition("[")[0], reason] += 1
+            return
+        facts = [f"{key} {value}" for key, value in report.user_properties]
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = crash.message if crash is not None else report.longreprtext.strip()
+            facts.append(said.split("\n")[0][:200])
+        verdict = "FAILED" if report.failed else "ok"
+        self.lines.append(f"{verdict:<8}{name} ({report.duration:.0f} s){name_facts(facts)}")
         self.terminal.write_line(self.lines[-1])
 
     def pytest_terminal_summary(self):
@@ -114,8 +122,17 @@ class Summary:
         from helpers.machine import describe_machine
 
         self.terminal.section("smoke run, to be pasted into an issue")
-        for line in [*describe_machine(DEVICE), "", *self.lines]:
+        skipped = [
+            f"skipped {name}{name_facts([reason])}{f' ({count} of them)' if count > 1 else ''}"
+            for (name, reason), count in self.skipped.items()
+        ]
+        for line in [*describe_machine(DEVICE), "", *self.lines, *skipped]:
             self.terminal.write_line(line)
+
+
+def name_facts(facts):
+    """Return what follows the name of a check."""
+    return f": {'; '.join(facts)}" if facts else ""
 
 
 def pytest_sessionstart(session):

@@ -184,3 +184,15 @@ def wait_for_step(alive, folder: Path, step: int, timeout: int = 120) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached")
+
+
+def run_with_a_stopped_rank(ranks: int, overrides: dict) -> tuple[int, str]:
+    """Return exit status and output of a run whose last rank is stopped after its second step.
+
+    From then on `comm.train_timeout_seconds` holds.
+    """
+    with running(ranks, {**overrides, "training.steps": 100000}) as process:
+        wait_for_step(lambda: process.poll() is None, Path(overrides["job.dump_folder"]), 2)
+        os.kill(ranks_of(process)[ranks - 1], signal.SIGSTOP)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output

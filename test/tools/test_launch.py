@@ -23,9 +23,11 @@ from helpers.launching import (
     metrics,
     options,
     ranks_of,
+    run_with_a_stopped_rank,
     running,
     wait_for_step,
 )
+from helpers.sameness import curve
 
 from torchtrain.attempts import ENDED
 from torchtrain.tools import launch
@@ -52,40 +54,13 @@ def launch_script(script, arguments, cwd, ranks=1, **extra):
     return process.returncode, output
 
 
-def run_with_a_stopped_rank(folder, data):
-    """Exit status and output of a run of which one rank is stopped."""
-    overrides = {
-        **data,
-        "job.dump_folder": folder,
-        "training.steps": 100000,
-        "comm.train_timeout_seconds": 5,
-    }
-    with running(2, overrides) as process:
-        log = folder / "metrics.jsonl"
-        while (
-            not log.exists() or len(log.read_text().splitlines()) < 2
-        ):  # the timeout holds from the second step on
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
-        os.kill(ranks_of(process)[1], signal.SIGSTOP)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    return process.returncode, output
-
-
 @pytest.fixture(scope="module", autouse=True)
 def stopped(tmp_path_factory, data):
-    """That run, beside all the others."""
+    """Exit status and output of a run of which one rank is stopped; it runs beside all others."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    overrides = {**data, "job.dump_folder": folder, "comm.train_timeout_seconds": 5}
     with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(
-            run_with_a_stopped_rank, tmp_path_factory.mktemp("stopped") / "run", data
-        )
-
-
-CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
-
-
-def curve(folder):
-    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
+        yield thread.submit(run_with_a_stopped_rank, 2, overrides)
 
 
 @pytest.fixture(scope="module")

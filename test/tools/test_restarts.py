@@ -20,19 +20,17 @@ from helpers.launching import (
     TIMEOUT_S,
     environment,
     launched,
-    metrics,
     options,
     running,
     wait_for_step,
 )
 from helpers.runs import STEPS, saving
+from helpers.sameness import curve
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchtrain import attempts, ranks
 from torchtrain.errors import PeerFault
 from torchtrain.tools import launch, restarts
-
-CURVE = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 
 FAULT = """
 import os
@@ -57,10 +55,6 @@ def fault(folder, text):
     file = folder / "fault.py"
     file.write_text(textwrap.dedent(text))
     return {"experimental.custom_import": file}
-
-
-def curve(folder):
-    return [{key: line[key] for key in CURVE} for line in metrics(folder)]
 
 
 def tensors(folder, scratch):
