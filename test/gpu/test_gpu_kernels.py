@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchtrain.kernel_checks import find_device_facts
 from torchtrain.models.attention import CausalAttention
 from torchtrain.models.document_masking import attend_masked, build_document_mask
 from torchtrain.parallelisms import ring_attention
@@ -23,6 +24,8 @@ def draw(device, dtype, shape, seed=0):
 
     They are laid out as the model's are: positions before heads.
     """
+    if dtype == torch.bfloat16 and not find_device_facts(device).has_bf16:
+        pytest.skip("this device does not compute in bf16")
     batch, heads, kv_heads, length, width = shape
     generator = torch.Generator().manual_seed(seed)
     return [

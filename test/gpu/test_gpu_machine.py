@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from torchtrain.kernel_checks import find_device_facts
+
 
 def test_each_device_multiplies_as_a_cpu_does(device, devices, record_property):
     generator = torch.Generator().manual_seed(0)
@@ -17,13 +19,8 @@ def test_each_device_multiplies_as_a_cpu_does(device, devices, record_property):
             errors.append(((product - exact).norm() / exact.norm()).item())
         record_property(str(dtype).removeprefix("torch."), f"{max(errors):.1e}")
         assert max(errors) <= limit
-
-
-def test_bf16_is_in_hardware(device, record_property):
-    if device.type == "cpu":
-        pytest.skip("a CPU without it emulates it")
-    found = torch.cuda.is_bf16_supported(including_emulation=False)
-    record_property("bf16", "yes" if found else "no: docs/gpu.md says what to set")
+    has_bf16 = find_device_facts(device).has_bf16
+    record_property("bf16 in hardware", "yes" if has_bf16 else "no: see docs/gpu.md")
 
 
 def test_the_devices_are_of_one_kind_and_idle(device, devices, record_property):

@@ -11,6 +11,8 @@ import pytest
 from helpers.launching import TIMEOUT_S, TINY, environment, launched, metrics
 from helpers.sameness import assert_same_state, curve
 
+from torchtrain.kernel_checks import find_device_facts
+
 STEPS = 8
 SAVED = 4
 """The step of the checkpoint in the midst of a run."""
@@ -36,8 +38,13 @@ def small(device, data):
             "model.ffn_hidden_dim": 1536,
             "training.seq_len": 512,
         }
-    precision = {"training.mixed_precision_param": "bfloat16", "debug.deterministic": True}
-    return {**data, **sizes, **precision, "training.steps": STEPS}
+    numerics = {
+        "training.mixed_precision_param": (
+            "bfloat16" if find_device_facts(device).has_bf16 else "float32"
+        ),
+        "debug.deterministic": True,
+    }
+    return {**data, **sizes, **numerics, "training.steps": STEPS}
 
 
 def saving(small, folder, **overrides):
