@@ -277,9 +277,10 @@ def test_where_the_shrunk_model_masks_documents_its_heads_are_wide_enough_for_a_
         if content.overrides.get("training.document_masking"):
             assert width_per_head(shrunk, task) == 16
     assert width_per_head(shrunk, "plain") == 8
-    (tmp_path / "c.toml").touch()  # a user's model stays as it is
-    own = make_plan(str(tmp_path / "c.toml"), 4, ["--model.head_width=8"], LAYOUTS)
-    assert width_per_head(own, "documents") == 8
+    (tmp_path / "c.toml").write_text("[model]\nhead_width = 8\n")  # what a user asks for stays
+    own = make_plan(str(tmp_path / "c.toml"), 4, [], LAYOUTS)
+    asked = make_plan(None, 4, ["--model.head_width=8"], LAYOUTS)
+    assert width_per_head(own, "documents") == width_per_head(asked, "documents") == 8
 
 
 def results(**changes):
