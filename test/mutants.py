@@ -359,7 +359,24 @@ MUTANTS = {
             "TASKS[task].shrunk",
         ),
     ],
+    "torchtrain/tools/rank_errors.py": [
+        (
+            "a half line of a rank is lost",
+            "(line[-BLOCK:] + text)",
+            "text",
+        ),
+        (
+            "the last collective of a rank is blamed, which waited for the first",
+            "self.timeouts.setdefault(int(rank), took)",
+            "self.timeouts[int(rank)] = took",
+        ),
+    ],
     "torchtrain/tools/restarts.py": [
+        (
+            "a timeout of NCCL is told by its signal alone",
+            'if name == "SIGABRT" and self.timeout:',
+            'if name == "SIGKILL" and self.timeout:',
+        ),
         (
             "a second Ctrl-C waits for a rank that does not answer",
             "                    send(signal.SIGKILL, processes)\n",

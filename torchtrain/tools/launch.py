@@ -325,7 +325,8 @@ def start_ranks(command: list[str], standbys: Standbys) -> int:
     outcome = Outcome()
     use_agent(outcome, standbys)
     try:
-        run(get_args_parser().parse_args(command))
+        with standbys.errors.passed_on():
+            run(get_args_parser().parse_args(command))
     except ChildFailedError:
         return outcome.report()
     except SignalException as stopped:

@@ -55,6 +55,8 @@ class Failure:
     rank: int
     exit_code: int
     """As Python gives it: -n if signal n ended the rank."""
+    timeout: str = ""
+    """Which collective took too long, if NCCL's watchdog said so before it ended the rank."""
 
     @property
     def status(self) -> int:
@@ -72,6 +74,8 @@ class Failure:
             name = signal.Signals(-self.exit_code).name
         except ValueError:
             name = f"signal {-self.exit_code}"
+        if name == "SIGABRT" and self.timeout:
+            return f"rank {self.rank} was ended by NCCL's watchdog ({name}): {self.timeout}"
         return f"rank {self.rank} was ended by {name}"
 
 
@@ -148,7 +152,11 @@ class Handler(SubprocessHandler):
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
         is_redirected = self._stdout is not None or self._stderr is not None
         taken = None if is_redirected else self._standbys.take(list(args), env)
-        return taken or super()._popen(args, env)
+        if taken is not None:
+            return taken
+        if self._stderr is None:
+            self._stderr = os.fdopen(os.dup(self._standbys.errors.sink), "w")
+        return super()._popen(args, env)
 
 
 class Agent(LocalElasticAgent):
@@ -181,6 +189,9 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and result.failures:
             self._outcome.failure = find_first(result.failures, failed_first)
+            self._standbys.errors.drain()
+            timeouts = self._standbys.errors.timeouts
+            self._outcome.failure.timeout = timeouts.get(self._outcome.failure.rank, "")
             word = word if failed_first else self._ask_store(worker_group)
             self._outcome.hang = word.hang
             if worker_group.spec.max_restarts > 0:
@@ -235,6 +246,7 @@ class Agent(LocalElasticAgent):
         if self._stopped is not None:  # while ranks were ended
             raise self._stopped
         self._outcome.at_stop = {}  # what is noted there is how the attempt before has ended
+        self._standbys.errors.timeouts.clear()
         if self._meeting is None:
             super()._rendezvous(worker_group)
         else:

@@ -22,6 +22,7 @@ from importlib import import_module
 from torchtrain.early_interrupt import end_on_interrupt
 from torchtrain.imports import begin_imports
 from torchtrain.orphans import end_with_launcher
+from torchtrain.tools.rank_errors import RankErrors
 
 IMPORTS = (
     "pydantic",
@@ -59,6 +60,8 @@ class Standbys:
         self.count = count
         self.waiting: dict[int, Standby] = {}
         """By local rank."""
+        self.errors = RankErrors()
+        """What those that wait, and the ranks, write to stderr."""
 
     def start(self, first_rank: int | None = None) -> None:
         """Start those that are not there; none where the host refuses.
@@ -81,6 +84,7 @@ class Standbys:
                 process = subprocess.Popen(
                     [*python, *module, *rank_command],
                     env=environment,
+                    stderr=self.errors.sink,
                     pass_fds=[read_end],
                     start_new_session=True,
                 )
@@ -110,9 +114,10 @@ class Standbys:
         return None
 
     def close(self) -> None:
-        """End those that are left."""
+        """End those that are left, and pass on their last words."""
         while self.waiting:
             end(self.waiting.popitem()[1])
+        self.errors.drain()
 
 
 def end(standby: Standby) -> None:
