@@ -24,6 +24,13 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/tools/launch.py": [
+        (
+            "the older name of the allocator's settings is passed over",
+            "environment.keys().isdisjoint(ALLOCATOR_VARIABLES)",
+            "ALLOCATOR_VARIABLES[0] not in environment",
+        ),
+    ],
     "torchtrain/kernel_checks.py": [
         (
             "heads of 16 are refused under masks",
@@ -64,6 +71,16 @@ MUTANTS = {
         ),
     ],
     "train.py": [
+        (
+            "the norm is read on its own, which waits once more",
+            'metrics.add("grad_norm", grad_norm, reduce="max")',
+            'metrics.add("grad_norm", grad_norm.item(), reduce="max")',
+        ),
+        (
+            "the peak of memory is that of the set-up",
+            "    reset_peak_memory(trainer.device)",
+            "    trainer.device",
+        ),
         (
             "each rank reports the own time of all",
             'metrics.add("own_time_s", stopwatch.own_time_s, reduce="max")',
@@ -1297,6 +1314,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/optimizers/clipping.py": [
+        (
+            "each gradient is scaled by a kernel of its own",
+            "torch._foreach_mul_([local(gradient) for gradient in gradients], scale)",
+            "[local(gradient).mul_(scale) for gradient in gradients]",
+        ),
         ("gradients are scaled up to the norm", ".clamp(max=1.0)", ""),
         (
             "clipping hides which gradient is not finite",
@@ -2402,6 +2424,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/metrics.py": [
+        (
+            "a slice of a GPU has the peak of the whole",
+            "    if MIG in device_name:\n",
+            "    if False:\n",
+        ),
         ("columns wrap", "            if room < 0 and shown:\n", "            if False:\n"),
         (
             "the blanks between columns are not counted",

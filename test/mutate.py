@@ -91,6 +91,7 @@ ROOMS = {
     "torchtrain/attempts.py": ("test/tools/test_restarts.py", "test/test_ranks.py"),
     "torchtrain/orphans.py": ("test/test_orphans.py", "test/tools/test_launch.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
+    "torchtrain/devices.py": ("test/test_devices.py",),
     "torchtrain/optimizers": (
         "test/optimizers",
         "test/test_training_by_hand.py",
@@ -104,6 +105,7 @@ ROOMS = {
     "torchtrain/parallelisms/replica_check.py": ("test/parallelisms/test_replica_check.py",),
     "torchtrain/parallelisms/fsdp.py": ("test/config/test_options.py", "test/parallelisms"),
     "torchtrain/tools": ("test/tools",),
+    "torchtrain/tools/launch.py": ("test/test_devices.py", "test/tools"),
     "torchtrain/tools/faults": ("test/tools/test_fault_campaign.py",),
     "torchtrain/utils.py": ("test/test_run_folder.py", "test"),
 }
