@@ -217,6 +217,7 @@ def test_a_llama3_file_starts(flavor):
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '
         "parallelism.pipeline_parallel_degree = 1",
         "checkpoint.last_save_model_only = true has no effect while checkpoint.enable = false",
+        'checkpoint.async_mode = "disabled" has no effect while checkpoint.enable = false',
         'checkpoint.export_dtype = "float32" has no effect while checkpoint.enable = false',
     ]
 
