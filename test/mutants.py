@@ -418,8 +418,13 @@ MUTANTS = {
         ),
         (
             "SIGHUP is not a request to stop",
-            "for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):",
-            "for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):",
+            "            signal.signal(signal.SIGHUP, self._note)",
+            "            pass",
+        ),
+        (
+            "SIGHUP is one under nohup too",
+            "if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:",
+            "if True:",
         ),
         (
             "only max_minutes counts",

@@ -41,6 +41,22 @@ def test_a_signal_asks_to_stop(stop, number):
     assert stop.find_reason() == number
 
 
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        request = StopRequest()
+        request.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert request.find_reason() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert request.find_reason() == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_second_ctrl_c_ends_at_once(stop):
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -69,7 +69,7 @@ class StopRequest:
     """Turns SIGTERM, SIGHUP, SIGUSR2, the first SIGINT and a deadline into a request to stop.
 
     Signals from `listen` on. A repeated SIGTERM changes nothing: schedulers and torchrun each send
-    one. A second Ctrl-C ends at once.
+    one. A second Ctrl-C ends at once. SIGHUP stays ignored where it is, as `nohup` asks for.
 
     Args:
         deadline: when the run must have ended, by `time.monotonic`.
@@ -95,8 +95,10 @@ class StopRequest:
             return
         self._listens = True
         end_watch()  # first: a Ctrl-C that is noted must not end this rank too
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._note)
 
     def begin_turn(self, save_seconds: float, *, is_last: bool = False) -> None:
         """Note that a turn of the loop begins, and how long a save takes.

@@ -193,11 +193,23 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
     assert "rank 1 was ended by SIGKILL" in output
 
 
-def test_a_second_ctrl_c_ends_at_once_also_where_a_rank_does_not_answer(tmp_path, data):
+@pytest.fixture
+def nohup():
+    """What is started ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path, data, nohup):
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with running(1, overrides) as process:
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", 2)
         ranks = ranks_of(process)
+        for pid in (process.pid, *ranks.values()):
+            os.kill(pid, signal.SIGHUP)
+        last = metrics(tmp_path / "run")[-1]["step"]
+        wait_for_step(lambda: process.poll() is None, tmp_path / "run", last + 10)
         os.kill(ranks[0], signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         time.sleep(1)

@@ -52,7 +52,8 @@ RENDEZVOUS_VARIABLES = (
     "RDZV_ID",
 )
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
-"""What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2."""
+"""What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2. Not
+one that whoever started it has it ignore, as `nohup` does SIGHUP."""
 NVIDIA = "/dev/nvidiactl"
 DRIVERS = (NVIDIA, "/dev/kfd", "/dev/dxg", "/dev/accel")
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
@@ -283,10 +284,11 @@ def meet(
     from torchtrain.tools.meeting import all_nodes
 
     end_imports()
+    heard = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
     options = [
         f"--nproc-per-node={standbys.count}",
         f"--max-restarts={restarts}",
-        f"--signals-to-handle={','.join(SIGNALS)}",
+        f"--signals-to-handle={','.join(heard)}",
     ]
     timeout_s = config.comm.init_timeout_seconds
     if nodes.is_elastic:

@@ -114,6 +114,7 @@ def main(arguments: list[str]) -> int:
     """Print the table. Returns the exit status described above."""
     asked = make_parser().parse_args(arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this, which would ignore some faults
     started = time.monotonic()
     try:
         check(asked)
