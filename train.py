@@ -111,11 +111,11 @@ def train(
             optimizer_step(trainer, skips=summary.skipped)
             if trainer.replica_check.is_due(step):
                 trainer.replica_check.run(step)
-            validated, stopped_by = validate(trainer, stop, stopwatch, stopped_by)
+            validated, stopped_by = validate(trainer, stop, stopwatch, watchdog, stopped_by)
             if metrics is not None:
                 metrics.log(summary, stopwatch, validated)
             if trainer.text_sampler.is_due(step) and not stopped_by:
-                stopped_by = show_texts(trainer, metrics, stop)
+                stopped_by = show_texts(trainer, metrics, stop, watchdog)
             checkpointer.poll()
             if not stopped_by:
                 save_progress(trainer, checkpointer, metrics)
@@ -232,7 +232,7 @@ def optimizer_step(trainer: Trainer, *, skips: bool = False) -> None:
 
 
 def validate(
-    trainer: Trainer, stop: StopRequest, stopwatch: Stopwatch, stopped_by: int
+    trainer: Trainer, stop: StopRequest, stopwatch: Stopwatch, watchdog: Watchdog, stopped_by: int
 ) -> tuple[dict[str, float | None], int]:
     """Return the results, if a validation is due after this step, and why a rank is to stop, or 0.
 
@@ -241,10 +241,9 @@ def validate(
     """
     if not trainer.validator.is_due(trainer.step):
         return {}, stopped_by
-    with stopwatch.paused():
-        results = trainer.validator.run(
-            partial(losses_of, trainer), lambda: stopped_by or stop.find_reason()
-        )
+    with stopwatch.paused(), watchdog.warming_up("validation"):
+        losses = partial(losses_of, trainer)
+        results = trainer.validator.run(losses, lambda: stopped_by or stop.find_reason())
         free_gathered(trainer.parts.values())
     return results
 
@@ -259,11 +258,14 @@ def losses_of(model: ParallelModel, batch: Microbatch) -> Tensor:
         return model.sequence_losses(model.parts[0](tokens, batch.documents), labels)
 
 
-def show_texts(trainer: Trainer, metrics: MetricsLogger | None, stop: StopRequest) -> int:
+def show_texts(
+    trainer: Trainer, metrics: MetricsLogger | None, stop: StopRequest, watchdog: Watchdog
+) -> int:
     """Let the model write, and report it; return why a rank is to stop, which ends it, or 0."""
     write = trainer.text_sampler.run
     compute = partial(compute_of_logits, trainer)
-    samples, reason = write(trainer.step, compute, trainer.device, stop.find_reason)
+    with watchdog.warming_up("text samples"):
+        samples, reason = write(trainer.step, compute, trainer.device, stop.find_reason)
     free_gathered(trainer.parts.values())
     if metrics is not None and not reason:
         metrics.log_texts(trainer.step, samples)

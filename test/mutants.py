@@ -224,8 +224,8 @@ MUTANTS = {
         ),
         (
             "time spent validating counts",
-            "    with stopwatch.paused():\n",
-            "    if True:\n",
+            "    with stopwatch.paused(), watchdog",
+            "    with watchdog",
         ),
         (
             "a stop waits for a validation",
@@ -2331,6 +2331,16 @@ MUTANTS = {
         ),
     ],
     "torchtrain/watchdog.py": [
+        (
+            "the first validation, which compiles, has the time of any other",
+            "        is_warm = self._is_first or what in self._warm\n",
+            "        is_warm = True\n",
+        ),
+        (
+            "every validation may hang for as long as the first",
+            "        self._warm.add(what)\n",
+            "",
+        ),
         (
             "the timeout of training is not set",
             "        if self._is_first:",

@@ -75,7 +75,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_197
+LIMIT_CORE = 11_211
 FOLDER_LIMITS = {
     "config": 1656,
     "datasets": 1980,

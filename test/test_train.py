@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers.forking import on_ranks
 from helpers.launching import options
+from helpers.trained import validate
 from helpers.waits import wait_once_a_step, waits_of_steps
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,7 +166,7 @@ def test_one_rank_divides_no_gradient(trainer):
 
 def test_a_validation_leaves_the_weights_sharded(trainer):
     """Else every rank would hold the whole model until its next backward."""
-    train.validate(trainer, train.StopRequest(), train.Stopwatch(), 0)
+    validate(trainer)
     for name, parameter in trainer.parts[0].named_parameters():
         assert isinstance(parameter, DTensor), name
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.launching import metrics, options, write_corpus
 from helpers.tokens import encode
+from helpers.trained import validate
 from torch.distributed.tensor import DTensor
 
 import train
@@ -342,7 +343,7 @@ def test_what_validation_computes(given, data, device, tmp_path, masking):
         "validation.local_batch_size": 2,
     }
     trainer = set_up(config_of({**given, **overrides}), device)
-    found, _ = train.validate(trainer, train.StopRequest(), train.Stopwatch(), 0)
+    found = validate(trainer)
     parameters = [weight for part in trainer.parts.values() for weight in part.parameters()]
     assert all(isinstance(weight, DTensor) for weight in parameters), "weights stay gathered"
 

@@ -4,14 +4,19 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.forking import Ranks, run_trainer
 from helpers.launching import metrics, options
 
-from torchtrain import watchdog
+import train
+from torchtrain import set_up, watchdog
 from torchtrain.attempts import HANG
 from torchtrain.config.schema import Comm
+from torchtrain.config_manager import JobConfig
 from torchtrain.hangs import Position
+from torchtrain.text_samples import TextSampler
+from torchtrain.validation import Validator
 from torchtrain.watchdog import SUSPICION, Watchdog
 
 TIMEOUT_S = 8
@@ -106,6 +111,76 @@ def test_a_rank_that_is_stopped_in_a_save_ends_the_run_and_a_slow_disk_does_not(
     assert slow.finish(60) == [0, 0], slow.printed
     assert not (tmp_path / "slow" / "hang").exists()
     assert len(metrics(tmp_path / "slow")) == 2
+
+
+LATER = {
+    "training.steps": 4,
+    "validation.enable": True,
+    "validation.freq": 2,
+    "text_samples.freq": 2,
+    "text_samples.prompts": "one word",
+    "text_samples.max_new_tokens": 1,
+}
+
+
+def slow_for_once(place):
+    """What makes rank 1 take longer than the timeout of training, the first time."""
+    return f"""
+import os
+import time
+
+from {place.__module__} import {place.__name__} as place
+
+real = place.run
+runs = []
+
+
+def run(*arguments):
+    runs.append(arguments)
+    if os.environ["RANK"] == "1" and len(runs) == 1:
+        time.sleep(5)
+    return real(*arguments)
+
+
+place.run = run
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [Validator, TextSampler])
+def test_what_is_compiled_after_the_first_step_has_the_time_for_it(tmp_path, data, place):
+    ranks = start(tmp_path, data, slow_for_once(place), timeout_s=3, **LATER)
+    assert ranks.finish(60) == [0, 0], ranks.printed
+    assert not (tmp_path / "run" / "hang").exists()
+
+
+def test_only_the_first_validation_and_texts_have_the_time_of_the_first_step(
+    tmp_path, data, alone, monkeypatch
+):
+    events = []
+    for where in (set_up, watchdog):
+        monkeypatch.setattr(where, "set_timeout", events.append)
+    for place in (Validator, TextSampler):
+        real = place.run
+
+        def run(*arguments, place=place, real=real):
+            events.append(place.__name__)
+            return real(*arguments)
+
+        monkeypatch.setattr(place, "run", run)
+    timeouts = {"comm.init_timeout_seconds": 70, "comm.train_timeout_seconds": 7}
+    given = {**data, **LATER, **timeouts, "job.dump_folder": tmp_path / "run"}
+    train.run(JobConfig().parse_args(options(given), world_size=1), torch.device("cpu"))
+    assert events == [
+        *(70, 7),
+        *(70, "Validator", 7),
+        *(70, "TextSampler", 7),
+        *("Validator", "TextSampler"),
+    ]
+    given |= {"validation.freq": 1, "training.steps": 2, "job.dump_folder": tmp_path / "early"}
+    events.clear()
+    train.run(JobConfig().parse_args(options(given), world_size=1), torch.device("cpu"))
+    assert events == [70, "Validator", 7, "Validator", 70, "TextSampler", 7]
 
 
 @pytest.fixture

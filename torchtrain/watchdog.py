@@ -78,6 +78,7 @@ class Watchdog:
         """From one look to the next."""
         self.step = 0
         self._is_first = True
+        self._warm: set[str] = set()
         self._ended = threading.Event()
         self._thread = 0
         self._beats = 0
@@ -97,8 +98,27 @@ class Watchdog:
         """After the first step, which warms up, hold collectives to the timeout of training."""
         if self._is_first:
             self._is_first = False
-            self.timeout_s = self.comm.train_timeout_seconds
-            set_timeout(self.comm.train_timeout_seconds)
+            self._hold_to(self.comm.train_timeout_seconds)
+
+    @contextmanager
+    def warming_up(self, what: str) -> Iterator[None]:
+        """Give `what` as much time as the first step, but only once. All ranks call it together.
+
+        What a run does later for the first time, a forward without gradients above all, is compiled
+        only then.
+        """
+        is_warm = self._is_first or what in self._warm
+        self._warm.add(what)
+        if not is_warm:
+            self._hold_to(self.comm.init_timeout_seconds)
+        yield
+        if not is_warm:
+            self._hold_to(self.comm.train_timeout_seconds)
+
+    def _hold_to(self, seconds: int) -> None:
+        """Set the timeout of collectives, and of what is watched here."""
+        set_timeout(seconds)
+        self.timeout_s = seconds
 
     @property
     def margin_s(self) -> float:

@@ -1,13 +1,18 @@
 """A run's folder with checkpoints, made in this process without a step of training."""
 
+from pathlib import Path
+
 import torch
 from helpers.launching import options
 
+import train
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
 from torchtrain.resuming import progress_of
 from torchtrain.set_up import set_up
+from torchtrain.stopping import StopRequest
+from torchtrain.watchdog import Watchdog
 
 
 def write_run(folder, overrides, steps=(1,)):
@@ -32,3 +37,10 @@ def write_run(folder, overrides, steps=(1,)):
         name: tensor.full_tensor().detach().clone() if hasattr(tensor, "full_tensor") else tensor
         for name, tensor in trainer.model_state.items()
     }
+
+
+def validate(trainer):
+    """Validate as after a step; return the results."""
+    watchdog = Watchdog(trainer.config.comm, Path("unused"), trainer.mesh, loop=train.train)
+    results, _ = train.validate(trainer, StopRequest(), train.Stopwatch(), watchdog, 0)
+    return results

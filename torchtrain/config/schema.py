@@ -413,7 +413,7 @@ class Comm(Section):
     """Communication between ranks."""
 
     init_timeout_seconds: Count = 300
-    """Longest wait for other ranks during set-up and the first step, in seconds."""
+    """Longest wait for others in set-up, the first step, validation and texts, in seconds."""
     train_timeout_seconds: Count = 100
     """Longest wait for other ranks from the second step on, in seconds."""
 
