@@ -1942,30 +1942,51 @@ MUTANTS = {
     "torchtrain/datasets/files.py": [
         (
             "hidden files are read",
-            'if name.startswith(".") or not name.endswith(suffixes):',
-            "if not name.endswith(suffixes):",
+            'counting.search(name) and not name.startswith(".")',
+            "counting.search(name)",
         ),
         (
             "files come in the system's order",
-            "return sorted(found, key=lambda file: file.relative_to(path).as_posix())",
-            "return found",
+            "for name in sorted(found)]",
+            "for name in found]",
         ),
         (
             "a library's duplicates are read twice",
             "if digest not in seen:",
             "if True:",
         ),
-        (
-            "lines are counted from 0",
-            "enumerate(_decompressed(raw, compression), start=1)",
-            "enumerate(_decompressed(raw, compression), start=0)",
-        ),
+        ("a link that leads back is followed", "if real in entered:", "if False:"),
+    ],
+    "torchtrain/datasets/json_files.py": [
+        ("lines are counted from 0", "start=blank + 1", "start=blank"),
         (
             "a byte-order mark stays in the first line",
-            "                if number == 1:",
-            "                if number == 0:",
+            ".removeprefix(BYTE_ORDER_MARK)",
+            "",
         ),
-        ("a link that leads back is followed", "if real in entered:", "if False:"),
+        (
+            "a line that is cut by a break in the compressed data is a fault of its own",
+            "        if is_cut and isinstance(row, BadRow):\n            break",
+            "        if False:\n            break",
+        ),
+        (
+            "an array on several lines is read as lines",
+            'if first.lstrip().startswith(b"["):',
+            "if False:",
+        ),
+    ],
+    "torchtrain/datasets/compressed.py": [
+        (
+            "what is before a break is lost with it",
+            "                yield from self._read_to_break(",
+            "                self._read_to_break(",
+        ),
+        (
+            "zeros after the end are a fault",
+            'rest := rest.lstrip(b"\\0")',
+            "rest := rest",
+        ),
+        ("a cut file is taken for a whole one", 'self.fault = "it ends too early"', "pass"),
     ],
     "torchtrain/datasets/streams.py": [
         (

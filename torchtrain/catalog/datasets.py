@@ -50,7 +50,8 @@ FINEWEB_EDU = HubSource("HuggingFaceFW/fineweb-edu", config="sample-10BT")
 # What is read from training.dataset_path.
 YOUR_FILES = {
     "text": "a text file, or a folder of them: each file is a document",
-    "jsonl": "a .jsonl(.gz, .zst) file, or a folder: each line's text is a document",
+    "jsonl": "a .jsonl, .ndjson or .json file, also with .gz or .zst, or a folder: a document is a "
+    "line, or an element of an array",
     "parquet": "a .parquet file, or a folder: each row's text is a document",
     "mixed": "a folder of jsonl and parquet files; every other file is a text",
     "tokens": "a file of token ids made elsewhere: .bin, .npy",

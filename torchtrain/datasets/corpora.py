@@ -22,6 +22,8 @@ from torchtrain.logging_utils import logger
 from torchtrain.utils import plural
 
 LOCATIONS_KEPT = 5
+NAMED = 16
+"""At most so many files that are not read are named."""
 
 KINDS_OF_VALUES: dict[type, str] = {
     str: "a string",
@@ -102,6 +104,8 @@ class Corpus:
     """Every file that is read, in order: while none changes, the documents stay the same."""
     parts: Sequence[Part]
     """UserError at a file that cannot be opened."""
+    other_files: list[str] = field(default_factory=list)
+    """What else is in the folder, and not read: paths in it."""
     even_parts: bool = False
     """Whether the parts are of about the same size, and each is better read by one stream."""
     kind: str = ""
@@ -110,6 +114,14 @@ class Corpus:
     """Without files: changes whenever the documents may have; None if that is unknowable."""
     on_bad_row: Literal["error", "skip"] = "error"
     skipped: Skipped = field(default_factory=Skipped)
+
+    def describe_other_files(self) -> str:
+        """Say which files of its folder are not read; empty if all are."""
+        if not self.other_files:
+            return ""
+        named = ", ".join(self.other_files[:NAMED])
+        more = f" and {len(self.other_files) - NAMED:,} more" * (len(self.other_files) > NAMED)
+        return f"{self.name}: {plural(len(self.other_files), 'file')} not read: {named}{more}"
 
     def rows(self) -> Rows:
         """Read all rows from the start."""

@@ -1,46 +1,45 @@
 """Corpora in files: texts, JSON lines, parquet, and this Python's own library.
 
 In a folder, files are taken recursively in the order of their relative paths; hidden files and
-folders (a leading dot) are left out; linked folders are followed, each real folder once. Parquet
-and compressed files are read by pyarrow, which the package `datasets` brings.
+folders (a leading dot) are left out; linked folders are followed, each real folder once. Parquet is
+read by pyarrow, which the package `datasets` brings.
 """
 
 import hashlib
-import io
-import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 from torchtrain.catalog.datasets import describe_path
+from torchtrain.datasets import json_files
 from torchtrain.datasets.corpora import (
-    KINDS_OF_VALUES,
     BadRow,
     Corpus,
     Part,
-    Row,
     Rows,
     as_row,
     no_field,
     not_utf8,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import user_errors
+from torchtrain.utils import first_few, user_errors
 
 # Tests and what is installed beside the library are not prose worth learning; encodings and
 # lib2to3 are tables.
 NOT_LIBRARY = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
 )
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = (".parquet",)
-SUFFIXES = {"jsonl": JSON_LINES, "parquet": PARQUET}
-"""Endings of the file names that count in a folder; of other datasets, every file counts."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
+PYTHON = re.compile(r"\.py$")
+ANY = re.compile("")
+COUNTING = {"jsonl": json_files.NAMES, "parquet": PARQUET}
+"""What the names of files that count in a folder end with; of other datasets, every file counts."""
+ENDINGS = {"jsonl": "*.jsonl, *.ndjson or *.json, also with .gz or .zst", "parquet": "*.parquet"}
+"""The same for messages."""
 
 
 def read_stdlib(root: Path | None = None) -> Corpus:
@@ -50,7 +49,7 @@ def read_stdlib(root: Path | None = None) -> Corpus:
     of Python: nothing may rely on its tokens.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    files = files_under(root, (".py",), leave_out=NOT_LIBRARY) if root.is_dir() else []
+    files = files_under(root, PYTHON, leave_out=NOT_LIBRARY) if root.is_dir() else []
     if not files:
         raise UserError(
             f'this Python has no library source in {root}; set training.dataset = "text" and '
@@ -63,23 +62,25 @@ def read_files(dataset: str, path: Path, text_key: str, option: str = "training.
     """Return the file `path`, or the files in it, as `text`, `jsonl`, `parquet` or `mixed`.
 
     A text is one document, kept to the byte (CRLF and a byte order mark survive). Each JSON line
-    is an object whose `text_key` is a document (blank lines do not count); so is each row of a
-    parquet file. Mixed files are told apart by their names.
+    is an object whose `text_key` is a document (blank lines do not count); so is each element of an
+    array in JSON, and each row of a parquet file. Mixed files are told apart by their names.
 
     Raises:
         UserError: no such file or folder, or no file in it that counts; names the `option`.
     """
-    suffixes = SUFFIXES.get(dataset, ("",))
-    files = files_under(path, suffixes, option=option)
+    other: list[str] = []
+    files = files_under(path, COUNTING.get(dataset, ANY), option=option, other=other)
     if not files:
-        names = ", ".join(f"*{suffix}" for suffix in suffixes)
+        endings = f" ({ENDINGS[dataset]})" if dataset in ENDINGS else ""
+        there = f"; there are {first_few(other)}" if other else ""
         raise UserError(
-            f"{describe_path(option, path)} holds no file that counts as {dataset} ({names})"
+            f"{describe_path(option, path)} holds no file that counts as {dataset}{endings}{there}"
         )
     key = "" if dataset == "text" else f" [{text_key}]"
     return Corpus(
         name=f"{dataset} {path}{key}",
         files=files,
+        other_files=other,
         parts=[_reader(dataset, file, text_key) for file in files],
         kind=dataset + key,
     )
@@ -87,26 +88,29 @@ def read_files(dataset: str, path: Path, text_key: str, option: str = "training.
 
 def _reader(dataset: str, file: Path, text_key: str) -> Part:
     is_mixed = dataset == "mixed"
-    if dataset == "jsonl" or (is_mixed and file.name.endswith(JSON_LINES)):
-        return partial(_json_lines, file, text_key)
-    if dataset == "parquet" or (is_mixed and file.name.endswith(PARQUET)):
+    if dataset == "jsonl" or (is_mixed and json_files.NAMES.search(file.name)):
+        return partial(json_files.read_json, file, text_key)
+    if dataset == "parquet" or (is_mixed and PARQUET.search(file.name)):
         return partial(_parquet_rows, file, text_key)
     return partial(_whole_file, file)
 
 
 def files_under(
     path: Path,
-    suffixes: tuple[str, ...] = ("",),
+    counting: re.Pattern[str] = ANY,
     leave_out: frozenset[str] = frozenset(),
     option: str = "training.dataset",
+    other: list[str] | None = None,
 ) -> list[Path]:
     """Return `path` itself if it is a file, whatever its name; else the files below it.
 
     Args:
         path: a file or a folder.
-        suffixes: endings of the names that count.
+        counting: found in the names of files that count.
         leave_out: names of folders not to enter.
         option: names the dataset, for messages.
+        other: takes the relative paths, sorted, of all that does not count: files of other names,
+            hidden ones, hidden folders with a slash, pipes and sockets.
 
     Raises:
         UserError: neither a file nor a folder, or a folder that cannot be listed.
@@ -115,7 +119,8 @@ def files_under(
         return [path]
     if not path.is_dir():
         raise UserError(f"{describe_path(option, path)} is neither a file nor a folder")
-    found: list[Path] = []
+    found: list[str] = []
+    passed_over: list[str] = []
     entered: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
@@ -123,18 +128,19 @@ def files_under(
             subfolders.clear()
             continue
         entered.add(real)
-        subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and name not in leave_out
-        ]
-        subfolders.sort()
+        below = Path(folder).relative_to(path)
+        hidden = [name for name in subfolders if name.startswith(".")]
+        passed_over += [f"{(below / name).as_posix()}/" for name in hidden]
+        subfolders[:] = sorted({*subfolders} - {*hidden} - leave_out)
         for name in names:
-            if name.startswith(".") or not name.endswith(suffixes):
-                continue
             file = Path(folder, name)
+            counts = counting.search(name) and not name.startswith(".")
             # Pipes and sockets would block; a dangling link stays, to be named when it is opened.
-            if file.is_file() or not file.exists():
-                found.append(file)
-    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+            is_read = counts and (file.is_file() or not file.exists())
+            (found if is_read else passed_over).append((below / name).as_posix())
+    if other is not None:
+        other += sorted(passed_over)
+    return [path / name for name in sorted(found)]
 
 
 def _refuse(error: OSError) -> None:
@@ -158,46 +164,6 @@ def _whole_file(file: Path) -> Rows:
     yield as_row(content, str(file), "the file")
 
 
-def _json_lines(file: Path, text_key: str) -> Rows:
-    compression = COMPRESSIONS.get(file.suffix)
-    number = 0
-    try:
-        with open(file, "rb") as raw:
-            for number, line in enumerate(_decompressed(raw, compression), start=1):
-                if number == 1:  # some editors add a byte order mark
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield _row_of_line(line, text_key, f"{file}:{number}")
-    except OSError as error:
-        yield _broken(compression, file, number + 1, error)
-
-
-def _decompressed(raw: IO[bytes], compression: str | None) -> Iterable[bytes]:
-    if compression is None:
-        return raw
-    import pyarrow
-
-    # A small buffer, since one that meets a break loses what is in it.
-    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression)
-    return io.BufferedReader(stream, 1 << 13)
-
-
-def _row_of_line(line: bytes, text_key: str, location: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return not_utf8(error, location)
-    except (ValueError, RecursionError) as error:
-        return BadRow("broken JSON", location, f"not JSON: {error}")
-    if not isinstance(row, dict):
-        kind = KINDS_OF_VALUES[type(row)]
-        problem = f"the line is {kind}, but must be an object with {text_key!r}"
-        return BadRow("not an object", location, problem)
-    if text_key not in row:
-        return no_field(text_key, location, row)
-    return as_row(row[text_key], location, repr(text_key))
-
-
 def _parquet_rows(file: Path, text_key: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
@@ -219,10 +185,10 @@ def _parquet_rows(file: Path, text_key: str) -> Rows:
                 except UnicodeDecodeError as error:
                     yield not_utf8(error, location)
     except (pyarrow.ArrowException, OSError) as error:
-        yield _broken("parquet", file, number + 1, error)
+        yield _broken_parquet(file, number + 1, error)
 
 
-def _broken(compression: str | None, file: Path, row: int, error: Exception) -> BadRow:
+def _broken_parquet(file: Path, row: int, error: Exception) -> BadRow:
     """Return the bad row that stands for the rest of a file whose content is damaged.
 
     Raises:
@@ -230,5 +196,5 @@ def _broken(compression: str | None, file: Path, row: int, error: Exception) -> 
     """
     if isinstance(error, OSError) and error.errno is not None:
         raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    problem = f"the {compression} data is broken from here on ({error}); the rest is not read"
-    return BadRow(f"broken {compression}", f"{file}:{row}", problem)
+    problem = f"the parquet data is broken from here on ({error}); the rest is not read"
+    return BadRow("broken parquet", f"{file}:{row}", problem)

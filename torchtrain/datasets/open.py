@@ -15,6 +15,7 @@ from torchtrain.datasets.token_cache import Encode, TokenCache, open_token_cache
 from torchtrain.datasets.token_file import open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
+from torchtrain.logging_utils import logger
 from torchtrain.utils import expand_user
 
 
@@ -48,6 +49,9 @@ def open_source(source: DataSource, data: Data) -> Corpus:
             a hub that cannot be reached.
     """
     corpus = replace(_open_all(source, data), on_bad_row=data.on_bad_row)
+    is_said = source.held_out_share > 0 and source.side == "validation"  # of the training side
+    if not is_said and (others := corpus.describe_other_files()):
+        logger.warning(others)
     if source.held_out_share == 0:
         return corpus
     is_one_text = source.dataset == "text" and len(corpus.files) == 1
