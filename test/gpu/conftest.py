@@ -51,7 +51,7 @@ def pytest_runtest_setup(item):
         pytest.skip("part of the smoke run, ./test/gpu.sh")
     needed = max(mark.kwargs.get("devices", 1) for mark in item.iter_markers("cuda"))
     if count_devices() < needed:
-        pytest.skip(f"needs {needed} devices, and {count_devices()} is here")
+        pytest.skip(f"needs {needed} devices; here: {count_devices()}")
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +92,18 @@ class Summary:
         self.lines = []
         self.skipped = Counter()
 
+    def pytest_collection_finish(self, session):
+        """Say first what is tested: who ends the run early has that too."""
+        if session.items and count_devices():
+            self.write_machine()
+
+    def write_machine(self):
+        """Print what an issue must name: commit, devices and versions."""
+        from helpers.machine import describe_machine
+
+        for line in [*describe_machine(DEVICE), ""]:
+            self.terminal.write_line(line)
+
     def pytest_report_teststatus(self, report):
         """Count each check once, and keep pytest from printing a dot."""
         counts = report.when == "call" or report.outcome != "passed"
@@ -119,14 +131,13 @@ class Summary:
         """Print what can be pasted into an issue."""
         if not self.lines:
             return
-        from helpers.machine import describe_machine
-
         self.terminal.section("smoke run, to be pasted into an issue")
+        self.write_machine()
         skipped = [
             f"skipped {name}{name_facts([reason])}{f' ({count} of them)' if count > 1 else ''}"
             for (name, reason), count in self.skipped.items()
         ]
-        for line in [*describe_machine(DEVICE), "", *self.lines, *skipped]:
+        for line in [*self.lines, *skipped]:
             self.terminal.write_line(line)
 
 

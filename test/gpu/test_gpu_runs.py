@@ -172,9 +172,10 @@ def test_a_trace_and_a_memory_snapshot_are_written(tmp_path, device, small, rank
         assert pickle.loads(snapshot)["segments"]
 
 
-def test_compiled_documents_are_compiled_once(tmp_path, device, small, ranks, record_property):
+def test_compiled_documents_are_compiled_once_and_have_the_same_bits_twice(
+    tmp_path, device, small, ranks, record_property
+):
     documents = {
-        "job.dump_folder": tmp_path / "run",
         "training.document_masking": True,
         "experimental.custom_import": "torchtrain.tools.short_documents",
         "training.dataset": "short-documents",
@@ -182,9 +183,12 @@ def test_compiled_documents_are_compiled_once(tmp_path, device, small, ranks, re
         "compile.enable": True,
         "compile.backend": "aot_eager" if device.type == "cpu" else "inductor",
     }
-    output = launched(ranks, small | documents, TORCH_LOGS="recompiles")
+    given = small | documents
+    output = launched(ranks, given | {"job.dump_folder": tmp_path / "a"}, TORCH_LOGS="recompiles")
     assert "Recompiling function" not in output
-    first, *_, last = metrics(tmp_path / "run")
+    launched(ranks, given | {"job.dump_folder": tmp_path / "b"})
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    first, *_, last = metrics(tmp_path / "a")
     record_property("first step", f"{first['step_time_s']:.1f} s")
     record_property("last step", f"{1e3 * last['step_time_s']:.0f} ms")
 
@@ -198,7 +202,7 @@ from torchtrain import attempts
 def begin_step(step):
     if step == 3 and os.environ["RANK"] == "0":
         if torch.cuda.is_available():
-            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+            torch.empty(2**40, dtype=torch.uint8, device="cuda")
         raise torch.OutOfMemoryError("out of memory: as if")
 
 
@@ -220,4 +224,4 @@ def test_out_of_memory_is_said_once_and_leaves_a_snapshot(tmp_path, device, smal
     assert [line["step"] for line in metrics(folder)] == [1, 2]
     if not on_cpu:
         file = folder / "profiling" / "memory" / "out-of-memory" / "rank0.pickle"
-        assert pickle.loads(file.read_bytes())["device_traces"]
+        assert any(pickle.loads(file.read_bytes())["device_traces"])

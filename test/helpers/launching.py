@@ -91,7 +91,9 @@ def environment(ranks: int, **extra: str) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE",
     ):
         kept.pop(name, None)
-    return {**kept, "NGPU": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # a bare image's packages may be there
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return {**kept, "NGPU": str(ranks), "OMP_NUM_THREADS": "1", **extra}
 
 
 def start(ranks: int, overrides: dict, **extra: str) -> subprocess.Popen:
