@@ -1821,8 +1821,13 @@ MUTANTS = {
         ),
         (
             "a tokenizer without EOS is accepted",
-            '(("BOS", self.bos_id), ("EOS", self.eos_id))',
-            '(("BOS", self.bos_id),)',
+            "if self.eos_id < 0:",
+            "if self.eos_id < -1:",
+        ),
+        (
+            "a prompt of a tokenizer without BOS begins with another token",
+            "[] if tokenizer.bos_id is None else [tokenizer.bos_id]",
+            "[tokenizer.bos_id or 0]",
         ),
         (
             "long texts are cut inside words",

@@ -75,10 +75,10 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_406
+LIMIT_CORE = 11_445
 FOLDER_LIMITS = {
     "config": 1656,
-    "datasets": 2174,
+    "datasets": 2200,
     "parallelisms": 1800,
     "checkpoint": 1281,
     "models": 800,

@@ -11,11 +11,13 @@ from helpers.launching import metrics, options
 
 import train
 from torchtrain import ranks
+from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import init_logging
 from torchtrain.parallelisms.fsdp import free_gathered
-from torchtrain.sampling import Sampling
+from torchtrain.sampling import Sampling, encode_prompts
 from torchtrain.set_up import set_up
 from torchtrain.shards import local
 from torchtrain.utils import make_printable
@@ -154,6 +156,16 @@ def test_a_model_that_is_broken_ends_its_text(build):
 def test_a_prompt_without_room_is_refused(build):
     with pytest.raises(UserError, match=r"text_samples.prompts: one has \d+ tokens, BOS included"):
         build(**{"text_samples.prompts": "import os; " * 20})
+
+
+def test_a_prompt_begins_as_a_document_does_with_bos_if_there_is_one():
+    tokenizer = load_tokenizer(DEBUG_TOKENIZER)
+    (ids,) = tokenizer.encode_batch(["def "])
+    assert encode_prompts(tokenizer, ["def ", ""]) == [[tokenizer.bos_id, *ids], [tokenizer.bos_id]]
+    tokenizer.bos_id = None
+    assert encode_prompts(tokenizer, ["def "]) == [ids.tolist()]
+    with pytest.raises(UserError, match="prompt '' has no token to begin with"):
+        encode_prompts(tokenizer, [""])
 
 
 # ---- where it is written ----

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchtrain.datasets.tokenizer import Tokenizer
+from torchtrain.datasets.tokenizer import Tokenizer, begin_document
+from torchtrain.errors import UserError
 
 INCOMPLETE = "\ufffd"
 """What the bytes of an unfinished character decode to."""
@@ -55,8 +56,21 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each prompt, after the BOS with which documents begin in training."""
-    return [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
+    """Return the tokens of each prompt, after the BOS, if any, with which documents begin in
+    training.
+
+    Raises:
+        UserError: a prompt has no token.
+    """
+    begin = begin_document(tokenizer)
+    encoded = [begin + ids.tolist() for ids in tokenizer.encode_batch(prompts)]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise UserError(
+                f"the prompt {prompt!r} has no token to begin with: the tokenizer has no BOS, and "
+                "knows none of this text"
+            )
+    return encoded
 
 
 def text_after(whole: str, before: str) -> str:

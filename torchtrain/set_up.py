@@ -17,6 +17,7 @@ from torchtrain.config.parameter_groups import check_groups
 from torchtrain.config.plans import RunPlan, find_tokenizer, plan_run
 from torchtrain.config.schema import Compile, Debug
 from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.documents import Separators, say_where_documents_end
 from torchtrain.datasets.loader import DataLoader, build_dataset
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -128,6 +129,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
     """
     configure_numerics(config.debug)
     tokenizer = together(lambda: load_tokenizer(find_tokenizer(config.model)))
+    say_where_documents_end(tokenizer)
     plan = together(lambda: make_plan(config, tokenizer.vocab_size, saved))
     together(lambda: check_names(config, plan))
     separators = None
@@ -267,7 +269,7 @@ def check_names(config: JobConfig, plan: RunPlan) -> None:
 
 
 def open_data(
-    config: JobConfig, plan: RunPlan, tokenizer: Tokenizer, separators: tuple[int, int] | None
+    config: JobConfig, plan: RunPlan, tokenizer: Tokenizer, separators: Separators | None
 ) -> tuple[Dataset, ValidationSet]:
     """Open what the run trains on, and what it validates on. A collective call.
 

@@ -52,7 +52,7 @@ class TextSampler:
             seed: of the choices, which also depend on the step, the prompt and the position alone.
 
         Raises:
-            UserError: a prompt is as long as `seq_len`.
+            UserError: a prompt is as long as `seq_len`, or has no token.
         """
         self.section = section
         self.tokenizer = tokenizer
@@ -61,8 +61,9 @@ class TextSampler:
         self.prompts = encode_prompts(tokenizer, section.prompts or [])
         longest = max(map(len, self.prompts), default=0)
         if longest >= seq_len:
+            bos = "" if tokenizer.bos_id is None else ", BOS included"
             raise UserError(
-                f"text_samples.prompts: one has {longest} tokens, BOS included, which leaves "
+                f"text_samples.prompts: one has {longest} tokens{bos}, which leaves "
                 f"nothing of training.seq_len = {seq_len} to write"
             )
         # Every layout can cut it; and what training uses can be cut, whatever its length.

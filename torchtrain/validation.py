@@ -25,6 +25,7 @@ from torchtrain.config.layout import Degrees
 from torchtrain.config.plans import ValidationPlan
 from torchtrain.config.schema import Data
 from torchtrain.datasets.data_order import permuted
+from torchtrain.datasets.documents import Separators
 from torchtrain.datasets.loader import Microbatch, microbatches
 from torchtrain.datasets.open import open_tokens
 from torchtrain.datasets.samples import PackedDataset
@@ -45,7 +46,7 @@ class ValidationSet:
         plan: ValidationPlan,
         data: Data,
         tokenizer: Tokenizer,
-        separators: tuple[int, int] | None,
+        separators: Separators | None,
     ) -> None:
         """Read, and where need be tokenize, the plan's sources; without validation nothing.
 

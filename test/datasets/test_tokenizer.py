@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtrain.datasets import tokenizer as module
-from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
+from torchtrain.datasets.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.tools.train_tokenizer import main, train_tokenizer
 
@@ -282,11 +282,17 @@ def test_missing_paths_are_named(tmp_path):
         load_tokenizer(tmp_path / "pipe")
 
 
-def test_model_without_bos_or_eos_is_refused():
-    with pytest.raises(UserError, match="no BOS and no EOS"):
-        foreign_model(bos_id=-1, eos_id=-1)
-    with pytest.raises(UserError, match="no EOS"):
-        foreign_model(eos_id=-1)
+def test_model_without_eos_is_refused():
+    for options in ({"eos_id": -1}, {"bos_id": -1, "eos_id": -1}):
+        with pytest.raises(UserError, match="no EOS piece"):
+            foreign_model(**options)
+
+
+def test_documents_of_a_model_without_bos_end_with_eos():
+    tokenizer = foreign_model(bos_id=-1, eos_id=1)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+    documents = encode_documents(tokenizer, TEXT)
+    assert [ids.tolist() for ids in documents] == [[*encode(tokenizer, text), 1] for text in TEXT]
 
 
 # Other formats
@@ -388,13 +394,32 @@ def test_bos_and_eos_are_those_of_the_files_beside_then_the_well_known(tmp_path)
 
 
 @pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config": {"bos_token": None, "eos_token": "<b>"}},
+        {"tokenizer_config": {"eos_token": {"content": "<b>"}}},
+        {"special_tokens_map": {"eos_token": "<b>", "pad_token": "<a>"}},
+    ],
+)
+def test_a_tokenizer_json_may_have_no_bos_as_qwens(tmp_path, beside):
+    tokenizer = load_tokenizer(saved(tmp_path / "without", "<a>", "<b>", **beside))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+    (document,) = encode_documents(tokenizer, [TEXT[0]])
+    assert document.tolist() == [*encode(tokenizer, TEXT[0]), 1]
+    assert tokenizer.decode(document) == TEXT[0]
+    named = {"tokenizer_config": {"bos_token": "<a>", "eos_token": "<b>"}}
+    same_text = load_tokenizer(saved(tmp_path / "with", "<a>", "<b>", **named))
+    assert same_text.fingerprint != tokenizer.fingerprint, "their caches differ"
+
+
+@pytest.mark.parametrize(
     ("specials", "beside", "message"),
     [
         ((), {}, r"bos_token = None, eos_token = None is not in its .*tokenizer_config\.json"),
         (
             ("<b>",),
-            {"tokenizer_config": {"bos_token": None, "eos_token": "<b>"}},
-            "separates documents: bos_token = None is not in its vocabulary",
+            {"tokenizer_config": {"bos_token": "<b>", "eos_token": None}},
+            "separates documents: eos_token = None is not in its vocabulary",
         ),
         (
             ("<s>", "</s>"),

@@ -187,6 +187,9 @@ def split(row, bos=BOS, eos=EOS):
         ),  # one token for both, an end and a beginning
         ([7, 2, 8, 9], EOS, [0, 1, 1], [2, 8, 9]),  # one alone is both
         ([2, 8, 2, 2], EOS, [0, 0, 2], [8, 2, -100]),
+        ([7, 8, 2, 7, 2, 8], None, [0, 0, 0, 3, 3], [8, 2, -100, 2, -100]),
+        ([2, 7, 2, 2, 8], None, [0, 1, 1, 3], [-100, 2, -100, -100]),  # the rest of one, and a void
+        ([7, 8, 1], None, [0, 0], [8, 1]),
     ],
 )
 def test_labels_and_beginnings_at_borders(row, bos, begins, labels):
@@ -209,6 +212,14 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("torchtrain/datasets/debug_tokenizer.model")
+
+
+def without_bos():
+    """The same tokenizer, whose documents have no BOS."""
+    tokenizer = load_tokenizer("torchtrain/datasets/debug_tokenizer.model")
+    tokenizer.bos_id = None
+    tokenizer.fingerprint = "without BOS"
+    return tokenizer
 
 
 def dataset_of(corpus, tokenizer, training=(), data=()):
@@ -253,6 +264,10 @@ def test_tokens_without_a_beginning_are_refused(tmp_path, tokenizer):
         dataset_of(source, tokenizer, {"document_masking": True})
     with pytest.raises(UserError, match="holds no BOS"):
         dataset_of(source, tokenizer, data={"packing": "best_fit"})
+    with pytest.raises(
+        UserError, match=r"say where documents end: .* no EOS \(token 2 .*EOS after each document"
+    ):
+        dataset_of(source, without_bos(), {"document_masking": True})
 
 
 def test_the_ring_is_refused_and_ulysses_is_not():
@@ -302,6 +317,14 @@ def test_pieces_are_documents_and_long_ones_are_cut_with_an_overlap(monkeypatch,
     assert np.concatenate(list(find_segments(empty, 4, BOS, EOS))).tolist() == [[1, 3]]
     shared = np.array([2, 7, 2, 2, 8, 8, 2], dtype=np.uint16)
     assert np.concatenate(list(find_segments(shared, 8, EOS, EOS))).tolist() == [[0, 3], [3, 4]]
+    ended = np.array([7, 8, 2, 2, 8, 2, 9], dtype=np.uint16)
+    assert np.concatenate(list(find_segments(ended, 8, None, EOS))).tolist() == [[0, 3], [4, 2]]
+    cut = np.array([7, 8, 8, 8, 2, 8, 2], dtype=np.uint16)
+    assert np.concatenate(list(find_segments(cut, 2, None, EOS))).tolist() == [
+        [0, 3],
+        [2, 3],
+        [5, 2],
+    ]
     alone = np.array([2, 7, 2, 8, 8, 2, 9], dtype=np.uint16)
     assert np.concatenate(list(find_segments(alone, 8, EOS, EOS))).tolist() == [
         [0, 3],
@@ -317,10 +340,12 @@ def predictions(tokens, labels):
     return pairs.tolist(), counts.tolist()
 
 
+@pytest.mark.parametrize("has_bos", [True, False])
 @pytest.mark.parametrize("window", [200, 1 << 24])
 def test_an_epoch_of_best_fit_predicts_every_token_of_every_document_once(
-    corpus, tokenizer, monkeypatch, tmp_path, window
+    corpus, tokenizer, monkeypatch, tmp_path, window, has_bos
 ):
+    tokenizer = tokenizer if has_bos else without_bos()
     monkeypatch.setattr(packing, "WINDOW", window)
     corpus = (corpus[0], {"cache_folder": str(tmp_path)})
     dataset, cut = (
@@ -330,12 +355,13 @@ def test_an_epoch_of_best_fit_predicts_every_token_of_every_document_once(
     tokens, labels = dataset.read(np.arange(dataset.n_samples))
     assert tokens.shape == labels.shape == (dataset.n_samples, 96)
     whole = np.array(cut._tokens[:], dtype=np.int64)
-    expected = np.where(whole[1:] == tokenizer.bos_id, -100, whole[1:])
+    is_border = whole[1:] == tokenizer.bos_id if has_bos else whole[:-1] == tokenizer.eos_id
+    expected = np.where(is_border, -100, whole[1:])
     assert predictions(tokens, labels) == predictions(whole[:-1], expected)
     # A sequence ends in the middle of a document only where that is longer than a sequence.
     ends_inside = (labels[:, -1] != -100) & (labels[:, -1] != tokenizer.eos_id)
     assert ends_inside.sum() <= sum(
-        len(d) // 96 for d in np.split(whole, np.flatnonzero(whole == tokenizer.bos_id))
+        len(d) // 96 for d in np.split(whole, 1 + np.flatnonzero(is_border))
     )
     documents = split_documents(tokens, labels.copy(), tokenizer.bos_id, tokenizer.eos_id)
     padding = (labels[:, 1:] == -100) & (labels[:, :-1] == -100)
@@ -356,3 +382,26 @@ def test_best_fit_is_another_order_and_is_remembered(corpus, tokenizer):
             (corpus[0] | {"seq_len": 64}, corpus[1]), tokenizer, data={"packing": "best_fit"}
         ).identity()
     )
+
+
+def test_masked_documents_without_bos_are_learned_as_those_with_it(corpus, tokenizer, tmp_path):
+    """Each token in the context of its own document alone; only the first has none without BOS."""
+    corpus = (corpus[0], {"cache_folder": str(tmp_path)})
+
+    def contexts(of):
+        dataset = dataset_of((corpus[0] | {"seq_len": 4096}, corpus[1]), of)
+        tokens, labels = dataset.read(np.arange(dataset.n_samples))
+        documents = split_documents(tokens, labels, of.bos_id, of.eos_id)
+        found = []
+        for row, column in zip(*np.nonzero(labels != -100), strict=True):
+            context = tokens[row, documents[row, column] : column + 1].tolist()
+            context = context[1:] if context[0] == BOS else context
+            if context:
+                found.append((context, int(labels[row, column])))
+        return found
+
+    # The last sequence, of another length, is dropped.
+    both = [contexts(of) for of in (tokenizer, without_bos())]
+    shorter = min(map(len, both))
+    assert shorter > 1000
+    assert both[0][:shorter] == both[1][:shorter]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 import torch.distributed as dist
 from helpers.hf import SHAPES, build, edit_config, save_checkpoint
@@ -117,6 +118,26 @@ def test_the_tokenizer_comes_along(tmp_path, alone):
     for text in ["def f(x):\n    return x", " a  b\t", "", "Ünïcödé 漢字 🙂", "\n\n  \r\n"]:
         ids = ours.encode_batch([text])[0].tolist()
         assert theirs(text).input_ids == [ours.bos_id, *ids], text
+
+
+def test_an_export_says_that_its_tokenizer_has_no_bos(tmp_path, alone):
+    step = save_checkpoint(tmp_path, "llama", build(SHAPES["llama"]))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a text of few words"] * 9),
+        model_prefix=str(tmp_path / "own"),
+        minloglevel=2,
+        vocab_size=270,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=1,
+    )
+    convert.to_hf(str(step), tmp_path / "hf", tokenizer=str(tmp_path / "own.model"))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((tmp_path / "hf" / name).read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (None, 1)
+    described = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert (described["bos_token"], described["add_bos_token"]) == (None, False)
 
 
 def of_layer_one(folder, change):

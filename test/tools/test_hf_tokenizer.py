@@ -14,7 +14,7 @@ from helpers.tokens import encode
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from torchtrain.config.plans import DEBUG_TOKENIZER
-from torchtrain.datasets.tokenizer import load_tokenizer
+from torchtrain.datasets.tokenizer import begin_document, load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.tools.hf_tokenizer import write_tokenizer
 
@@ -119,6 +119,17 @@ def llama3(folder):
     return byte_level(folder, "<|begin_of_text|>", "<|end_of_text|>", split=True)
 
 
+def qwen2(folder):
+    """Without BOS, and with a template that would put EOS before a text."""
+    config = {"bos_token": None, "eos_token": "<|endoftext|>", "add_bos_token": False}
+    byte_level(folder, "<|endoftext|>", split=True, tokenizer_config=config)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return save(made, folder)
+
+
 def llama2(folder):
     """As Llama 2's tokenizer.json, whose class transformers 5 would build anew, and otherwise."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -202,6 +213,10 @@ SOURCES = {
     ),
     "llama3": llama3,
     "llama2": llama2,
+    "qwen2": qwen2,
+    "sentencepiece without BOS": lambda folder: sentencepiece_model(
+        folder / "t.model", bos_id=-1, eos_id=1
+    ),
     "gpt2": gpt2,
     "torchtitan": torchtitan,
     "word level": word_level,
@@ -231,11 +246,11 @@ def test_both_make_the_same_ids_of_every_text_and_the_same_text_of_them(pair):
     for text in TEXTS:
         ids = encode(ours, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, ascii(text)
-        assert theirs(text).input_ids == [ours.bos_id, *ids], ascii(text)
+        assert theirs(text).input_ids == [*begin_document(ours), *ids], ascii(text)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), ascii(text)
         if not set(ids) & set(theirs.all_special_ids):
             assert theirs.decode(ids) == ours.decode(ids), ascii(text)
-    document = [ours.bos_id, *ids, ours.eos_id]
+    document = [*begin_document(ours), *ids, ours.eos_id]
     assert theirs.decode(document, skip_special_tokens=True) == ours.decode(document)
 
 

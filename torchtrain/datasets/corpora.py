@@ -42,7 +42,7 @@ Side = Literal["training", "validation"]
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be learned as a whole: it becomes BOS, its tokens, EOS."""
+    """A text to be learned as a whole: it becomes BOS if any, its tokens, EOS."""
 
     text: str
     location: str

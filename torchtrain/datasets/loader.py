@@ -19,7 +19,7 @@ from torchtrain.config.schema import Data, Training, Validation
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.datasets.cache_folder import cache_root
 from torchtrain.datasets.data_state import DataState, differences, upgrade
-from torchtrain.datasets.documents import require_documents, split_documents
+from torchtrain.datasets.documents import Separators, require_documents, split_documents
 from torchtrain.datasets.mixture import Mixture
 from torchtrain.datasets.open import open_source, open_tokens
 from torchtrain.datasets.packing import BestFitDataset
@@ -99,7 +99,7 @@ def microbatches(
     labels: np.ndarray,
     sample_ids: np.ndarray,
     size: int,
-    separators: tuple[int, int] | None,
+    separators: Separators | None,
 ) -> list[Microbatch]:
     """Cut tokens and labels, int64 `[B, S]`, into microbatches of `size` sequences.
 
@@ -139,7 +139,7 @@ class DataLoader:
     """Sizes of global batch and microbatch."""
     data_rank: int
     """Which share of the batch this rank reads."""
-    separators: tuple[int, int] | None = None
+    separators: Separators | None = None
     """The ids of BOS and EOS under document masking."""
     stall_timeout_seconds: float = math.inf
     """How long a stream may give no document."""

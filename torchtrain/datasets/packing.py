@@ -121,24 +121,28 @@ def _write_packing(
             os.fsync(file.fileno())
 
 
-def find_segments(tokens: np.ndarray, seq_len: int, bos: int, eos: int) -> Iterator[np.ndarray]:
+def find_segments(
+    tokens: np.ndarray, seq_len: int, bos: int | None, eos: int
+) -> Iterator[np.ndarray]:
     """Return first token and length, int64 `[P, 2]`, of the segments in each window of `tokens`.
 
     The segments of one document overlap by a token, as the sequences of a corpus that is cut do:
     the last label of one is the first token of the next. Where one token separates documents, it
-    ends one and begins the next.
+    ends one and begins the next. Where there is no BOS, one begins after each EOS.
     """
     begun = 0  # where the document begins that the windows so far have not ended
     for start in range(0, len(tokens), WINDOW):
         window = tokens[start : start + WINDOW + 1]
-        begins = window[:-1] == bos
+        begins = window[:-1] == (eos if bos is None else bos)
         if bos == eos:
             begins &= window[1:] != bos  # the first of two is an end
-        borders = start + np.flatnonzero(begins)
+        borders = start + np.flatnonzero(begins) + (bos is None)
         borders = np.concatenate(([begun], borders[borders > begun]))
         begun = borders[-1]
         if start + WINDOW >= len(tokens):
-            last_is_bos = bos != eos and window[-1] == bos  # of a document that holds no more
+            last_is_bos = (
+                bos not in (None, eos) and window[-1] == bos
+            )  # of a document that holds no more
             borders = np.append(borders, len(tokens) - last_is_bos)
         ends = borders[1:]
         if bos == eos:

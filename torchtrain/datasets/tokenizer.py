@@ -1,8 +1,8 @@
 """Tokenizers: SentencePiece models, and Hugging Face's tokenizer.json.
 
 Each kind is read by its own package, so that ids are what its authors' code gives; the caller adds
-BOS and EOS. The committed `debug_tokenizer.model` is what
-`python -m torchtrain.tools.train_tokenizer` makes of `python_stdlib`.
+EOS, and BOS where there is one (else `bos_id` is None). The committed `debug_tokenizer.model` is
+what `python -m torchtrain.tools.train_tokenizer` makes of `python_stdlib`.
 
 SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) calls the strings of its vocabulary pieces
 and writes a space inside them as U+2581, so by itself it reads a U+2581 of the text as a space.
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
         """Load `model`, the bytes of a model file; `name` is its name in messages.
 
         Raises:
-            UserError: not a SentencePiece model, or one without BOS or EOS.
+            UserError: not a SentencePiece model, or one without EOS.
         """
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -70,14 +70,14 @@ class SentencePieceTokenizer:
                 "own text"
             ) from error
         self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
+        bos = self._model.bos_id()
+        self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int = self._model.eos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        missing = [kind for kind, id_ in (("BOS", self.bos_id), ("EOS", self.eos_id)) if id_ < 0]
-        if missing:
+        if self.eos_id < 0:
             raise UserError(
-                f"tokenizer {name!r} has no {' and no '.join(missing)} piece, which separate the "
-                "documents. Train it with bos_id and eos_id set"
+                f"tokenizer {name!r} has no EOS piece, which documents end with. Train it with "
+                "eos_id set"
             )
         self._cut_keeps_space = self._rule_for_cuts()
         self._space_mark_ids = self._bytes_of_space_mark()
@@ -179,7 +179,7 @@ class HuggingFaceTokenizer:
         The files beside it name them, or else they have well-known names.
 
         Raises:
-            UserError: not a tokenizer.json, or one whose BOS and EOS cannot be known.
+            UserError: not a tokenizer.json, or one whose BOS or EOS cannot be known.
         """
         import tokenizers
 
@@ -195,10 +195,11 @@ class HuggingFaceTokenizer:
         vocabulary = self._model.get_vocab()
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         bos, eos = _special_names(file, names, vocabulary)
-        self._model.add_special_tokens([bos, eos])  # not every file calls them special; ids stay
-        self.bos_id: int = vocabulary[bos]
+        separators = [token for token in (bos, eos) if token is not None]
+        self._model.add_special_tokens(separators)  # not every file calls them special; ids stay
+        self.bos_id: int | None = None if bos is None else vocabulary[bos]
         self.eos_id: int = vocabulary[eos]
-        beside = "\0".join(["", bos, eos, *(str(token.__getstate__()) for token in missing)])
+        beside = "\0".join(["", bos or "", eos, *(str(token.__getstate__()) for token in missing)])
         self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
@@ -246,21 +247,28 @@ class HuggingFaceTokenizer:
         return sizes
 
 
-def _special_names(file: Path, given: dict[str, str], known: dict[str, int]) -> tuple[str, str]:
-    """Return what the files beside `file` call BOS and EOS, else the first well-known pair."""
+def _special_names(
+    file: Path, given: dict[str, str], known: dict[str, int]
+) -> tuple[str | None, str]:
+    """Return what the files beside `file` call BOS and EOS, else the first well-known pair.
+
+    BOS is None where they name EOS alone, as Qwen2's.
+    """
     if not given:
         for bos, eos in WELL_KNOWN:
             if bos in known and eos in known:
                 return bos, eos
-    unknown = [f"{key} = {given.get(key)!r}" for key in SPECIAL_KEYS if given.get(key) not in known]
+    needed = SPECIAL_KEYS if "bos_token" in given or not given else ("eos_token",)
+    unknown = [f"{key} = {given.get(key)!r}" for key in needed if given.get(key) not in known]
     if unknown:
         config = str(file.with_name("tokenizer_config.json"))
         raise UserError(
             f"tokenizer {str(file)!r} and the files beside it do not say what separates "
-            f"documents: {', '.join(unknown)} is not in its vocabulary. Name two tokens in "
-            f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same'
+            f"documents: {', '.join(unknown)} is not in its vocabulary. Name tokens in "
+            f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same, and the '
+            "first null"
         )
-    return given["bos_token"], given["eos_token"]
+    return given.get("bos_token"), given["eos_token"]
 
 
 def read_beside(file: Path) -> tuple[dict[str, str], list[Any]]:
@@ -314,11 +322,16 @@ Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 """Both do the same by the same names; equal fingerprints give equal ids."""
 
 
+def begin_document(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that a document has before those of its text: BOS, if there is one."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
 def encode_documents(
     tokenizer: Tokenizer, texts: Sequence[str], threads: int = 1
 ) -> list[np.ndarray]:
-    """Return the tokens of each document, int32 `[tokens]`: BOS, the ids of its text, EOS."""
-    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    """Return the tokens of each document, int32 `[tokens]`: BOS if any, its text's ids, EOS."""
+    bos, eos = np.array(begin_document(tokenizer), dtype=np.int32), [tokenizer.eos_id]
     encoded = tokenizer.encode_batch(texts, threads)
     return [np.concatenate((bos, ids, eos), dtype=np.int32) for ids in encoded]
 
@@ -344,7 +357,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.model.
 
     Raises:
-        UserError: nothing there, an unknown format, damaged, or without BOS or EOS.
+        UserError: nothing there, an unknown format, damaged, or without EOS.
     """
     file = _find_file(path)
     name = str(file)

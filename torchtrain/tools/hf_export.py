@@ -33,8 +33,8 @@ class Export:
     """Of the model, its vocabulary known."""
     seq_len: int
     """Tokens of the longest sequence that it was trained on."""
-    special_ids: Mapping[str, int]
-    """`bos_token_id` and `eos_token_id`."""
+    special_ids: Mapping[str, int | None]
+    """`bos_token_id`, None where there is none, and `eos_token_id`."""
     dtype: torch.dtype | None = None
     """Of the weights; None: as they are."""
     shard_bytes: int = 5 * 10**9

@@ -1,7 +1,8 @@
 """A tokenizer's files as `AutoTokenizer.from_pretrained` of transformers loads them.
 
 Ids are those of training: what looks like a special token in a text is text, unless there is a chat
-template, which writes such tokens. A document's tokens begin with BOS; so do those of a text there.
+template, which writes such tokens. A document's tokens begin with BOS, if there is one; so do those
+of a text there.
 
 Source: https://huggingface.co/docs/transformers/main_classes/tokenizer.
 """
@@ -15,6 +16,7 @@ from torchtrain.datasets.tokenizer import (
     SPECIAL_KEYS,
     HuggingFaceTokenizer,
     Tokenizer,
+    begin_document,
     load_tokenizer,
     read_beside,
 )
@@ -45,9 +47,9 @@ PROBES = (
 def write_tokenizer(source: Path, folder: Path, *, model_max_length: int | None = None) -> None:
     """Write the files of a tokenizer into a folder: ids there are those of training.
 
-    tokenizer.json is as it was given, if it begins a text with BOS, or made from a SentencePiece
-    model, which is beside it for what reads that. What tokenizer_config.json says beside `source`
-    stays (a chat template too), but for what would change ids or text.
+    tokenizer.json is as it was given, if it begins a text as a document does, or made from a
+    SentencePiece model, which is beside it for what reads that. What tokenizer_config.json says
+    beside `source` stays (a chat template too), but for what would change ids or text.
 
     Args:
         source: its file or folder, as `model.tokenizer_path` takes it.
@@ -97,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _write_json(
     tokenizer: HuggingFaceTokenizer, file: Path, folder: Path
 ) -> "tokenizers.Tokenizer":
-    """Write tokenizer.json with BOS before each text, and all tokens; return what it has."""
+    """Write tokenizer.json with all tokens, and BOS, if any, before a text; return what it has."""
     import tokenizers
 
     made = tokenizers.Tokenizer.from_file(str(file))
@@ -105,11 +107,11 @@ def _write_json(
     _, added = read_beside(file)
     made.add_tokens([token for token in added if made.token_to_id(token.content) is None])
     ids = made.encode("a", add_special_tokens=False).ids
-    begins = made.encode("a").ids == [tokenizer.bos_id, *ids]
+    begins = made.encode("a").ids == [*begin_document(tokenizer), *ids]
     if begins and made.get_vocab_size() == size:
         shutil.copyfile(file, folder / JSON)
     else:
-        _begin_with_bos(made, tokenizer.bos_id)
+        _begin_as_document(made, tokenizer)
         made.save(str(folder / JSON))
     return made
 
@@ -117,7 +119,7 @@ def _write_json(
 def _convert(tokenizer: Tokenizer, file: Path, folder: Path) -> "tokenizers.Tokenizer":
     """Write tokenizer.json of a SentencePiece model; warn if the ids of a text are not the same."""
     made = convert_sentencepiece(file.read_bytes(), str(file))
-    _begin_with_bos(made, tokenizer.bos_id)
+    _begin_as_document(made, tokenizer)
     made.save(str(folder / JSON))
     made.encode_special_tokens = True
     for text in PROBES:
@@ -132,12 +134,13 @@ def _convert(tokenizer: Tokenizer, file: Path, folder: Path) -> "tokenizers.Toke
     return made
 
 
-def _begin_with_bos(made: "tokenizers.Tokenizer", bos_id: int) -> None:
+def _begin_as_document(made: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    bos = made.id_to_token(bos_id)
+    special_tokens = [(made.id_to_token(id_), id_) for id_ in begin_document(tokenizer)]
+    begin = [token for token, _ in special_tokens]
     made.post_processor = TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
+        single=[*begin, "$A"], pair=[*begin, "$A", *begin, "$B"], special_tokens=special_tokens
     )
 
 
@@ -168,12 +171,12 @@ def _describe(made: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> dict[str, A
     adds_space = any(step["type"] == "Prepend" for step in normalizers)
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         "add_prefix_space": pre_tokenizer.get("add_prefix_space", adds_space),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     for key, id_ in zip(SPECIAL_KEYS, (tokenizer.bos_id, tokenizer.eos_id), strict=True):
-        described[key] = made.id_to_token(id_)
+        described[key] = None if id_ is None else made.id_to_token(id_)
     return described

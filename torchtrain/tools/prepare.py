@@ -25,6 +25,7 @@ from multiprocessing import get_context, parent_process
 from torchtrain.config.plans import find_tokenizer
 from torchtrain.config.sources import plan_sources, plan_validation_sources
 from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.documents import say_where_documents_end
 from torchtrain.datasets.open import open_tokens
 from torchtrain.datasets.token_cache import Shards, encode_shard
 from torchtrain.datasets.tokenizer import load_tokenizer
@@ -128,6 +129,7 @@ def prepare(config: JobConfig, workers: int) -> None:
         )
     tokenizer_file = find_tokenizer(config.model)
     tokenizer = load_tokenizer(tokenizer_file)
+    say_where_documents_end(tokenizer)
     encode = partial(encode_in_workers, workers, tokenizer_file)
     for source in sources:
         tokens = open_tokens(source, config.data, tokenizer, encode)
