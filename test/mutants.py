@@ -2747,6 +2747,11 @@ MUTANTS = {
     ],
     "torchtrain/ranks.py": [
         (
+            "the ranks' rows are mixed up",
+            "    return rows.view(ranks, len(row))\n",
+            "    return rows.view(len(row), ranks).T\n",
+        ),
+        (
             "each caller has a patient group of its own",
             "        if group.group_desc == name:\n",
             "        if group is None:\n",

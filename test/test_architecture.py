@@ -75,7 +75,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_445
+LIMIT_CORE = 11_447
 FOLDER_LIMITS = {
     "config": 1656,
     "datasets": 2200,

@@ -14,6 +14,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.errors import PeerFault, SharedUserError, UserError
 from torchtrain.ranks import (
     first_on_each_node,
+    gather_rows,
     gathered,
     on_rank_zero,
     patient_group,
@@ -71,6 +72,9 @@ def take_turns(folder):
 def compare():
     rank = dist.get_rank()
     assert gathered(rank) == [0, 1, 2, 3]
+    rows = gather_rows(torch.tensor([rank, 10 * rank]))
+    assert rows.tolist() == [[0, 0], [1, 10], [2, 20], [3, 30]]
+    assert gather_rows(torch.empty(0)).shape == (4, 0)
     require_equal("the same", "the corpus")
     expected = "the corpus differs between ranks: a on rank 0, b on rank 2"
     with pytest.raises(SharedUserError, match=expected):

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from helpers.forking import in_group, train
 from helpers.launching import metrics as read_metrics
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrain.errors import PeerFault, SharedUserError, UserError
 from torchtrain.step_metrics import (
@@ -113,6 +115,31 @@ def everything_on_four_ranks():
 @pytest.mark.slow
 def test_reductions_over_four_ranks_by_hand_and_differences_that_do_not_hang():
     in_group(4, everything_on_four_ranks, timeout_s=60)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min"])
+def test_thousands_of_ranks_cost_one_of_them_no_more_operations_than_two(reduce):
+    counts = []
+    for ranks in (2, 4096):
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        metrics = StepMetrics()
+        metrics.add("test/value", 3.0, reduce=reduce)
+        with Operations() as operations:
+            reduced = metrics.reduce(CPU)
+        dist.destroy_process_group()
+        assert reduced == {"test/value": 3.0 * ranks if reduce == "sum" else 3.0}
+        counts.append(operations.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_one_process_alone(alone):

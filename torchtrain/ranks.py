@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from torchtrain import attempts
 from torchtrain.devices import choose_device, describe_unused_gpus, usable_accelerator
@@ -19,6 +20,8 @@ from torchtrain.logging_utils import logger
 from torchtrain.open_files import allow_open_files
 
 T = TypeVar("T")
+
+collectives = torch.ops._c10d_functional  # which have one name in all supported versions
 
 FLIGHT_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """How many collectives NCCL's flight recorder keeps: the variable and its older name."""
@@ -155,6 +158,17 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Return every rank's `row` [N], in rank order, as [R, N] on the same device.
+
+    They come in one tensor: one for each rank would cost each of them more with every rank.
+    """
+    ranks = dist.get_world_size()
+    group = dist.distributed_c10d._get_default_group().group_name
+    rows: Tensor = collectives.wait_tensor(collectives.all_gather_into_tensor(row, ranks, group))
+    return rows.view(ranks, len(row))
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

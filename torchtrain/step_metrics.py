@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtrain.errors import SharedUserError, UserError
-from torchtrain.ranks import gathered, together
+from torchtrain.ranks import gather_rows, gathered, together
 
 Reduction = Literal["sum", "mean", "max", "min"]
 
@@ -202,9 +201,7 @@ def _gather(row: Tensor, width: int) -> Tensor:
     """
     padded = row.new_zeros(width)
     padded[: len(row)] = row
-    rows = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, padded)
-    return torch.stack(rows).cpu()
+    return gather_rows(padded).cpu()
 
 
 def _describe_difference(specs_by_rank: list[list[str]]) -> str:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from torchtrain.errors import ReplicasDiffer
 from torchtrain.logging_utils import logger
-from torchtrain.ranks import gathered, name_ranks
+from torchtrain.ranks import gather_rows, gathered, name_ranks
 from torchtrain.shards import find_local_box, local
 from torchtrain.utils import plural
 
@@ -98,9 +98,7 @@ class ReplicaCheck:
         """Return all ranks' values [R · P], int64; zeros fill up those of ranks with fewer."""
         row = torch.zeros(self.width, dtype=torch.int64, device=self.device)
         row[: len(values)] = values
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, row)
-        return torch.cat(rows)
+        return gather_rows(row).flatten()
 
     def _find_first_holders(self) -> Tensor:
         """Return `holders`. Of the ranks' names only hashes travel: thousands of ranks have many.
