@@ -75,9 +75,9 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_447
+LIMIT_CORE = 11_471
 FOLDER_LIMITS = {
-    "config": 1656,
+    "config": 1_675,
     "datasets": 2200,
     "parallelisms": 1800,
     "checkpoint": 1281,

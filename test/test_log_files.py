@@ -84,7 +84,7 @@ def test_training_goes_on_while_nothing_can_be_logged(tmp_path, said):
 
 
 def test_tensorboards_curves_end_where_they_cannot_be_written(tmp_path, said, capfd):
-    board = TensorBoard(tmp_path / "tb", 1)
+    board = TensorBoard(tmp_path, "tb", 1)
     board.add_scalars({"loss": 2.0}, 1)
     with no_file_larger_than(0):
         board.add_scalars({"loss": 1.5}, 2)
@@ -98,7 +98,7 @@ def test_tensorboards_curves_end_where_they_cannot_be_written(tmp_path, said, ca
 
 def test_tensorboard_on_a_full_disk_is_one_message_at_the_start(tmp_path, capfd):
     with no_file_larger_than(0), pytest.raises(UserError, match=r"tb cannot be written: the file"):
-        TensorBoard(tmp_path / "tb", 1)
+        TensorBoard(tmp_path, "tb", 1)
     assert "Traceback" not in capfd.readouterr().err
 
 

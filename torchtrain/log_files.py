@@ -14,6 +14,7 @@ from typing import Any
 from torchtrain.logging_utils import logger
 from torchtrain.utils import (
     describe_os_error,
+    expand_user,
     fsync_folder,
     plural,
     write_durably,
@@ -101,19 +102,24 @@ def _append_whole(path: Path, data: bytes) -> None:
 class TensorBoard:
     """TensorBoard's files of one process of a run.
 
+    Args:
+        run_folder: `job.dump_folder`.
+        name: of the folder in it.
+        first_step: what was written of it and later steps is hidden.
+
     Raises:
         UserError: they cannot be written at the start.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, run_folder: Path, name: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder = run_folder / expand_user(name)
         _keep_quiet_about_its_thread()
-        with writing(folder):
+        with writing(self.folder):
             # purge_step hides what an interrupted run wrote past the step it resumes from: one
             # curve, no doubling back.
-            self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)
+            self.writer: Any = SummaryWriter(str(self.folder), purge_step=first_step)
             self.writer.flush()
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:

@@ -274,8 +274,8 @@ class MetricsLogger:
         self.samples_file = LogFile(self.run_folder / SAMPLES_FILE)
         self.tensorboard = None
         if self.section.enable_tensorboard:
-            folder = self.run_folder / self.section.save_tb_folder
-            self.tensorboard = TensorBoard(folder, self.first_step)
+            name = self.section.save_tb_folder
+            self.tensorboard = TensorBoard(self.run_folder, name, self.first_step)
         self.wandb = self._open_wandb() if self.section.enable_wandb else None
 
     def log(

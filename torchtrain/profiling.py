@@ -12,7 +12,7 @@ import torch
 from torchtrain.config.schema import Profiling
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import describe_os_error, remove_if_possible
+from torchtrain.utils import describe_os_error, expand_user, remove_if_possible
 
 MEMORY_SNAPSHOT_ENTRIES = 100_000
 """Allocations kept in a snapshot's ring buffer."""
@@ -69,12 +69,16 @@ class Profiler:
         """Write the history of allocations; after an out-of-memory error it is wanted most."""
         if not self.config.enable_memory_snapshot:
             return
-        path = self.run_folder / self.config.save_memory_snapshot_folder / name
+        path = self.run_folder / expand_user(self.config.save_memory_snapshot_folder) / name
         write = torch.cuda.memory._dump_snapshot
         _write_if_possible("memory snapshot", path / f"rank{self.rank}.pickle", write)
 
     def _write_trace(self, trace: torch.profiler.profile) -> None:
-        path = self.run_folder / self.config.save_traces_folder / f"step-{self.step_number}"
+        path = (
+            self.run_folder
+            / expand_user(self.config.save_traces_folder)
+            / f"step-{self.step_number}"
+        )
         write = trace.export_chrome_trace
         _write_if_possible("profiler trace", path / f"rank{self.rank}.json.gz", write)
 

@@ -25,7 +25,7 @@ from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import BadNumbers, CheckpointError, PeerFault, Stopped, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, on_rank_zero, patient_group, together
-from torchtrain.utils import fsync_folder, make_folder, user_errors, writing
+from torchtrain.utils import expand_user, fsync_folder, make_folder, user_errors, writing
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Saver:
 
     def __init__(self, config: Checkpoint, run_folder: Path) -> None:
         self.config = config
-        self.folder = run_folder / config.folder
+        self.folder = run_folder / expand_user(config.folder)
         # Not training's group: DCP's messages never mix with training's, stay off the accelerator,
         # and may wait for a slow disk for hours where training's own timeout is short.
         self.group = patient_group()

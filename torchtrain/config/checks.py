@@ -1,5 +1,6 @@
 """What is wrong with keys together: one function per subject, each yielding its faults."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,13 @@ from torchtrain.config.schema import Checkpoint, Config
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
 from torchtrain.errors import UserError
+from torchtrain.utils import expand_user
 
 # What a pipeline's stages and microbatches depend on.
 PIPELINE_KEYS = (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS)
+
+# How the address of another storage begins: s3://, gs://, hf://, file:// and so on.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 # What the user's own code may add names to.
 NAMED_BY_USERS = (
@@ -228,6 +233,19 @@ def _check_pipeline_batch(config: Config, world_size: int | None, stages: int) -
 
 
 def _check_folders(config: Config) -> Faults:
+    for key, given in (
+        ("job.dump_folder", config.job.dump_folder),
+        ("checkpoint.folder", config.checkpoint.folder),
+        ("metrics.save_tb_folder", config.metrics.save_tb_folder),
+        ("profiling.save_traces_folder", config.profiling.save_traces_folder),
+        ("profiling.save_memory_snapshot_folder", config.profiling.save_memory_snapshot_folder),
+        ("data.cache_folder", config.data.cache_folder or ""),
+    ):
+        if ADDRESS.match(given):
+            yield Fault(
+                f"{key} = {quoted(given)} is an address, and a run writes to folders alone: name "
+                "one, for example where that storage is mounted, or copy what the run has written"
+            )
     for key, folder in list_output_folders(config).items():
         inside = folder.parts and ".." not in folder.parts
         if not folder.is_absolute() and not inside:
@@ -240,7 +258,8 @@ def _check_initial_load(checkpoint: Checkpoint) -> Faults:
     if not checkpoint.enable:
         return
     in_hf = checkpoint.initial_load_in_hf
-    if path is not None and not (Path(path).exists() if in_hf else Path(path).is_dir()):
+    there = expand_user(path) if path is not None else None
+    if there is not None and not (there.exists() if in_hf else there.is_dir()):
         yield Fault(
             f"checkpoint.initial_load_path = {quoted(path)} is not a folder that exists (looked "
             f"from {Path.cwd()})",

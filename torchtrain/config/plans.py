@@ -13,7 +13,7 @@ from torchtrain.config import layout
 from torchtrain.config.schema import Config, LRScheduler, Model
 from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
 from torchtrain.errors import UserError
-from torchtrain.utils import plural
+from torchtrain.utils import expand_user, plural
 
 DEBUG_TOKENIZER = Path(__file__).parents[1] / "datasets" / "debug_tokenizer.model"
 
@@ -263,10 +263,12 @@ def find_tokenizer(model: Model) -> str:
 
 
 def list_output_folders(config: Config) -> dict[str, Path]:
-    """Return the folders that the run writes, by key, as given: relative to `job.dump_folder`."""
+    """Return the folders that the run writes, by key: in `job.dump_folder` where relative."""
     return {
-        "profiling.save_traces_folder": Path(config.profiling.save_traces_folder),
-        "profiling.save_memory_snapshot_folder": Path(config.profiling.save_memory_snapshot_folder),
-        "metrics.save_tb_folder": Path(config.metrics.save_tb_folder),
-        "checkpoint.folder": Path(config.checkpoint.folder),
+        "profiling.save_traces_folder": expand_user(config.profiling.save_traces_folder),
+        "profiling.save_memory_snapshot_folder": expand_user(
+            config.profiling.save_memory_snapshot_folder
+        ),
+        "metrics.save_tb_folder": expand_user(config.metrics.save_tb_folder),
+        "checkpoint.folder": expand_user(config.checkpoint.folder),
     }

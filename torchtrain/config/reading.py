@@ -18,7 +18,7 @@ from torchtrain.config.options import Option, options, print_help, wants_help
 from torchtrain.config.schema import SECTIONS, Config
 from torchtrain.config.toml import quoted, shortened
 from torchtrain.errors import ConfigError, UserError
-from torchtrain.utils import plural
+from torchtrain.utils import expand_user, plural
 
 # key = word, where the word is neither quoted nor a value of TOML's.
 BARE_VALUE = re.compile(r"\s*[\w.-]+\s*=\s*(?P<word>[\w./~:@-]*[A-Za-z/~][\w./~:@-]*)\s*(#.*)?")
@@ -221,7 +221,7 @@ def _load_tables(path: str) -> dict[str, Any]:
         UserError: it cannot be read, is not UTF-8 or not TOML.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = expand_user(path).read_bytes().decode("utf-8-sig")
     except OSError as fault:
         where = f" (looked from {Path.cwd()})" if isinstance(fault, FileNotFoundError) else ""
         raise UserError(f"the config file cannot be read: {fault.strerror}{where}") from fault

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -24,7 +23,7 @@ from torchtrain.tools.cached_attention import pad_sparse_layers
 from torchtrain.tools.command import add_model_options, end, report_faults
 from torchtrain.tools.sampling import Limits, continue_prompts
 from torchtrain.tools.trained_model import TrainedModel, load_trained
-from torchtrain.utils import user_errors
+from torchtrain.utils import expand_user, user_errors
 
 # Each rank computes the same few tokens: a sequence is not split, and logits come whole.
 DEFAULTS = {
@@ -109,7 +108,7 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
     prompts = list(given.prompt or [])
     if given.prompts_file is None:
         return prompts
-    path = Path(given.prompts_file)
+    path = expand_user(given.prompts_file)
     with user_errors(f"--prompts-file {given.prompts_file}", OSError, UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
     if path.suffix == ".jsonl":

@@ -40,7 +40,7 @@ from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.tools.standby import Standbys
-from torchtrain.utils import count_cores
+from torchtrain.utils import count_cores, expand_user
 
 RENDEZVOUS_VARIABLES = (
     "NNODES",
@@ -117,7 +117,7 @@ def main(trainer_args: list[str]) -> int:
 def default_config_file() -> str:
     """Return CONFIG_FILE as given, or the one beside train.py if there is none from here."""
     given = os.environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
-    if not Path(given).exists() and (PROGRAM / given).exists():
+    if not expand_user(given).exists() and (PROGRAM / given).exists():
         return str(PROGRAM / given)
     return given
 

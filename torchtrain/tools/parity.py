@@ -38,7 +38,7 @@ from torchtrain.tools.layouts import LAYOUTS, TASKS, Layout
 from torchtrain.tools.parity_compare import TOLERANCES, Row, Tolerance, compare
 from torchtrain.tools.parity_plan import Plan, choose, make_plan
 from torchtrain.tools.parity_processes import load_results, run_cases
-from torchtrain.utils import write_durably
+from torchtrain.utils import expand_user, write_durably
 
 REFERENCE = "reference-"  # before a task's name where a layout has its own
 
@@ -169,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps", type=int, default=4, help="optimizer steps of each run (default: 4)"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the table to this file"
+        "--json", type=expand_user, metavar="FILE", help="also write the table to this file"
     )
     return parser
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from torchtrain.errors import UserError
 from torchtrain.tools import report_diff
 from torchtrain.tools.report_data import read_runs
-from torchtrain.utils import plural, user_errors
+from torchtrain.utils import expand_user, plural, user_errors
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,10 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Show runs as one HTML page, or say where two of them differ.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", type=expand_user, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--html",
-        type=Path,
+        type=expand_user,
         metavar="FILE",
         help="the page (default: report.html in the first run's folder); pictures go beside it",
     )

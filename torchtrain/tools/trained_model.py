@@ -210,7 +210,7 @@ def find_checkpoint_folder(run_folder: Path) -> str:
         return Checkpoint().folder
     with user_errors(f"{config} cannot be read", OSError, ValueError):
         saved = tomli.loads(config.read_text(encoding="utf-8"))
-    return str(saved.get("checkpoint", {}).get("folder", Checkpoint().folder))
+    return str(expand_user(saved.get("checkpoint", {}).get("folder", Checkpoint().folder)))
 
 
 def find_saved_tokenizer(config: Sections, checkpoint: Path) -> str | None:

@@ -27,7 +27,7 @@ from torchtrain.errors import UserError
 from torchtrain.tools.faults import campaign
 from torchtrain.tools.faults.bench import Bench, Lost
 from torchtrain.tools.faults.campaign import FAULTS, Tally
-from torchtrain.utils import nearest
+from torchtrain.utils import expand_user, nearest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="kill at each operation of one save instead, on one rank and two, in both ways",
     )
-    add("--folder", type=Path, help="where the runs are (default: a temporary folder)")
+    add("--folder", type=expand_user, help="where the runs are (default: a temporary folder)")
     return parser
 
 
