@@ -1835,6 +1835,23 @@ MUTANTS = {
             "space = re.compile('').search(text, start + LONG_TEXT)",
         ),
     ],
+    "torchtrain/datasets/special_tokens.py": [
+        (
+            "a text spells the special tokens of a Unigram",
+            "return special & {piece for piece, _ in model",
+            "return set() & {piece for piece, _ in model",
+        ),
+        (
+            "a text spells a special token that a merge makes",
+            "if not names & {_join(merge, model), *_parts(merge)}",
+            "if True",
+        ),
+        (
+            "a text spells the special tokens of a BPE that ignores its merges",
+            'if model["ignore_merges"]:',
+            "if False:",
+        ),
+    ],
     "torchtrain/datasets/token_file.py": [
         (
             "an id beyond the vocabulary is accepted",

@@ -75,10 +75,10 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_471
+LIMIT_CORE = 11_528
 FOLDER_LIMITS = {
     "config": 1_675,
-    "datasets": 2200,
+    "datasets": 2257,
     "parallelisms": 1800,
     "checkpoint": 1281,
     "models": 800,

@@ -1,6 +1,7 @@
 """The tokenizer gives back every text exactly, knows what it cannot read, and trains to the same
 bytes."""
 
+import hashlib
 import io
 import json
 import os
@@ -455,6 +456,85 @@ def test_tokens_that_the_file_does_not_call_special_cannot_be_spelled_either(tmp
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (300, 301, 302)
     assert not {300, 301} & set(ids)
     assert decode(tokenizer, [300, *ids, 301]) == "a<s>b</s>"
+
+
+NAMES = ["<unk>", "<s>", "</s>", "<pad>"]
+PIECES = [*"ab</sunk>pxd ", "a b", "</", "s>", "</s", "<p"]
+MERGES = [("<", "/"), ("s", ">"), ("</", "s")]
+SPELLING = ["</s>", "a</s>b", "a </s> b", "<s><s>a</s></s>", "<unk> x", "<pad>a", "</ s>", "ab"]
+
+
+def small_model(kind, names):
+    """A model with these special tokens, the unknown one first, and with PIECES."""
+    pieces = [*names, *PIECES]
+    vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
+    models, unknown = tokenizers.models, {"unk_token": names[0]}
+    if kind == "unigram":
+        scores = [(piece, -2.0 - 0.01 * id_) for piece, id_ in vocabulary.items()]
+        return tokenizers.Tokenizer(models.Unigram(scores, unk_id=0))
+    makes_it = [("</", "s>")] if kind == "a merge" else []
+    merges = [*makes_it, *MERGES]
+    made = {
+        "word level": lambda: models.WordLevel(vocabulary, **unknown),
+        "word piece": lambda: models.WordPiece(vocabulary, **unknown),
+        "ignore_merges": lambda: models.BPE(vocabulary, merges, ignore_merges=True, **unknown),
+    }.get(kind, lambda: models.BPE(vocabulary, merges, **unknown))()
+    tokenizer = tokenizers.Tokenizer(made)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def small_tokenizer(folder, kind):
+    """The same in a folder; that `<pad>` is special only the config says."""
+    made = small_model(kind, NAMES)
+    made.add_special_tokens(NAMES[:3])
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+KINDS = ["unigram", "word level", "word piece", "ignore_merges", "a merge", "bpe"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_never_a_special_token(tmp_path, kind):
+    """Its ids are those of a vocabulary whose special tokens have other names."""
+    tokenizer = small_tokenizer(tmp_path, kind)
+    other = small_model("bpe" if kind == "a merge" else kind, [f"other {name}" for name in NAMES])
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    for text in SPELLING:
+        for threads in (1, 2):
+            (ids,) = tokenizer.encode_batch([text], threads)
+            assert ids.tolist() == other.encode(text).ids, text
+        assert not {1, 2, 3} & set(ids.tolist()), text
+    spelled = {id_ for text in SPELLING for id_ in plain.encode(text).ids} & {1, 2, 3}
+    assert bool(spelled) == (kind != "bpe"), "else this test shows nothing"
+
+
+def test_fingerprint_changes_where_text_no_longer_spells_a_special_token(tmp_path):
+    for kind in KINDS:
+        tokenizer = small_tokenizer(tmp_path / kind, kind)
+        content = (tmp_path / kind / "tokenizer.json").read_bytes()
+        before = hashlib.sha256(content + b"\0<s>\0</s>").hexdigest()
+        assert (tokenizer.fingerprint == before) == (kind == "bpe"), kind
+
+
+def test_what_pads_may_be_text(tmp_path):
+    folder = saved(tmp_path, "<s>", "</s>", special_tokens_map={"pad_token": "x"})
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert decode(load_tokenizer(folder), encode(load_tokenizer(folder), "x = 1")) == "x = 1"
+
+
+def test_a_piece_of_the_users_is_text_to_sentencepiece_and_no_separator():
+    with pytest.raises(UserError, match="no EOS piece"):
+        foreign_model(user_defined_symbols=["</s>"])
+    tokenizer = foreign_model(user_defined_symbols=["<s>"])
+    assert tokenizer.bos_id is None
+    assert decode(tokenizer, encode(tokenizer, "a<s>b</s>")) == "a<s>b</s>"
 
 
 def test_tokenizer_json_goes_before_tokenizer_model(tmp_path):

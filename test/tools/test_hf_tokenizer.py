@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.datasets.tokenizer import begin_document, load_tokenizer
 from torchtrain.errors import UserError
+from torchtrain.tools import hf_tokenizer
 from torchtrain.tools.hf_tokenizer import write_tokenizer
 
 CODE = Path(__file__).read_text(encoding="utf-8")
@@ -244,6 +245,8 @@ def pair(request, tmp_path_factory):
 def test_both_make_the_same_ids_of_every_text_and_the_same_text_of_them(pair):
     ours, theirs = pair
     for text in TEXTS:
+        if has_spellable_names(ours) and any(name in text for name in ("<s>", "</s>", "<unk>")):
+            continue  # see test_a_unigram_there_reads_special_tokens_in_a_text
         ids = encode(ours, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, ascii(text)
         assert theirs(text).input_ids == [*begin_document(ours), *ids], ascii(text)
@@ -252,6 +255,23 @@ def test_both_make_the_same_ids_of_every_text_and_the_same_text_of_them(pair):
             assert theirs.decode(ids) == ours.decode(ids), ascii(text)
     document = [*begin_document(ours), *ids, ours.eos_id]
     assert theirs.decode(document, skip_special_tokens=True) == ours.decode(document)
+
+
+def has_spellable_names(tokenizer):
+    """Whether transformers' tokenizer reads special tokens in a text."""
+    return getattr(tokenizer, "_encoder", None) is not getattr(tokenizer, "_model", None)
+
+
+def test_a_unigram_there_reads_special_tokens_in_a_text(tmp_path, monkeypatch):
+    source = unigram(tmp_path / "source")
+    said = []
+    monkeypatch.setattr(hf_tokenizer.logger, "warning", said.append)
+    ours, theirs = load_tokenizer(source), reload(source, tmp_path / "hf")
+    assert 2 in theirs("a</s>", add_special_tokens=False).input_ids
+    assert 2 not in encode(ours, "a</s>")
+    (warning,) = said
+    assert "</s>" in warning
+    assert "as in training" in warning
 
 
 def test_what_generation_and_evaluation_need_is_there(pair):

@@ -20,11 +20,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
 
+from torchtrain.datasets.special_tokens import find_spellable, hide, read_beside, separator_names
 from torchtrain.errors import UserError
 from torchtrain.utils import expand_user, user_errors
 
@@ -39,16 +39,6 @@ only one thread busy."""
 BATCH_CHARACTERS = 1 << 20
 """Texts are encoded together up to this many characters: enough for all threads, little enough to
 hold as ids."""
-
-WELL_KNOWN = (
-    ("<|begin_of_text|>", "<|end_of_text|>"),
-    ("<s>", "</s>"),
-    ("<bos>", "<eos>"),
-    ("<|endoftext|>", "<|endoftext|>"),
-)
-"""BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
-
-SPECIAL_KEYS = ("bos_token", "eos_token")
 
 
 class SentencePieceTokenizer:
@@ -189,18 +179,26 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True
-        names, added = read_beside(file)
+        names, added, special = read_beside(file)
         missing = [token for token in added if self._model.token_to_id(token.content) is None]
         self._model.add_tokens(missing)
         vocabulary = self._model.get_vocab()
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        bos, eos = _special_names(file, names, vocabulary)
+        bos, eos = separator_names(file, names, vocabulary)
         separators = [token for token in (bos, eos) if token is not None]
         self._model.add_special_tokens(separators)  # not every file calls them special; ids stay
         self.bos_id: int | None = None if bos is None else vocabulary[bos]
         self.eos_id: int = vocabulary[eos]
         beside = "\0".join(["", bos or "", eos, *(str(token.__getstate__()) for token in missing)])
         self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
+        self._encoder = self._model
+        settings = json.loads(self._model.to_str())
+        if spellable := find_spellable(settings, special):
+            hidden = hide(settings, spellable, self.fingerprint)
+            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(hidden))
+            self._encoder.encode_special_tokens = True
+            beside += "\0".join(["", "text spells none of", *sorted(spellable)])
+            self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
@@ -210,9 +208,9 @@ class HuggingFaceTokenizer:
         for text in texts:
             _require_unicode(text)
         if threads == 1:
-            encoded = [self._model.encode(text, add_special_tokens=False) for text in texts]
+            encoded = [self._encoder.encode(text, add_special_tokens=False) for text in texts]
         else:
-            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -245,56 +243,6 @@ class HuggingFaceTokenizer:
         for added in settings["added_tokens"]:
             sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode("utf-8"))
         return sizes
-
-
-def _special_names(
-    file: Path, given: dict[str, str], known: dict[str, int]
-) -> tuple[str | None, str]:
-    """Return what the files beside `file` call BOS and EOS, else the first well-known pair.
-
-    BOS is None where they name EOS alone, as Qwen2's.
-    """
-    if not given:
-        for bos, eos in WELL_KNOWN:
-            if bos in known and eos in known:
-                return bos, eos
-    needed = SPECIAL_KEYS if "bos_token" in given or not given else ("eos_token",)
-    unknown = [f"{key} = {given.get(key)!r}" for key in needed if given.get(key) not in known]
-    if unknown:
-        config = str(file.with_name("tokenizer_config.json"))
-        raise UserError(
-            f"tokenizer {str(file)!r} and the files beside it do not say what separates "
-            f"documents: {', '.join(unknown)} is not in its vocabulary. Name tokens in "
-            f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same, and the '
-            "first null"
-        )
-    return given.get("bos_token"), given["eos_token"]
-
-
-def read_beside(file: Path) -> tuple[dict[str, str], list[Any]]:
-    """Return what the files beside `file` call BOS and EOS, by bos_token and eos_token, and tokens.
-
-    The tokens (AddedToken) come in the order of the ids that they are said to have.
-    """
-    from tokenizers import AddedToken
-
-    given: dict[str, str] = {}
-    added: list[Any] = []
-    # The latter counts where they differ.
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        beside = file.with_name(name)
-        try:
-            settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
-            tokens = settings.get("added_tokens_decoder") or {}
-            added += [AddedToken(**tokens[id_]) for id_ in sorted(tokens, key=int)]
-            for key in SPECIAL_KEYS:
-                if token := settings.get(key):
-                    given[key] = str(token["content"] if isinstance(token, dict) else token)
-        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-            raise UserError(
-                f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}"
-            ) from error
-    return given, added
 
 
 def _require_unicode(text: str) -> None:

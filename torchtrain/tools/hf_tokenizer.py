@@ -12,13 +12,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtrain.datasets.special_tokens import OTHER_SPECIAL_KEYS, SPECIAL_KEYS, read_beside
 from torchtrain.datasets.tokenizer import (
-    SPECIAL_KEYS,
     HuggingFaceTokenizer,
     Tokenizer,
     begin_document,
     load_tokenizer,
-    read_beside,
 )
 from torchtrain.logging_utils import logger
 from torchtrain.tools.hf_sentencepiece import convert_sentencepiece
@@ -31,7 +30,6 @@ JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.jso
 SPECIAL_MAP, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 DROPPED = ("added_tokens_decoder", "auto_map", "tokenizer_file", "legacy")
 """What says again, or otherwise, what tokenizer.json has, or names code."""
-OTHER_SPECIAL_KEYS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBES = (
     "",
     " two  spaces and a tail ",
@@ -104,7 +102,7 @@ def _write_json(
 
     made = tokenizers.Tokenizer.from_file(str(file))
     size = made.get_vocab_size()
-    _, added = read_beside(file)
+    _, added, _ = read_beside(file)
     made.add_tokens([token for token in added if made.token_to_id(token.content) is None])
     ids = made.encode("a", add_special_tokens=False).ids
     begins = made.encode("a").ids == [*begin_document(tokenizer), *ids]
@@ -113,16 +111,25 @@ def _write_json(
     else:
         _begin_as_document(made, tokenizer)
         made.save(str(folder / JSON))
+    _warn_where_ids_differ(tokenizer, made, file, folder)
     return made
 
 
 def _convert(tokenizer: Tokenizer, file: Path, folder: Path) -> "tokenizers.Tokenizer":
-    """Write tokenizer.json of a SentencePiece model; warn if the ids of a text are not the same."""
+    """Write tokenizer.json of a SentencePiece model; return what it has."""
     made = convert_sentencepiece(file.read_bytes(), str(file))
     _begin_as_document(made, tokenizer)
     made.save(str(folder / JSON))
+    _warn_where_ids_differ(tokenizer, made, file, folder)
+    return made
+
+
+def _warn_where_ids_differ(
+    tokenizer: Tokenizer, made: "tokenizers.Tokenizer", file: Path, folder: Path
+) -> None:
+    """Show a text, if there is one, of which what was written makes other ids than training."""
     made.encode_special_tokens = True
-    for text in PROBES:
+    for text in [*PROBES, f"a {made.id_to_token(tokenizer.eos_id)} b"]:
         ids = tokenizer.encode_batch([text])[0].tolist()
         theirs = made.encode(text, add_special_tokens=False).ids
         if ids != theirs:
@@ -131,7 +138,6 @@ def _convert(tokenizer: Tokenizer, file: Path, folder: Path) -> "tokenizers.Toke
                 f"{str(folder)!r}, {text!r} becomes the ids {theirs}, not {ids} as in training"
             )
             break
-    return made
 
 
 def _begin_as_document(made: "tokenizers.Tokenizer", tokenizer: Tokenizer) -> None:

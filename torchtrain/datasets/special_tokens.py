@@ -1,0 +1,144 @@
+"""Special tokens of a tokenizer.json: which they are, and that no text can spell one.
+
+A vocabulary lists the names of special tokens beside the pieces of text, and not every kind of
+model tells them apart: a Unigram, a WordLevel, a WordPiece and a BPE with ignore_merges take a
+`</s>` in a web page for the end of the document. What encodes texts therefore knows these tokens by
+names that no text has, with the same ids, so that such a text is cut into other pieces, as
+SentencePiece does.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torchtrain.errors import UserError
+
+WELL_KNOWN = (
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<s>", "</s>"),
+    ("<bos>", "<eos>"),
+    ("<|endoftext|>", "<|endoftext|>"),
+)
+"""BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
+
+SPECIAL_KEYS = ("bos_token", "eos_token")
+OTHER_SPECIAL_KEYS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def separator_names(
+    file: Path, given: dict[str, str], known: dict[str, int]
+) -> tuple[str | None, str]:
+    """Return what the files beside `file` call BOS and EOS, else the first well-known pair.
+
+    BOS is None where they name EOS alone, as Qwen2's.
+    """
+    if not given:
+        for bos, eos in WELL_KNOWN:
+            if bos in known and eos in known:
+                return bos, eos
+    needed = SPECIAL_KEYS if "bos_token" in given or not given else ("eos_token",)
+    unknown = [f"{key} = {given.get(key)!r}" for key in needed if given.get(key) not in known]
+    if unknown:
+        config = str(file.with_name("tokenizer_config.json"))
+        raise UserError(
+            f"tokenizer {str(file)!r} and the files beside it do not say what separates "
+            f"documents: {', '.join(unknown)} is not in its vocabulary. Name tokens in "
+            f'{config!r}: {{"bos_token": "…", "eos_token": "…"}}; they may be the same, and the '
+            "first null"
+        )
+    return given.get("bos_token"), given["eos_token"]
+
+
+def read_beside(file: Path) -> tuple[dict[str, str], list[Any], set[str]]:
+    """Return what the files beside `file` say: BOS and EOS, tokens, and names of special tokens.
+
+    BOS and EOS come by bos_token and eos_token; the tokens (AddedToken) in the order of the ids
+    that they are said to have.
+    """
+    from tokenizers import AddedToken
+
+    given: dict[str, str] = {}
+    added: list[Any] = []
+    special: set[str] = set()
+    # The latter counts where they differ.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        beside = file.with_name(name)
+        try:
+            settings = json.loads(beside.read_bytes()) if beside.is_file() else {}
+            tokens = settings.get("added_tokens_decoder") or {}
+            added += [AddedToken(**tokens[id_]) for id_ in sorted(tokens, key=int)]
+            for key in SPECIAL_KEYS:
+                if token := settings.get(key):
+                    given[key] = _content(token)
+            named = [settings.get(key) for key in OTHER_SPECIAL_KEYS]
+            named += settings.get("additional_special_tokens") or []
+            special |= {_content(token) for token in named if token}
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+            raise UserError(
+                f"{str(beside)!r}, which names BOS and EOS, cannot be read: {error!r}"
+            ) from error
+    return given, added, special
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def find_spellable(settings: dict[str, Any], names: Iterable[str]) -> set[str]:
+    """Return those of the special tokens `names` that the model would make of text.
+
+    Args:
+        settings: the content of a tokenizer.json.
+        names: of special tokens, beside those that `settings` and its model say.
+    """
+    model = settings["model"]
+    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    special |= {name for name in names if len(name) > 1}  # a "!" that pads is text as well
+    if model["type"] == "Unigram":
+        if model["unk_id"] is not None:
+            special.add(model["vocab"][model["unk_id"]][0])
+        return special & {piece for piece, _ in model["vocab"]}
+    if model["type"] != "BPE":
+        return special & (model["vocab"].keys() - {model["unk_token"]})  # else it is unknown anyway
+    if model["unk_token"] is not None:
+        special.add(model["unk_token"])
+    special &= model["vocab"].keys()
+    if model["ignore_merges"]:
+        return special
+    merged = {_join(merge, model) for merge in model["merges"]}
+    return {name for name in special if len(name) == 1 or name in merged}
+
+
+def hide(settings: dict[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
+    """Return `settings` with `names` called otherwise, by names that begin with `prefix`.
+
+    Ids stay. Merges that make such a token, or that it is a part of, are left out.
+    """
+    model = dict(settings["model"])
+
+    def renamed(name: Any) -> Any:
+        return f"{prefix} {name}" if name in names else name
+
+    if model["type"] == "Unigram":
+        model["vocab"] = [[renamed(piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {renamed(piece): id_ for piece, id_ in model["vocab"].items()}
+        model["unk_token"] = renamed(model["unk_token"])
+    if model["type"] == "BPE":
+        model["merges"] = [
+            merge for merge in model["merges"] if not names & {_join(merge, model), *_parts(merge)}
+        ]
+    added = [token | {"content": renamed(token["content"])} for token in settings["added_tokens"]]
+    return settings | {"model": model, "added_tokens": added, "post_processor": None}
+
+
+def _parts(merge: str | list[str]) -> list[str]:
+    """Return the two pieces of a merge, which older files have as one string."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _join(merge: str | list[str], model: dict[str, Any]) -> str:
+    """Return the piece that a merge makes."""
+    first, second = _parts(merge)
+    return first + second.removeprefix(model["continuing_subword_prefix"] or "")
