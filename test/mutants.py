@@ -2701,6 +2701,28 @@ MUTANTS = {
             "    return columns",
         ),
     ],
+    "torchtrain/launch_variables.py": [
+        (
+            "a lone process with WORLD_SIZE=1 looks for a store",
+            "    return OF_TORCHRUN in variables and all(",
+            "    return all(",
+        ),
+        (
+            "what torchrun has left in part is taken for its store",
+            'OF_TORCHRUN in variables and all(name in variables for name in ("WORLD_SIZE", *MEETING))',
+            "OF_TORCHRUN in variables",
+        ),
+        (
+            "an empty address counts as given",
+            "if not variables.get(name)]",
+            "if name not in variables]",
+        ),
+        (
+            "a rank may be the world size",
+            "default=0, least=0) >= world_size:",
+            "default=0, least=0) > world_size:",
+        ),
+    ],
     "torchtrain/attempts.py": [
         (
             "an attempt finds the addresses of the dead",

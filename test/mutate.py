@@ -88,7 +88,12 @@ ROOMS = {
     "torchtrain/stopping.py": ("test/test_stopping.py", "test/config/test_options.py"),
     "torchtrain/watchdog.py": ("test/test_watchdog.py", "test/config/test_options.py"),
     "torchtrain/hangs.py": ("test/test_hangs.py", "test/test_watchdog.py"),
-    "torchtrain/attempts.py": ("test/tools/test_restarts.py", "test/test_ranks.py"),
+    "torchtrain/attempts.py": (
+        "test/test_launch_variables.py",
+        "test/tools/test_restarts.py",
+        "test/test_ranks.py",
+    ),
+    "torchtrain/launch_variables.py": ("test/test_launch_variables.py",),
     "torchtrain/orphans.py": ("test/test_orphans.py", "test/tools/test_launch.py"),
     "torchtrain/ranks.py": ("test/test_ranks.py", "test/test_training.py", "test/tools"),
     "torchtrain/devices.py": ("test/test_devices.py",),

@@ -15,6 +15,7 @@ FLOORS = {
     "torchtrain.errors": 0.0,
     "torchtrain.imports": 0.0,
     "torchtrain.installation": 0.0,
+    "torchtrain.launch_variables": 0.01,
     "torchtrain.utils": 0.01,
     "torchtrain.logging_utils": 0.02,
     "torchtrain.early_interrupt": 0.03,
@@ -59,6 +60,7 @@ FLOORS = {
 INSTANT = (
     "torchtrain.errors",
     "torchtrain.imports",
+    "torchtrain.launch_variables",
     "torchtrain.utils",
     "torchtrain.logging_utils",
     "torchtrain.early_interrupt",
@@ -75,7 +77,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_528
+LIMIT_CORE = 11_591
 FOLDER_LIMITS = {
     "config": 1_675,
     "datasets": 2257,

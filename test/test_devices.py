@@ -28,6 +28,8 @@ ELASTIC = "TORCHELASTIC_RUN_ID"
         ({"LOCAL_RANK": "3", ELASTIC: "run"}, 4, 3),
         ({"LOCAL_RANK": "0", ELASTIC: "run"}, 1, 0),
         ({"LOCAL_RANK": "3"}, 1, 0),  # srun --gpus-per-task=1
+        ({"WORLD_SIZE": "4"}, 1, 0),
+        ({"WORLD_SIZE": "1"}, 4, 0),
     ],
 )
 def test_a_rank_takes_the_accelerator_of_its_local_rank_or_the_only_one(
@@ -48,6 +50,8 @@ def test_a_rank_takes_the_accelerator_of_its_local_rank_or_the_only_one(
         ),
         # torchrun's ranks would all get the same one.
         ({"LOCAL_RANK": "1", ELASTIC: "run"}, 1, "LOCAL_RANK = 1, but this rank sees 1 acc"),
+        # Those of one node would all take the first.
+        ({"WORLD_SIZE": "4"}, 4, "LOCAL_RANK is not set, but this rank sees 4 accelerators, "),
     ],
 )
 def test_a_local_rank_beyond_what_is_visible_is_told_both_numbers(
@@ -60,7 +64,8 @@ def test_a_local_rank_beyond_what_is_visible_is_told_both_numbers(
 
 
 def see(monkeypatch, variables, visible):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(ELASTIC, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from torchtrain.errors import PeerFault
+from torchtrain.errors import PeerFault, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import plural
 
@@ -34,10 +34,14 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the store in which the ranks of this attempt meet, this rank and the world size.
 
     Raises:
-        PeerFault: an earlier attempt has ended for good, and torchrun started one more all the same
-            (our launcher does not).
+        UserError: MASTER_PORT is taken.
+        PeerFault: the ranks did not meet, which is said; or an earlier attempt has ended for good,
+            and torchrun started one more all the same (our launcher does not).
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise _explain(error) from error
     store.set_timeout(timeout)
     if store.check([ENDED]):
         status = int(store.get(ENDED))
@@ -47,6 +51,20 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         raise fault
     # The addresses that ranks leave there for each other are those of the dead in the next attempt.
     return dist.PrefixStore(f"attempt-{name_attempt()}", store), rank, world_size
+
+
+def _explain(error: RuntimeError) -> UserError | PeerFault:
+    """Return the fault where the ranks did not meet; say what only this rank may know."""
+    port = os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error):
+        return UserError(
+            f"MASTER_PORT = {port}: address already in use on this node. Set another, the same for "
+            "all ranks"
+        )
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    cause = str(error).splitlines()[0]
+    logger.error(f"the ranks did not meet at MASTER_ADDR:MASTER_PORT = {place}: {cause}")
+    return PeerFault(f"the ranks did not meet at {place}")
 
 
 def find_store() -> dist.Store | None:

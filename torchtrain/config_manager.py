@@ -5,6 +5,7 @@
 As a command it is `torchtrain.tools.check_config`.
 """
 
+import os
 import runpy
 import sys
 
@@ -17,7 +18,8 @@ from pydantic import PrivateAttr
 
 from torchtrain.config.reading import Source, read_config
 from torchtrain.config.schema import SECTIONS, Config
-from torchtrain.errors import ConfigError
+from torchtrain.errors import ConfigError, UserError
+from torchtrain.launch_variables import check_place
 
 
 class JobConfig(Config):
@@ -44,12 +46,20 @@ class JobConfig(Config):
 
 
 def parse_or_exit(args_list: list[str] | None = None, world_size: int | None = None) -> JobConfig:
-    """Return the parsed config; print a faulty one's report on stderr and exit with status 2."""
+    """Return the parsed config; print a faulty one's report on stderr and exit with status 2.
+
+    Without a world size this process is one of the ranks: its launcher's variables are checked too.
+    """
     try:
-        return JobConfig().parse_args(args_list, world_size)
+        config = JobConfig().parse_args(args_list, world_size)
+        if world_size is None:
+            check_place(os.environ)
+        return config
     except ConfigError as fault:
         print(fault, file=sys.stderr)
-        raise SystemExit(2) from None
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -80,13 +80,19 @@ def choose_device(accelerator: str | None) -> torch.device:
         accelerator: the type of the machine's, or None.
 
     Raises:
-        UserError: the rank sees too few.
+        UserError: the rank sees too few, or many without a LOCAL_RANK to choose.
     """
     if accelerator is None:
         return torch.device("cpu")
     visible = torch.accelerator.device_count()
     if visible == 1 and not dist.is_torchelastic_launched():
         return torch.device(accelerator, 0)
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"LOCAL_RANK is not set, but this rank sees {plural(visible, 'accelerator')}, as "
+            "others on its node may: set it to the number of this rank on its node, or let each "
+            "rank see one of its own alone"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= visible:
         raise UserError(

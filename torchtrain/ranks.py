@@ -16,6 +16,7 @@ from torch import Tensor
 from torchtrain import attempts
 from torchtrain.devices import choose_device, describe_unused_gpus, usable_accelerator
 from torchtrain.errors import PeerFault, SharedUserError, UserError
+from torchtrain.launch_variables import meets_in_store
 from torchtrain.logging_utils import logger
 from torchtrain.open_files import allow_open_files
 
@@ -38,8 +39,9 @@ def join_process_group(timeout_seconds: int) -> torch.device:
 
     Raises:
         UserError: this rank has no device, or may not have as many open files as it needs.
+            Or MASTER_PORT is taken.
         PeerFault: another rank has no device; this node's first rank raises the same of open files;
-            or an earlier attempt of this launch has ended for good.
+            the ranks did not meet; or an earlier attempt of this launch has ended for good.
     """
     accelerator = usable_accelerator()
     backend = "gloo"
@@ -49,7 +51,7 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     if not any(name in os.environ for name in FLIGHT_RECORDER_SIZE):
         os.environ[FLIGHT_RECORDER_SIZE[0]] = "2000"
     _allow_connections()
-    if "WORLD_SIZE" in os.environ:
+    if meets_in_store(os.environ):
         store, rank, world_size = attempts.meet(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +229,16 @@ def node(rank, port):
         "PET_MASTER_ADDR": "127.0.0.1",
         "PET_MASTER_PORT": str(port),
     }
+
+
+def test_one_node_whose_port_is_taken_says_so(tmp_path, data, free_port):
+    with socket.create_server(("", free_port)):
+        overrides = {**data, "job.dump_folder": tmp_path / "run"}
+        printed = launched(1, overrides, expect=2, MASTER_PORT=str(free_port))
+    assert printed == (
+        f"MASTER_PORT = {free_port}: address already in use on this node. "
+        "Set another, the same on all nodes.\n"
+    )
 
 
 def test_two_nodes_train_as_one_does(tmp_path, data, free_port, forked):

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from torchtrain.errors import ConfigError, PeerFault, SharedUserError, UserError
+from torchtrain.launch_variables import check_place
 from torchtrain.logging_utils import init_logging, logger
 
 
@@ -25,6 +26,11 @@ def report_faults(action: Callable[[], None]) -> int:
 
     The text alone goes to stdout: warnings are for stderr.
     """
+    try:
+        check_place(os.environ)
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
     rank = int(os.environ.get("RANK", "0"))
     init_logging(rank, int(os.environ.get("WORLD_SIZE", "1")))
     logger.handlers = [logging.StreamHandler(sys.stderr)]

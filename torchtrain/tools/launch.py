@@ -281,7 +281,7 @@ def meet(
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     import_torch()
     from torchtrain.tools import elastic
-    from torchtrain.tools.meeting import all_nodes
+    from torchtrain.tools.meeting import all_nodes, require_free_port
 
     end_imports()
     heard = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
@@ -301,6 +301,8 @@ def meet(
             return status
     if not any(f"PET_{name}" in os.environ for name in RENDEZVOUS_VARIABLES):
         options.append("--standalone")
+    elif nodes.static and nodes.count == 1:
+        require_free_port(nodes)
     with all_nodes(nodes, timeout_s):
         return start_ranks([*options, *program], standbys)
 

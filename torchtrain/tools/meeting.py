@@ -108,13 +108,7 @@ def _key(rank: int) -> str:
 
 def serve(nodes: Nodes) -> TCPStore:
     """Open node 0's store."""
-    try:
-        socket.create_server(("", nodes.port)).close()
-    except OSError as error:
-        raise UserError(
-            f"MASTER_PORT = {nodes.port}: {_reason(error)} on this node. "
-            "Set another, the same on all nodes."
-        ) from None
+    require_free_port(nodes)
     try:
         return _open_store(nodes)
     except RuntimeError as error:
@@ -122,6 +116,21 @@ def serve(nodes: Nodes) -> TCPStore:
             f"MASTER_ADDR = {nodes.address!r}: node 0 cannot reach itself at {nodes.endpoint}. "
             "It must be the address of node 0 as all nodes see it."
         ) from error
+
+
+def require_free_port(nodes: Nodes) -> None:
+    """Check that node 0's store can be served on this node.
+
+    Raises:
+        UserError: it cannot, as where another program has the port.
+    """
+    try:
+        socket.create_server(("", nodes.port)).close()
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT = {nodes.port}: {_reason(error)} on this node. "
+            "Set another, the same on all nodes."
+        ) from None
 
 
 def _open_store(nodes: Nodes) -> TCPStore:
