@@ -1815,6 +1815,11 @@ MUTANTS = {
             "text) if False else [text]",
         ),
         (
+            "an unknown token that is special stands for no byte",
+            "sizes[self.unknown_id] = np.nan\n        return sizes\n\n\ndef",
+            "pass\n        return sizes\n\n\ndef",
+        ),
+        (
             "a folder's tokenizer.model is taken first",
             '("tokenizer.json", "tokenizer.model")',
             '("tokenizer.model", "tokenizer.json")',
@@ -1850,6 +1855,18 @@ MUTANTS = {
             "a text spells the special tokens of a BPE that ignores its merges",
             'if model["ignore_merges"]:',
             "if False:",
+        ),
+    ],
+    "torchtrain/datasets/round_trip.py": [
+        (
+            "what the tokenizer loses is not refused",
+            "if 2 * self.lost.total() > self.characters:",
+            "if False:",
+        ),
+        (
+            "an unknown token is text that came back",
+            "ids[ids != tokenizer.unknown_id]",
+            "ids",
         ),
     ],
     "torchtrain/datasets/token_file.py": [

@@ -68,8 +68,9 @@ class ValidationSet:
                 self.datasets.append(PackedDataset(cache, self.seq_len, seed=0, keep_rest=True))
         self.n_samples = sum(dataset.n_samples for dataset in self.datasets)
         # What made a token file, and from what text, only its owner can know.
-        sizes = [dataset.manifest.bytes for dataset in self.datasets]
-        if sizes and None not in sizes:
+        manifests = [dataset.manifest for dataset in self.datasets]
+        is_known = all(each.bytes is not None and not each.characters_lost for each in manifests)
+        if manifests and is_known:
             self.token_bytes = tokenizer.token_bytes()
         else:
             self.token_bytes = np.full(tokenizer.vocab_size, np.nan)

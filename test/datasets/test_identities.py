@@ -22,6 +22,7 @@ def shifting(shift):
         vocab_size=512,
         bos_id=BOS,
         eos_id=EOS,
+        decodes=False,
         encode_batch=lambda texts, threads=1: [
             np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + shift for text in texts
         ],

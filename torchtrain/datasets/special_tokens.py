@@ -110,6 +110,23 @@ def find_spellable(settings: dict[str, Any], names: Iterable[str]) -> set[str]:
     return {name for name in special if len(name) == 1 or name in merged}
 
 
+def find_unknown(settings: dict[str, Any]) -> int | None:
+    """Return the id that text becomes which the model of a tokenizer.json does not know."""
+    model = settings["model"]
+    if model["type"] == "Unigram":
+        unknown: int | None = model["unk_id"]
+        return unknown
+    found: int | None = model["vocab"].get(model["unk_token"])
+    return found
+
+
+def can_decode(settings: dict[str, Any]) -> bool:
+    """Return whether the characters of a text come back, where the vocabulary has bytes too."""
+    has_bytes = "ByteLevel" in json.dumps(settings["pre_tokenizer"])
+    has_bytes |= settings["model"].get("byte_fallback", False)
+    return settings["decoder"] is not None or not has_bytes
+
+
 def hide(settings: dict[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
     """Return `settings` with `names` called otherwise, by names that begin with `prefix`.
 

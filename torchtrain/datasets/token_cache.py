@@ -43,6 +43,7 @@ from torchtrain.datasets.cache_folder import (
     short_hash,
 )
 from torchtrain.datasets.corpora import Corpus, Document
+from torchtrain.datasets.round_trip import RoundTrip, describe_loss
 from torchtrain.datasets.tokenizer import Tokenizer, encode_documents, in_batches
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
@@ -74,6 +75,12 @@ class Manifest:
     """Skipped rows by kind."""
     left_out_places: list[str] = field(default_factory=list)
     """Locations of the first."""
+    characters_sampled: int = 0
+    """Of the text, whose round trip was tried; 0 where it is not known."""
+    characters_lost: int = 0
+    """Of these, which the tokenizer cannot represent."""
+    lost_examples: list[str] = field(default_factory=list)
+    """The most frequent of those."""
     format: int = FORMAT
 
     def describe(self) -> str:
@@ -82,6 +89,8 @@ class Manifest:
         if self.documents is not None and self.bytes is not None:
             documents = f"{plural(self.documents, 'document')} in {plural(self.files, 'file')}"
             content = f"{documents}, {self.bytes / 1e6:,.2f} MB, {content}"
+        if self.characters_lost:
+            content += f", {self.characters_lost / self.characters_sampled:.2%} of characters lost"
         return f"{self.source}: {content}"
 
 
@@ -134,8 +143,8 @@ def open_token_cache(
         encode: how shards are encoded; unset: in this process, on all cores.
 
     Raises:
-        UserError: the corpus is empty, unreadable or changes meanwhile, or the folder cannot be
-            written.
+        UserError: the corpus is empty, unreadable or changes meanwhile, the tokenizer loses most of
+            its text, or the folder cannot be written.
     """
     folder = root / "tokens"
     name = short_hash([corpus.name, *(str(file.absolute()) for file in corpus.files[:1])])
@@ -160,6 +169,9 @@ def open_token_cache(
     assert cache is not None, f"{corpus.name} was just tokenized"
     # Another corpus may have been read first, with the same text.
     manifest = replace(cache.manifest, source=corpus.name, files=len(corpus.files))
+    if manifest.characters_lost:
+        sampled, lost = manifest.characters_sampled, manifest.characters_lost
+        logger.warning(f"{corpus.name}: {describe_loss(sampled, lost, manifest.lost_examples)}")
     return TokenCache(manifest, cache.tokens)
 
 
@@ -253,7 +265,7 @@ class _Build:
 
     def _tokenize(self, encode: Encode, progress: Progress) -> None:
         itemsize = dtype_for(self.tokenizer).itemsize
-        contents = _Contents()
+        contents, round_trip = _Contents(), RoundTrip(self.corpus.name, self.tokenizer)
         cache = self.building / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / "tokens.bin", "ab") as file:
@@ -262,7 +274,8 @@ class _Build:
             if file.tell() < tokens * itemsize:
                 documents = tokens = 0
             file.truncate(tokens * itemsize)
-            missing = islice(contents.read(self.corpus.documents()), documents, None)
+            texts = round_trip.watch(contents.read(self.corpus.documents()))
+            missing = islice(texts, documents, None)
             first, started = documents, time.monotonic()
             for number, data in encode(in_batches(missing, SHARD_CHARACTERS)):
                 file.write(data)
@@ -280,7 +293,7 @@ class _Build:
                 f"{self.corpus.name} changed while it was read; start again when nothing writes "
                 "to it"
             )
-        self._write_manifest(tokens)
+        self._write_manifest(tokens, round_trip)
 
     def _describe_progress(self, documents: int, documents_per_second: float) -> str:
         share = documents / self.contents.documents
@@ -291,7 +304,7 @@ class _Build:
         done = f"[{bar:.<20}] {share:4.0%}, {speed:.1f} MB/s"
         return f"tokenizing {self.corpus.name}: {done}, {left} left"
 
-    def _write_manifest(self, tokens: int) -> None:
+    def _write_manifest(self, tokens: int, round_trip: RoundTrip) -> None:
         manifest = Manifest(
             source=self.corpus.name,
             files=len(self.corpus.files),
@@ -303,6 +316,9 @@ class _Build:
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             left_out=dict(self.corpus.skipped.counts),
             left_out_places=self.corpus.skipped.locations,
+            characters_sampled=round_trip.characters,
+            characters_lost=round_trip.lost.total(),
+            lost_examples=round_trip.examples,
         )
         text = json.dumps(asdict(manifest), indent=2)
         path = self.building / "cache" / "manifest.json"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchtrain.datasets.corpora import Corpus, Rows
+from torchtrain.datasets.round_trip import SURE_CHARACTERS, RoundTrip
 from torchtrain.datasets.tokenizer import Tokenizer, encode_documents
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
@@ -66,6 +67,7 @@ class TokenStream:
         if self.by_part:
             self.parts = self.corpus.parts[self.number :: self.count]
         self._samples: Iterator[np.ndarray] | None = None
+        self._round_trip: RoundTrip | None = RoundTrip(self.name, self.tokenizer)
         self._next = Position()
 
     def position(self) -> Position:
@@ -77,7 +79,7 @@ class TokenStream:
 
         Raises:
             UserError: a bad row, or a source that cannot be read, has no document for this stream,
-                or has other documents than when `start` was saved.
+                has other documents than when `start` was saved, or whose text the tokenizer loses.
         """
         if self._samples is None:
             self._next = self.start
@@ -131,6 +133,7 @@ class TokenStream:
                     document = self.corpus.accept(content)
                     if document is not None:
                         has_document = True
+                        self._try_round_trip(document.text)
                         (tokens,) = encode_documents(self.tokenizer, [document.text])
                         yield Position(0, epoch, part, rows_before, row), tokens
                 rows_before += row + 1
@@ -139,10 +142,23 @@ class TokenStream:
                 raise UserError(
                     f"{self.name} has no document: make data.streams smaller, or the corpus larger"
                 )
+            self._end_round_trip()
             epoch += 1
             first_part = rows_before = 0
             has_document = False
             logger.info(f"{self.name}: epoch {epoch + 1} begins")
+
+    def _try_round_trip(self, text: str) -> None:
+        """Count what the tokenizer loses of the first documents."""
+        if self._round_trip is not None:
+            self._round_trip.add(text)
+            if self._round_trip.characters >= SURE_CHARACTERS:
+                self._end_round_trip()
+
+    def _end_round_trip(self) -> None:
+        if self._round_trip is not None:
+            self._round_trip.say()
+            self._round_trip = None
 
     def _read_rows(self, part: int) -> Rows:
         """Read the rows of a part; what is awaited is known meanwhile."""

@@ -24,7 +24,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from torchtrain.datasets.special_tokens import find_spellable, hide, read_beside, separator_names
+from torchtrain.datasets.special_tokens import (
+    can_decode,
+    find_spellable,
+    find_unknown,
+    hide,
+    read_beside,
+    separator_names,
+)
 from torchtrain.errors import UserError
 from torchtrain.utils import expand_user, user_errors
 
@@ -63,6 +70,8 @@ class SentencePieceTokenizer:
         bos = self._model.bos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int = self._model.eos_id()
+        self.unknown_id: int = self._model.unk_id()
+        self.decodes = True
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if self.eos_id < 0:
             raise UserError(
@@ -106,7 +115,7 @@ class SentencePieceTokenizer:
                 sizes[id_] = 1
             else:
                 sizes[id_] = _piece_bytes(model.id_to_piece(id_))
-        sizes[model.unk_id()] = np.nan
+        sizes[self.unknown_id] = np.nan
         return sizes
 
     def _cut_for_encoding(self, text: str) -> list[str]:
@@ -193,6 +202,8 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
         self._encoder = self._model
         settings = json.loads(self._model.to_str())
+        self.unknown_id = find_unknown(settings)
+        self.decodes = can_decode(settings)
         if spellable := find_spellable(settings, special):
             hidden = hide(settings, spellable, self.fingerprint)
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(hidden))
@@ -203,14 +214,19 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
 
-        Several `threads` mean all cores. UserError at a lone surrogate.
+        Several `threads` mean all cores.
+
+        Raises:
+            UserError: a lone surrogate, or a character that the tokenizer has no token for.
         """
         for text in texts:
             _require_unicode(text)
-        if threads == 1:
-            encoded = [self._encoder.encode(text, add_special_tokens=False) for text in texts]
-        else:
-            encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        with user_errors("the tokenizer cannot encode a text", Exception):
+            # It raises nothing more special, such as where it has no unknown token.
+            if threads == 1:
+                encoded = [self._encoder.encode(text, add_special_tokens=False) for text in texts]
+            else:
+                encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -237,11 +253,10 @@ class HuggingFaceTokenizer:
             elif steps & {"Metaspace", "ByteFallback"}:
                 is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
                 sizes[id_] = 1 if is_byte else _piece_bytes(token)
-        unknown = settings["model"].get("unk_token")
-        if isinstance(unknown, str) and unknown in self._model.get_vocab():
-            sizes[self._model.token_to_id(unknown)] = np.nan
         for added in settings["added_tokens"]:
             sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode("utf-8"))
+        if self.unknown_id is not None and self.unknown_id not in (self.bos_id, self.eos_id):
+            sizes[self.unknown_id] = np.nan
         return sizes
 
 
