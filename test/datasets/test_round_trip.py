@@ -183,3 +183,11 @@ def test_bits_per_byte_of_text_that_is_lost_are_not_known(tmp_path, dropping, ki
         total = samples.token_bytes[dataset._tokens[1:]].sum()
         assert (total == len(text.encode()) * 9) == is_known
         assert math.isnan(total) == (not is_known)
+
+
+def test_the_name_of_the_unknown_token_is_no_text_that_came_back(tmp_path):
+    made = tokenizers.Tokenizer(models.WordLevel(numbered("<unk>", "a"), unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = saved(tmp_path / "a", made)
+    assert tokenizer.decode(encode(tokenizer, "a < u")) == "a <unk> <unk>"
+    assert lost_characters(tokenizer, "a < u") == {"<": 1, "u": 1}
