@@ -17,6 +17,7 @@ TELLS = """
 import os, sys
 print(__name__, sys.argv[1:], os.environ["RANK"], os.environ.get("GONE"), "torch" in sys.modules)
 print(open("/proc/self/cmdline").read().split(chr(0))[1:4])
+print(sys.path)
 sys.exit(3)
 """
 
@@ -52,7 +53,7 @@ def test_one_that_waits_becomes_the_rank(command, capfd, monkeypatch):
     with closing(Standbys(command, 1)) as standbys:
         standbys.start(first_rank=5)
         monkeypatch.delenv("GONE")
-        status, (told, words) = handle(command, standbys, capfd)
+        status, (told, words, _) = handle(command, standbys, capfd)
     assert status == 3
     assert told == "__main__ ['--a.b', 'c d'] 7 None True"
     assert words == "['-u', '-m', 'torchtrain.tools.standby']"
@@ -67,7 +68,7 @@ def test_else_a_rank_is_a_new_process(command, capfd, why):
         if why == "it has died":
             standbys.waiting[0].process.kill()
             standbys.waiting[0].process.wait()
-        status, (told, words) = handle(command, standbys, capfd)
+        status, (told, words, _) = handle(command, standbys, capfd)
         assert not standbys.waiting, "what is of no use is ended"
     assert status == 3
     assert told == "__main__ ['--a.b', 'c d'] 7 None False"
@@ -79,8 +80,52 @@ def test_a_rank_whose_output_goes_to_a_file_is_a_new_process(command, capfd, tmp
     with closing(Standbys(command, 1)) as standbys:
         standbys.start(first_rank=7)
         status, lines = handle(command, standbys, capfd, stdout=str(tmp_path / "out"))
+        standbys.start()
+        assert not standbys.waiting, "none would ever become a rank"
     assert (status, lines) == (3, [])
     assert (tmp_path / "out").read_text().startswith("__main__ ['--a.b', 'c d'] 7 None False")
+
+
+def test_modules_are_looked_for_where_a_new_process_does(command, capfd, tmp_path, monkeypatch):
+    """Not in the working directory, where a file may have the name of a package."""
+    monkeypatch.chdir(tmp_path.parent)
+    with closing(Standbys(command, 1)) as standbys:
+        _, (_, _, of_new) = handle(command, standbys, capfd)
+        standbys.start(first_rank=7)
+        _, (_, words, of_standby) = handle(command, standbys, capfd)
+    assert "standby" in words
+    assert of_standby == of_new
+
+
+@pytest.mark.parametrize("refused", ["pipe", "fork"])
+def test_where_the_host_refuses_there_are_none(command, monkeypatch, refused):
+    tried = []
+
+    def refuse(*given, **options):
+        tried.append(given)
+        raise OSError(24, "Too many open files")
+
+    with closing(Standbys(command, 2)) as standbys:
+        if refused == "pipe":
+            monkeypatch.setattr(os, "pipe", refuse)
+        else:
+            monkeypatch.setattr(subprocess, "Popen", refuse)
+        before = len(os.listdir("/proc/self/fd"))
+        standbys.start()
+        standbys.start()
+        assert not standbys.waiting
+        assert len(tried) == 1, "it is not asked again and again"
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_command_than_theirs_ends_them_for_good(command, capfd):
+    with closing(Standbys([*command[:-1], "another"], 2)) as standbys:
+        standbys.start()
+        processes = [standby.process for standby in standbys.waiting.values()]
+        handle(command, standbys, capfd)
+        standbys.start()
+        assert not standbys.waiting
+        assert all(process.poll() is not None for process in processes)
 
 
 def test_those_that_nobody_needs_end(command):

@@ -264,7 +264,7 @@ def launch(
     os.environ[STARTED] = str(time.time())
     program = [str(PROGRAM / "train.py"), *trainer_args]
     with closing(Standbys([sys.executable, "-u", *program], processes)) as standbys:
-        if "PYTHON_EXEC" not in os.environ:  # torchrun's, for ranks that are started otherwise
+        if "PYTHON_EXEC" not in os.environ:  # torchrun's: ranks are started by another command
             standbys.start(first_rank=nodes.rank * processes)
         return meet(config, nodes, usable, restarts, program, standbys)
 

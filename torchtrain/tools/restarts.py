@@ -151,7 +151,9 @@ class Handler(SubprocessHandler):
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
         is_redirected = self._stdout is not None or self._stderr is not None
-        taken = None if is_redirected else self._standbys.take(list(args), env)
+        if is_redirected:
+            self._standbys.give_up()
+        taken = self._standbys.take(list(args), env)
         if taken is not None:
             return taken
         if self._stderr is None:

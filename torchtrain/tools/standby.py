@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from typing import IO
 
 from torchtrain.early_interrupt import end_on_interrupt
 from torchtrain.imports import begin_imports
@@ -37,14 +38,17 @@ IMPORTS = (
 """What takes long of what a rank imports, and nothing of torchtrain's: what
 `experimental.custom_import` names comes before that."""
 
+END_S = 5.0
+"""How long a process may take to end once it is killed."""
+
 
 @dataclass
 class Standby:
     """A process that waits."""
 
     process: subprocess.Popen[bytes]
-    write_end: int
-    """Of the pipe that its environment goes through."""
+    pipe: IO[str]
+    """What its environment is written to."""
 
 
 class Standbys:
@@ -60,11 +64,13 @@ class Standbys:
         self.count = count
         self.waiting: dict[int, Standby] = {}
         """By local rank."""
+        self.are_of_use = True
+        """Whether they can become ranks, and the host lets them start."""
         self.errors = RankErrors()
         """What those that wait, and the ranks, write to stderr."""
 
     def start(self, first_rank: int | None = None) -> None:
-        """Start those that are not there; none where the host refuses.
+        """Start those that are not there. Where the host refuses, ranks are new processes.
 
         Args:
             first_rank: this node's, where the ranks start for the first time: a rank may be
@@ -72,60 +78,93 @@ class Standbys:
         """
         script = next(place for place, word in enumerate(self.command) if word.endswith(".py"))
         python, rank_command = self.command[:script], self.command[script:]
-        for local_rank in range(self.count):
+        for local_rank in range(self.count if self.are_of_use else 0):
             if local_rank in self.waiting:
                 continue
             environment = dict(os.environ)
             if first_rank is not None:
                 environment["RANK"] = str(first_rank + local_rank)
-            read_end, write_end = os.pipe()
-            module = ["-m", "torchtrain.tools.standby", str(read_end)]
             try:
-                process = subprocess.Popen(
-                    [*python, *module, *rank_command],
-                    env=environment,
-                    stderr=self.errors.sink,
-                    pass_fds=[read_end],
-                    start_new_session=True,
-                )
+                standby = self._start_one(python, rank_command, environment)
             except OSError:
-                os.close(write_end)
+                self.are_of_use = False
                 return
-            finally:
-                os.close(read_end)
-            self.waiting[local_rank] = Standby(process, write_end)
+            self.waiting[local_rank] = standby
+
+    def _start_one(
+        self, python: list[str], rank_command: list[str], environment: Mapping[str, str]
+    ) -> Standby:
+        read_end, write_end = os.pipe()
+        pipe = os.fdopen(write_end, "w")
+        module = ["-m", "torchtrain.tools.standby", str(read_end)]
+        try:
+            process = subprocess.Popen(
+                [*python, *module, *rank_command],
+                env=environment,
+                stderr=self.errors.sink,
+                pass_fds=[read_end],
+                start_new_session=True,
+            )
+        except OSError:
+            pipe.close()
+            raise
+        finally:
+            os.close(read_end)
+        return Standby(process, pipe)
 
     def take(
         self, command: list[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes] | None:
-        """Return a process that becomes this rank, or None if none is there."""
+        """Return a process that becomes this rank, or None if none is there.
+
+        Where torchrun would start another command, as with PYTHON_EXEC, none ever is.
+        """
+        if command != self.command:
+            self.give_up()
         standby = self.waiting.pop(int(environment["LOCAL_RANK"]), None)
         if standby is None:
             return None
         is_sent = False
-        if command == self.command and standby.process.poll() is None:
-            with suppress(BrokenPipeError), os.fdopen(standby.write_end, "w") as pipe:
-                json.dump(dict(environment), pipe)
-                pipe.flush()
+        if standby.process.poll() is None:
+            with suppress(BrokenPipeError), standby.pipe:
+                json.dump(dict(environment), standby.pipe)
+                standby.pipe.flush()
                 is_sent = True
         if is_sent:
             return standby.process
         end(standby)
         return None
 
-    def close(self) -> None:
-        """End those that are left, and pass on their last words."""
+    def give_up(self) -> None:
+        """End those that wait, and start no more: they cannot become ranks."""
+        self.are_of_use = False
         while self.waiting:
             end(self.waiting.popitem()[1])
+
+    def close(self) -> None:
+        """End those that are left, and pass on their last words."""
+        self.give_up()
         self.errors.drain()
 
 
 def end(standby: Standby) -> None:
     """End a process that has nothing to lose."""
-    with suppress(OSError):  # it may be closed
-        os.close(standby.write_end)
+    with suppress(BrokenPipeError):  # it had begun to be written to
+        standby.pipe.close()
     standby.process.kill()
-    standby.process.wait()
+    with suppress(subprocess.TimeoutExpired):  # as when it waits for a disk that is gone
+        standby.process.wait(END_S)
+
+
+def look_for_modules_as(script: str) -> None:
+    """Look for modules where Python does that runs this script.
+
+    That is not the working directory, where a file may have the name of a package. `-m` puts it
+    first, and the package of tools then our folder before it.
+    """
+    if sys.path[1] == os.getcwd():
+        del sys.path[1]
+    sys.path[0] = os.path.dirname(os.path.realpath(script))
 
 
 def main(arguments: list[str]) -> int:
@@ -134,6 +173,7 @@ def main(arguments: list[str]) -> int:
     end_on_interrupt(before="the first step")
     begin_imports()
     read_end, *rank_command = arguments
+    look_for_modules_as(rank_command[0])
     with suppress(ImportError):  # train.py says what is missing
         for name in IMPORTS:
             import_module(name)
