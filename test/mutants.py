@@ -2005,12 +2005,12 @@ MUTANTS = {
         ),
         (
             "a line that is cut by a break in the compressed data is a fault of its own",
-            "        if is_cut and isinstance(row, BadRow):\n            break",
-            "        if False:\n            break",
+            "if is_cut and isinstance(held, BadRow) and held.kind in OF_A_CUT_ROW:",
+            "if False:",
         ),
         (
             "an array on several lines is read as lines",
-            'if first.lstrip().startswith(b"["):',
+            'if may_be_whole and first.lstrip().startswith(b"["):',
             "if False:",
         ),
     ],
@@ -2026,6 +2026,11 @@ MUTANTS = {
             "rest := rest",
         ),
         ("a cut file is taken for a whole one", 'self.fault = "it ends too early"', "pass"),
+        (
+            "where the beginning of a part is damaged the file ends",
+            "if self._beginning.search(rest):",
+            "if False:",
+        ),
     ],
     "torchtrain/datasets/streams.py": [
         (

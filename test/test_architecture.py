@@ -77,10 +77,10 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_701
+LIMIT_CORE = 11_714
 FOLDER_LIMITS = {
     "config": 1_675,
-    "datasets": 2366,
+    "datasets": 2_379,
     "parallelisms": 1800,
     "checkpoint": 1281,
     "models": 800,

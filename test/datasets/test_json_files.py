@@ -284,6 +284,43 @@ def test_a_wrong_sum_costs_no_text(tmp_path, ending):
     assert said == f"{file}:401 (broken {compressed.FORMATS[ending][0]})"
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_part_whose_beginning_is_damaged_is_no_end(tmp_path, ending, logged):
+    file = tmp_path / f"x.jsonl{ending}"
+    parts = [COMPRESS[ending](lines(text)) for text in SOME[:100]]
+    data = bytearray(b"".join(parts))
+    data[len(parts[0])] ^= 4
+    file.write_bytes(data)
+    kind = compressed.FORMATS[ending][0]
+    assert skipped(file) == (SOME[:1], [f"{file}:2 (broken {kind})"])
+    assert "no part begins where one has ended" in fault(file)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("left", [1, 3, 5])
+def test_a_part_that_is_cut_in_its_header_is_no_tail(tmp_path, ending, left):
+    file = tmp_path / f"x.jsonl{ending}"
+    file.write_bytes(COMPRESS[ending](CONTENT) + COMPRESS[ending](CONTENT)[:left])
+    assert skipped(file) == (SOME, [f"{file}:401 (broken {compressed.FORMATS[ending][0]})"])
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_other_bad_rows_of_a_cut_file_are_just_that(tmp_path, name):
+    """Also where it is read as a whole before its first row."""
+    rows = [f'{{"text": "{number}"}}' for number in range(10)]
+    rows[2] = '{"body": "2"}'
+    texts = [str(number) for number in range(10) if number != 2]
+    content = "[" + ", ".join(rows) + "]" if name == "x.json" else "\n".join(rows) + "\n"
+    file = tmp_path / f"{name}.gz"
+    file.write_bytes(gzip.compress(content.encode())[:-4])
+    places = [f"{file}:3 (no text field)", f"{file}:11 (broken gzip)"]
+    assert skipped(file) == (texts, places)
+    rows[0] = "{broken"
+    file.write_bytes(gzip.compress("\n".join(rows).encode())[:-4])
+    places = [f"{file}:1 (broken JSON)", *places]
+    assert skipped(file) == (texts[1:], places)
+
+
 def test_an_array_that_is_cut_in_gzip_is_one_fault(tmp_path):
     file = tmp_path / "x.json.gz"
     file.write_bytes(gzip.compress(array(*SOME))[:-3000])

@@ -1,6 +1,5 @@
 """Bytes of compressed files, and of broken ones all that comes before the break."""
 
-import os
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -45,11 +44,12 @@ def new_zstd() -> Decompressor:
 
 
 FORMATS: dict[str, tuple[str, Callable[[], Decompressor], re.Pattern[bytes]]] = {
-    ".gz": ("gzip", new_gzip, re.compile(rb"\x1f\x8b")),
+    ".gz": ("gzip", new_gzip, re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")),
     ".zst": ("zstd", new_zstd, re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
 }
 """By the ending of a file's name: the format's name, what decompresses a part of it, and how a part
 begins (RFC 1952; RFC 8878, with its skippable frames)."""
+MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 FAULTS = (zlib.error, zstandard.ZstdError)
 
 
@@ -136,9 +136,14 @@ class CompressedFile:
             if not rest:
                 return b""
         rest += file.read(PIECE)
-        if self._beginning.match(rest):
+        is_cut = len(rest) < 4 and any(magic.startswith(rest) for magic in MAGIC)
+        if self._beginning.match(rest) or is_cut:
             return rest
-        size = len(rest) + os.fstat(file.fileno()).st_size - file.tell()
+        rest += file.read()
+        size = len(rest)
+        if self._beginning.search(rest):  # it is not the end: what is damaged is how a part begins
+            self.fault = f"no part begins where one has ended, and {plural(size, 'byte')} follow"
+            return b""
         logger.warning(
             f"{self.path}: {plural(size, 'byte')} after its {self.format} data are left out"
         )

@@ -26,6 +26,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some editors add one."""
 PIECE = 1 << 16
 """Bytes of a plain file that are read at a time."""
+OF_A_CUT_ROW = frozenset({"broken JSON", "invalid UTF-8", "not an object"})
+"""What a row can look like whose end is missing."""
 SPACE = re.compile(r"[ \t\r\n]*")
 """What may stand between the words of JSON (RFC 8259, section 2)."""
 
@@ -39,15 +41,20 @@ def read_json(file: Path, text_key: str) -> Rows:
         UserError: the file cannot be read.
     """
     compressed = CompressedFile(file) if file.suffix.lower() in FORMATS else None
-    location = f"{file}:1"
+    last = 0
+    held: Row | None = None
     for number, row in _read_rows(file, compressed, text_key):
-        is_cut = compressed is not None and compressed.fault != ""
-        if is_cut and isinstance(row, BadRow):
-            break  # the rest of it is lost
-        location = f"{file}:{number + 1}"
-        yield row
+        if held is not None:
+            yield held
+        last, held = number, row
+    is_cut = compressed is not None and compressed.fault != ""
+    if is_cut and isinstance(held, BadRow) and held.kind in OF_A_CUT_ROW:
+        last -= 1  # its rest is lost
+    elif held is not None:
+        yield held
     if compressed is not None and compressed.fault:
         problem = f"the {compressed.format} data is broken from here on ({compressed.fault})"
+        location = f"{file}:{last + 1}"
         yield BadRow(f"broken {compressed.format}", location, f"{problem}; the rest is not read")
 
 
@@ -62,12 +69,13 @@ def _read_rows(
         while not first.strip() and (following := next(lines, None)) is not None:
             first, blank = following, blank + 1
         lines = chain([first], lines)
-        if MAY_BE_WHOLE.search(file.name) and not _is_object(first):
+        may_be_whole = MAY_BE_WHOLE.search(file.name) is not None
+        if may_be_whole and first.lstrip().startswith(b"["):
+            yield from _read_array(b"\n".join(lines), file, text_key)
+            return
+        if may_be_whole and not _is_object(first):
             content = list(lines)
             whole = b"\n".join(content)
-            if first.lstrip().startswith(b"["):
-                yield from _read_array(whole, file, text_key)
-                return
             if _is_object(whole):
                 yield 1, _row_of_line(whole, text_key, f"{file}:1")
                 return
@@ -93,6 +101,7 @@ def _is_object(content: bytes) -> bool:
 def _read_array(content: bytes, file: Path, text_key: str) -> Iterator[tuple[int, Row]]:
     """Read the elements of an array one by one, up to where it is broken."""
     text = content.decode("utf-8", "surrogateescape")  # an element that is not UTF-8 is a bad row
+    del content
     decoder = json.JSONDecoder()
     place = _skip_space(text, text.index("[") + 1)
     number = 0
