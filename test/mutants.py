@@ -387,6 +387,16 @@ MUTANTS = {
             "self.timeouts.setdefault(int(rank), took)",
             "self.timeouts[int(rank)] = took",
         ),
+        (
+            "what an output that does not block has no room for is lost",
+            "                select.select([], [self._output], [])\n",
+            "                return\n",
+        ),
+        (
+            "a container without terminals ends the launcher",
+            "with suppress(OSError):  # as in a container",
+            "with suppress():  # as in a container",
+        ),
     ],
     "torchtrain/tools/restarts.py": [
         (
@@ -2126,6 +2136,11 @@ MUTANTS = {
     ],
     "torchtrain/checkpoint/saving.py": [
         (
+            "a rank that cannot copy leaves the others' threads waiting",
+            "self._together(lambda: background.copy(tensors))",
+            "background.copy(tensors)",
+        ),
+        (
             "rank 0's disk is the one that is timed",
             "self.save_seconds = max(gathered(seconds, self.group))",
             "self.save_seconds = gathered(seconds, self.group)[0]",
@@ -2214,8 +2229,13 @@ MUTANTS = {
         ),
         (
             "what is saved beside training is not a copy",
-            "copy = self._stager.stage(dict(tensors), non_blocking=self._pinned)",
-            "copy = dict(tensors)",
+            "copied = self._stager.stage(dict(tensors), non_blocking=self._pinned)",
+            "copied = dict(tensors)",
+        ),
+        (
+            "a rank without memory for the copy ends the run, whatever on_save_error says",
+            "except (MemoryError, RuntimeError) as fault:",
+            "except RuntimeError as fault:",
         ),
         (
             "ranks see the end of a save apart",

@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -271,6 +272,30 @@ def save_on_two(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank 1: .*GiB are free there"):
         poll_until_ended(checkpointer)
     assert checkpointer.background.is_idle, "on both at the same step"
+
+
+def fail_to_copy_on_one(run: Path) -> None:
+    """Be a rank of two; rank 1 has no memory for the copy, but for that of step 4."""
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    checkpointer = Checkpointer(section(**BESIDE, on_save_error="continue"), run)
+    background = checkpointer.background
+    faults = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), None]
+    for step, fault in enumerate(faults, start=2):
+        with patch.object(background, "_stager", wraps=background._stager) as stager:
+            stager.stage.side_effect = fault if dist.get_rank() == 1 else None
+            checkpointer.save(weights(model), optimizer, progress(step))
+        assert background.is_idle == (fault is not None), "no thread waits for another"
+    checkpointer.finish()
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_one_rank_cannot_copy(tmp_path):
+    printed = in_group(2, fail_to_copy_on_one, tmp_path, timeout_s=60)
+    assert names(tmp_path) == ["step-4"]
+    for cause in ("no memory", "DefaultCPUAllocator: can't allocate memory"):
+        fault = f"the state could not be copied to the host: {cause}. Training goes on"
+        assert f"rank 1 failed: {fault}" in printed
 
 
 @pytest.mark.slow

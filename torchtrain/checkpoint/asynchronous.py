@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-from torchtrain.errors import SharedUserError
+from torchtrain.errors import CheckpointError, SharedUserError
 from torchtrain.host_memory import find_available_bytes
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import gathered, patient_group
@@ -78,20 +78,30 @@ class BackgroundWriter:
         logger.info(f"saves beside training: {copies} on {host}")
         return True
 
-    def start(
-        self, write: Callable[[dict[str, Tensor]], None], tensors: Mapping[str, Tensor]
-    ) -> None:
-        """Copy the tensors to the host, and give the copy to `write` in the thread of this rank.
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a copy of the tensors on the host. When this returns, they may change.
 
-        When this returns, the tensors may change.
+        Raises:
+            CheckpointError: the host has no memory for it after all, or the copy failed.
         """
         assert self._running is None, "the save before was not finished"
-        copy = self._stager.stage(dict(tensors), non_blocking=self._pinned)
-        if self._pinned:
-            torch.accelerator.synchronize()
+        try:
+            copied = self._stager.stage(dict(tensors), non_blocking=self._pinned)
+            if self._pinned:
+                torch.accelerator.synchronize()
+        except (MemoryError, RuntimeError) as fault:  # PyTorch has a RuntimeError for either
+            cause = str(fault) or "no memory"
+            raise CheckpointError(f"the state could not be copied to the host: {cause}") from fault
+        assert isinstance(copied, dict)
+        return copied
+
+    def start(self, write: Callable[[dict[str, Tensor]], None], copied: dict[str, Tensor]) -> None:
+        """Give the copy to `write` in the thread of this rank, once every rank has made its own.
+
+        The threads wait for each other.
+        """
         self._has_copied = True
-        assert isinstance(copy, dict)
-        self._running = self._threads.submit(write, copy)
+        self._running = self._threads.submit(write, copied)
 
     @property
     def is_idle(self) -> bool:

@@ -226,7 +226,7 @@ class Saver:
                 self._write(temporary, target, progress, self.group, tensors)
                 return
             write = partial(self._write, temporary, target, progress, background.group)
-            background.start(write, tensors)
+            background.start(write, self._together(lambda: background.copy(tensors)))
         stalled = time.monotonic() - self.saved_at
         logger.info(f"saving {target} beside training, which stood still for {stalled:.2f} s")
 
