@@ -1,8 +1,12 @@
 """What the launcher hears of its ranks' stderr."""
 
 import os
+import select
 import subprocess
 import sys
+import threading
+import time
+import tty
 
 import pytest
 
@@ -34,8 +38,6 @@ def test_what_a_rank_writes_is_passed_on_as_it_is(make):
     reader, writer = make()
     is_terminal = os.isatty(writer)
     if is_terminal:
-        import tty
-
         tty.setraw(writer)
     speak(RankErrors(writer), SPEAK)
     assert os.read(reader, 1000).decode() == f"{is_terminal}\nhalf a line, and its end\n"
@@ -70,3 +72,49 @@ def test_ranks_do_not_wait_for_an_output_that_nobody_reads_any_more():
     speak(errors, "import os; os.write(2, b'lost' * 100000)")
     speak(errors, "import os; os.write(2, b'lost' * 100000)")
     os.close(writer)
+
+
+def test_ranks_get_a_pipe_where_no_terminal_can_be_had(monkeypatch):
+    reader, writer = os.openpty()
+    tty.setraw(writer)
+
+    def refuse():
+        raise OSError("out of pty devices")
+
+    monkeypatch.setattr(os, "openpty", refuse)
+    speak(RankErrors(writer), SPEAK)
+    assert os.read(reader, 1000).decode() == "False\nhalf a line, and its end\n"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_all_comes_through_an_output_that_does_not_block():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    errors = RankErrors(writer)
+    code = "import os; os.write(2, b'kept' * 100000)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stderr=errors.sink)
+    deadline = time.monotonic() + 60
+    while select.select([], [writer], [], 0)[1]:  # until it is full, since nobody reads yet
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    arrived = []
+
+    def read():
+        with open(reader, "rb") as file:
+            arrived.append(file.read())
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    assert rank.wait(60) == 0
+    errors.drain()
+    os.close(writer)
+    reading.join()
+    assert arrived == [b"kept" * 100000]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_ranks_do_not_wait_for_a_full_disk():
+    full = os.open("/dev/full", os.O_WRONLY)
+    speak(RankErrors(full), "import os; os.write(2, b'lost' * 100000)")
+    os.close(full)

@@ -53,7 +53,7 @@ RENDEZVOUS_VARIABLES = (
 )
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
 """What the launcher passes on to the ranks: torchrun's own, and that of Slurm's --signal=USR2. Not
-one that whoever started it has it ignore, as `nohup` does SIGHUP."""
+SIGHUP where whoever started it has it ignore that, as `nohup` does."""
 NVIDIA = "/dev/nvidiactl"
 DRIVERS = (NVIDIA, "/dev/kfd", "/dev/dxg", "/dev/accel")
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"

@@ -6,6 +6,7 @@ and aborts the process. All that the launcher would know of it is SIGABRT.
 
 import os
 import re
+import select
 import threading
 import tty
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ LAST_WAIT_S = 5.0
 class RankErrors:
     """The stderr of a node's ranks; a terminal for them where it is one for the launcher.
 
+    (But a pipe where the system has no terminal to give.)
+
     Args:
         output: the file descriptor to which it is passed on.
     """
@@ -36,11 +39,7 @@ class RankErrors:
         """The file descriptor that the ranks get for theirs."""
         self._output = output
         self._has_ended = threading.Event()
-        if os.isatty(output):
-            self._source, self.sink = os.openpty()
-            tty.setraw(self.sink)  # which leaves the ends of lines to the terminal itself
-        else:
-            self._source, self.sink = os.pipe()
+        self._source, self.sink = open_like(output)
         threading.Thread(target=self._pass_on, name="ranks' stderr", daemon=True).start()
 
     def drain(self) -> None:
@@ -64,14 +63,35 @@ class RankErrors:
             *lines, line = (line[-BLOCK:] + text).split(b"\n")
             for each in lines:
                 self._listen(each)
-            with suppress(OSError):  # nobody reads it any more: no reason to let ranks wait
-                while text:
-                    text = text[os.write(self._output, text) :]
+            self._write(text)
             if END in data:
                 self._has_ended.set()
+
+    def _write(self, text: bytes) -> None:
+        """Wait for an output that is not read yet, but let no rank wait for one that fails."""
+        while text:
+            try:
+                text = text[os.write(self._output, text) :]
+            except BlockingIOError:
+                select.select([], [self._output], [])
+            except OSError:  # nobody reads it any more, or a disk is full: the next may get there
+                return
 
     def _listen(self, line: bytes) -> None:
         if found := NCCL_TIMEOUT.search(line):
             rank, collective, milliseconds = (group.decode() for group in found.groups())
             took = f"{collective} did not end within {int(milliseconds) / 1000:g} s"
             self.timeouts.setdefault(int(rank), took)
+
+
+def open_like(output: int) -> tuple[int, int]:
+    """Return the two ends of a terminal where `output` is one and another can be had, or a pipe's.
+
+    The first is to be read, the second to be written.
+    """
+    if os.isatty(output):
+        with suppress(OSError):  # as in a container without /dev/pts
+            source, sink = os.openpty()
+            tty.setraw(sink)  # which leaves the ends of lines to the terminal itself
+            return source, sink
+    return os.pipe()
