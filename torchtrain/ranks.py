@@ -40,6 +40,7 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     Raises:
         UserError: this rank has no device, or may not have as many open files as it needs.
             Or MASTER_PORT is taken.
+        SharedUserError: the ranks have devices of different types.
         PeerFault: another rank has no device; this node's first rank raises the same of open files;
             the ranks did not meet; or an earlier attempt of this launch has ended for good.
     """
@@ -57,11 +58,27 @@ def join_process_group(timeout_seconds: int) -> torch.device:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     device = together(lambda: choose_device(accelerator))
+    require_one_type(device)
     if accelerator is not None:
         torch.accelerator.set_device_index(device.index)
     elif attempts.ATTEMPT not in os.environ and (unused := describe_unused_gpus()):
         logger.warning(unused)  # our launcher has said it
     return device
+
+
+def require_one_type(device: torch.device) -> None:
+    """Refuse to go on where a node has fallen back to its CPUs, and others have GPUs.
+
+    The one would wait in a collective over gloo, and the others over NCCL.
+
+    Raises:
+        SharedUserError: names the types, with their ranks.
+    """
+    by_rank = gathered((device.type, describe_unused_gpus() if device.type == "cpu" else None))
+    if len({kind for kind, _ in by_rank}) == 1:
+        return
+    named = name_values(kind + (f" ({unused})" if unused else "") for kind, unused in by_rank)
+    raise SharedUserError(f"the ranks need devices of one type, and have {named}")
 
 
 def _allow_connections() -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from helpers.forking import in_group, on_ranks, run_trainer
 from helpers.launching import options
 
+from torchtrain import ranks
 from torchtrain.errors import SharedUserError
 from torchtrain.kernel_checks import DeviceFacts
 from torchtrain.logging_utils import init_logging
@@ -68,6 +69,18 @@ def run_on_another_device(arguments):
         return run_trainer(arguments)
 
 
+def run_without_driver(arguments):
+    """A rank of a run whose second rank has another type of device: its driver is broken."""
+    is_broken = os.environ["RANK"] == "1"
+    device = CPU if is_broken else torch.device("meta")  # for a GPU, which is not used here
+    unused = "training on the CPU, since PyTorch cannot use /dev/nvidia0: no driver"
+    with (
+        patch.object(ranks, "choose_device", lambda accelerator: device),
+        patch.object(ranks, "describe_unused_gpus", lambda: unused if is_broken else None),
+    ):
+        return run_trainer(arguments)
+
+
 @pytest.mark.slow
 def test_a_run_does_not_begin_on_two_kinds_of_devices_but_resumes_on_them(tmp_path, data):
     given = {**data, "job.dump_folder": tmp_path / "run", "checkpoint.enable": True}
@@ -78,6 +91,11 @@ def test_a_run_does_not_begin_on_two_kinds_of_devices_but_resumes_on_them(tmp_pa
     assert not (tmp_path / "run" / "run.json").exists()
     on_ranks(2, run_trainer, first, timeout_s=60)
     more = options({**given, "training.steps": 2})
+    printed = on_ranks(2, run_without_driver, more, expect=2, timeout_s=60)
+    assert (
+        "error: the ranks need devices of one type, and have meta on rank 0, cpu (training on the "
+        "CPU, since PyTorch cannot use /dev/nvidia0: no driver) on rank 1\n"
+    ) in printed
     printed = on_ranks(2, run_on_another_device, more, timeout_s=60)
     assert printed.count("warning: the ranks' devices draw different numbers") == 1
     assert "done: 2 steps" in printed
