@@ -34,6 +34,7 @@ from torchtrain.parallelisms.apply import (
     collect_weights,
     find_own_stages,
 )
+from torchtrain.parallelisms.compile import silence_compiler
 from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.expert_balance import ExpertBalance
 from torchtrain.parallelisms.initial_weights import materialize
@@ -186,6 +187,7 @@ def set_up_model(
     )
     set_timeout(config.comm.init_timeout_seconds)  # its groups have PyTorch's until here
     tag_compiler_cache(mesh)
+    silence_compiler()
     parts = build_model(config, plan, mesh, device, draws=draws, fsdp=fsdp)
     losses = build_losses(config.compile)
     expert_balance = None

@@ -413,9 +413,9 @@ class Comm(Section):
     """Communication between ranks."""
 
     init_timeout_seconds: Count = 300
-    """Longest wait for others in set-up, the first step, validation and texts, in seconds."""
+    """Longest wait for others in set-up and in the first step, validation and texts, in seconds."""
     train_timeout_seconds: Count = 100
-    """Longest wait for other ranks from the second step on, in seconds."""
+    """Longest wait for other ranks in all else, from the second step on, in seconds."""
 
 
 class Validation(Section):

@@ -14,15 +14,21 @@ from torchtrain.models.decoder import Decoder
 from torchtrain.models.moe import SparseFeedForward
 
 
+def silence_compiler() -> None:
+    """Keep every rank from printing a warning of the compiler that is of no concern here.
+
+    It is of complex operators. Of the rotations, which are complex, a compiled block only takes a
+    view as real numbers.
+    """
+    complex_operators = "Torchinductor does not support code generation for complex operators"
+    warnings.filterwarnings("ignore", message=complex_operators)
+
+
 def apply_compile(model: Decoder, backend: str) -> None:
     """Compile the forward of each block, or of the parts of a sparse one, in place.
 
     FSDP's hooks run around it, outside the graph; parameter names are unchanged.
     """
-    # Each rank would print it. Of the rotations, which are complex, a compiled block only takes a
-    # view as real numbers.
-    complex_operators = "Torchinductor does not support code generation for complex operators"
-    warnings.filterwarnings("ignore", message=complex_operators)
     for block in model.layers.values():
         for module in find_compilable(block):
             module.forward = torch.compile(  # type: ignore[method-assign]
