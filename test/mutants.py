@@ -1896,6 +1896,11 @@ MUTANTS = {
             "if size == 0:",
         ),
         (
+            "a cache that cannot be written is of no use",
+            "    facts = load_facts(seen, find_state()[0])\n",
+            "    facts: dict[str, Any] = {}\n",
+        ),
+        (
             "only the first token of each chunk is hashed",
             "digest.update(chunk.data)",
             "digest.update(chunk[:1].data)",

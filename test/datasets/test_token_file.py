@@ -1,5 +1,6 @@
 """Token files are read where they lie, whole, as what they are; what cannot be one is said."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -126,6 +127,25 @@ def test_megatrons_ids_are_read_once_their_type_is_given(tmp_path, opened):
     with pytest.raises(UserError, match=r"has an \.idx beside it, .* Set data\.token_dtype"):
         opened("a.bin")
     assert opened("a.bin", "uint32").tokens.tolist() == IDS.tolist()
+
+
+def test_what_another_user_has_found_is_used_where_nothing_can_be_written(
+    tmp_path, opened, monkeypatch
+):
+    """A shared cache that this user may only read; root, as tests run, could write in any."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(IDS.astype("<u2").tobytes())
+    first = opened("a.bin").manifest
+    monkeypatch.setattr(cache_folder, "open", refuse, raising=False)
+    monkeypatch.setattr(cache_folder, "write_durably", refuse)
+    assert opened("a.bin").manifest == first
+    with pytest.raises(UserError, match=r"^cannot write in .*: Permission denied"):
+        opened("b.bin")
 
 
 def test_a_file_is_read_through_once_and_again_when_it_has_changed(tmp_path, opened, monkeypatch):

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from torchtrain.datasets.cache_folder import Progress, files_state, find_facts, locked, short_hash
+from torchtrain.datasets.cache_folder import (
+    Progress,
+    files_state,
+    find_facts,
+    load_facts,
+    locked,
+    short_hash,
+)
 from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
@@ -45,13 +52,13 @@ def open_token_file(
         tokens = _map(file, dtype, dtype_for(tokenizer))
     folder = root / "tokens"
     key = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
-    with locked(folder, key) as progress:
-        facts = find_facts(
-            f"the token file {str(file)!r}",
-            folder / f"{key}.seen.json",
-            partial(files_state, [file]),
-            partial(_read_through, file, tokens, progress),
-        )
+    seen = folder / f"{key}.seen.json"
+    find_state = partial(files_state, [file])
+    facts = load_facts(seen, find_state()[0])
+    if not facts:  # else nothing is written, which this user may not be allowed to
+        with locked(folder, key) as progress:
+            read = partial(_read_through, file, tokens, progress)
+            facts = find_facts(f"the token file {str(file)!r}", seen, find_state, read)
     lowest, highest = facts["lowest"], facts["highest"]
     if not 0 <= lowest <= highest < tokenizer.vocab_size:
         raise UserError(
