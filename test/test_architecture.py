@@ -77,7 +77,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_735
+LIMIT_CORE = 11_762
 FOLDER_LIMITS = {
     "config": 1_675,
     "datasets": 2_386,

@@ -2,15 +2,20 @@
 
 A run does not end for want of a log line. A line that cannot be written waits in memory until there
 is room again; TensorBoard's files end where they cannot be written.
+What TensorBoard and Weights & Biases need is looked for before the run does anything.
 """
 
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torchtrain.config.schema import Metrics
+from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import (
     describe_os_error,
@@ -164,3 +169,67 @@ def _keep_quiet_about_its_thread() -> None:
             show(fault)
 
     threading.excepthook = show_others
+
+
+def check_packages(section: Metrics) -> None:
+    """Check that TensorBoard and Weights & Biases can be used, before anything is done or moved.
+
+    Raises:
+        UserError: the package is missing, or Weights & Biases finds no key of the user.
+    """
+    if section.enable_tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "metrics.enable_tensorboard = true needs the package tensorboard: "
+            "pip install tensorboard"
+        )
+    if section.enable_wandb:
+        wandb = import_wandb()
+        try:
+            wandb.login()  # which knows all the places of a key, and asks for none offline
+        except wandb.Error as fault:
+            raise UserError(
+                f"metrics.enable_wandb = true: {fault} Or set WANDB_API_KEY, or WANDB_MODE=offline"
+            ) from fault
+
+
+def import_wandb() -> Any:
+    """Return the package wandb.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "metrics.enable_wandb = true needs the package wandb: pip install wandb"
+        ) from None
+    return wandb
+
+
+def open_wandb(run_folder: Path, description: Mapping[str, Any]) -> Any:
+    """Open the run at Weights & Biases; the same folder goes on with the same run's curves.
+
+    Args:
+        run_folder: where `wandb/` goes, with the run's id.
+        description: what the run's page says of it.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    wandb = import_wandb()
+    folder = run_folder / "wandb"
+    id_file = folder / "run-id"
+    with writing(id_file):
+        folder.mkdir(exist_ok=True)
+        if not id_file.exists():
+            write_durably(id_file, uuid.uuid4().hex)
+    try:  # project, entity and mode come from WANDB_* variables
+        return wandb.init(
+            dir=str(run_folder),
+            id=id_file.read_text(),
+            resume="allow",
+            config=dict(description),
+        )
+    except wandb.Error as fault:
+        raise UserError(f"metrics.enable_wandb = true: {fault}") from fault

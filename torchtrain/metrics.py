@@ -9,7 +9,6 @@ import resource
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 
 from torchtrain.config.schema import Metrics
-from torchtrain.errors import UserError
-from torchtrain.log_files import LogFile, TensorBoard
+from torchtrain.log_files import LogFile, TensorBoard, open_wandb
 from torchtrain.logging_utils import Color, line_width, logger, use_color
-from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable, write_durably, writing
+from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, make_printable
 
 GIB = 2**30
 TEXT_MARGIN = "  | "
@@ -276,7 +274,9 @@ class MetricsLogger:
         if self.section.enable_tensorboard:
             name = self.section.save_tb_folder
             self.tensorboard = TensorBoard(self.run_folder, name, self.first_step)
-        self.wandb = self._open_wandb() if self.section.enable_wandb else None
+        self.wandb = None
+        if self.section.enable_wandb:
+            self.wandb = open_wandb(self.run_folder, self.description)
 
     def log(
         self, summary: StepSummary, stopwatch: Stopwatch, validated: Mapping[str, float | None]
@@ -409,25 +409,3 @@ class MetricsLogger:
             else:
                 shown.append(f"{label} {value}")
         return "  ".join(shown)
-
-    def _open_wandb(self) -> Any:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "metrics.enable_wandb = true needs the package wandb: pip install wandb"
-            ) from None
-        folder = self.run_folder / "wandb"
-        id_file = folder / "run-id"
-        with writing(id_file):
-            folder.mkdir(exist_ok=True)
-            if not id_file.exists():
-                write_durably(id_file, uuid.uuid4().hex)
-        # The same id again continues the same run's curves. Project, entity and mode come from
-        # WANDB_* variables.
-        return wandb.init(
-            dir=str(self.run_folder),
-            id=id_file.read_text(),
-            resume="allow",
-            config=dict(self.description),
-        )
