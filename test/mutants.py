@@ -281,6 +281,11 @@ MUTANTS = {
     ],
     "torchtrain/set_up.py": [
         (
+            "each rank prints the compiler's warning of complex operators",
+            "    silence_compiler()\n",
+            "",
+        ),
+        (
             "a mesh's groups keep PyTorch's timeout until the second step",
             "    set_timeout(config.comm.init_timeout_seconds)",
             "    assert mesh",
@@ -2832,6 +2837,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/ranks.py": [
+        (
+            "a rank on a CPU waits for ranks on GPUs",
+            "    require_one_type(device)\n",
+            "",
+        ),
         (
             "the ranks' rows are mixed up",
             "    return rows.view(ranks, len(row))\n",

@@ -1,12 +1,14 @@
 """What set_up makes of a config: that options reach what they name, and that ranks agree."""
 
 import os
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.forking import on_ranks, run_trainer
 from helpers.launching import options, write_corpus
+from torch._inductor.lowering import _warn_complex_not_supported
 
 from torchtrain import ranks, set_up
 from torchtrain.config.schema import ParameterGroup
@@ -37,6 +39,15 @@ def test_the_seed_reaches_every_matrix_and_the_samples(data, device):
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name
         assert torch.equal(weight, other_weights[name]) == (weight.ndim == 1), name
+
+
+def test_the_compiler_is_silenced(data, device):
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        made(data, device)
+        _warn_complex_not_supported.cache_clear()  # it is given once per process
+        _warn_complex_not_supported()
+    assert not [warning for warning in given if "complex operators" in str(warning.message)]
 
 
 def test_names_of_a_users_model_are_checked_before_it_is_made(data, device, monkeypatch):

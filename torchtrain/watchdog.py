@@ -105,7 +105,7 @@ class Watchdog:
         """Give `what` as much time as the first step, but only once. All ranks call it together.
 
         What a run does later for the first time, a forward without gradients above all, is compiled
-        only then.
+        only then. (A validation that is made up for before the first step does not count.)
         """
         is_warm = self._is_first or what in self._warm
         self._warm.add(what)
