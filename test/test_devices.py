@@ -184,6 +184,7 @@ def test_a_rank_that_no_launcher_of_ours_has_started_says_it(monkeypatch, caplog
     """Ours has said it, on each node."""
     monkeypatch.setattr(ranks, "describe_unused_gpus", lambda: "cannot use the GPU")
     monkeypatch.setattr(ranks.logger, "propagate", True)
+    monkeypatch.setattr(ranks.logger, "handlers", [])  # pytest's own, where it did not propagate
     for name, said in ((None, ["cannot use the GPU"]), ("first", [])):
         caplog.clear()
         if name is not None:
