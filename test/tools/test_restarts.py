@@ -85,15 +85,41 @@ def untouched(tmp_path_factory, data):
     return folders
 
 
+LAUNCH_WITH_STANDBYS = """
+import sys
+from torchtrain.tools import launch, restarts
+restarts.STANDBY_AFTER_S = 0.0
+sys.exit(launch.main(sys.argv[1:]))
+"""
+TELL_COMMAND = """
+from pathlib import Path
+with open(FILE, "a") as file:
+    file.write(Path("/proc/self/cmdline").read_text().replace(chr(0), " ") + chr(10))
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, data, untouched):
-    folder = tmp_path / "run"
+    """By ranks that were there before it was killed."""
+    folder, commands = tmp_path / "run", tmp_path / "commands"
     once = killed_once(tmp_path, ranks=2)
-    output = launched(2, saving(data, folder, **once), MAX_RESTARTS="2")
+    with open(tmp_path / "fault.py", "a") as file:
+        file.write(TELL_COMMAND.replace("FILE", repr(str(commands))))
+    ran = subprocess.run(
+        [sys.executable, "-c", LAUNCH_WITH_STANDBYS, *options(saving(data, folder, **once))],
+        env=environment(2, MAX_RESTARTS="1"),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    output = ran.stdout + ran.stderr
+    assert ran.returncode == 0, output
     cause = "rank 1 was ended by SIGKILL in step 8"
-    assert f"{cause}; all ranks are started again (restart 1 of 2)" in output
-    assert "restart 1 of 2: goes on after step 5; 2 steps taken again" in output
+    assert f"{cause}; all ranks are started again (restart 1 of 1)" in output
+    assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
     assert_same_run(folder, untouched[2], tmp_path)
+    of_ranks = [line for line in commands.read_text().splitlines() if "train.py" in line]
+    assert [" -m torchtrain.tools.standby " in line for line in of_ranks] == [True] * 4
 
 
 @pytest.mark.slow
@@ -114,38 +140,6 @@ def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
     output = ran.stdout + ran.stderr
     assert ran.returncode == 0, output
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
-    assert_same_run(folder, untouched[1], tmp_path)
-
-
-LAUNCH_WITH_STANDBYS = """
-import sys
-from torchtrain.tools import launch, restarts
-restarts.STANDBY_AFTER_S = 0.0
-sys.exit(launch.main(sys.argv[1:]))
-"""
-TELL_COMMAND = """
-from pathlib import Path
-with open(FILE, "a") as file:
-    file.write(Path("/proc/self/cmdline").read_text().replace(chr(0), " ") + chr(10))
-"""
-
-
-@pytest.mark.slow
-def test_the_ranks_of_a_further_attempt_are_there_before_it(tmp_path, data, untouched):
-    folder, commands = tmp_path / "run", tmp_path / "commands"
-    once = killed_once(tmp_path, ranks=1)
-    with open(tmp_path / "fault.py", "a") as file:
-        file.write(TELL_COMMAND.replace("FILE", repr(str(commands))))
-    ran = subprocess.run(
-        [sys.executable, "-c", LAUNCH_WITH_STANDBYS, *options(saving(data, folder, **once))],
-        env=environment(1, NGPU="1", MAX_RESTARTS="1"),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    of_ranks = [line for line in commands.read_text().splitlines() if "train.py" in line]
-    assert [" -m torchtrain.tools.standby " in line for line in of_ranks] == [True, True]
     assert_same_run(folder, untouched[1], tmp_path)
 
 
