@@ -101,7 +101,7 @@ def _check_ring(config: Config, facts: DeviceFacts) -> Iterator[str]:
 
 
 def _check_precision(config: Config, facts: DeviceFacts) -> Iterator[str]:
-    """Yield what cannot do with a bf16 that is emulated; warn where all can, but slowly."""
+    """Yield what does not work with emulated bf16; warn where everything does, but slowly."""
     if config.training.mixed_precision_param != "bfloat16" or facts.has_bf16:
         return
     compiled = config.compile

@@ -140,9 +140,8 @@ def find_segments(
         borders = np.concatenate(([begun], borders[borders > begun]))
         begun = borders[-1]
         if start + WINDOW >= len(tokens):
-            last_is_bos = (
-                bos not in (None, eos) and window[-1] == bos
-            )  # of a document that holds no more
+            has_own_bos = bos is not None and bos != eos
+            last_is_bos = has_own_bos and window[-1] == bos  # of a document that holds no more
             borders = np.append(borders, len(tokens) - last_is_bos)
         ends = borders[1:]
         if bos == eos:

@@ -16,7 +16,7 @@ from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 
 SURE_CHARACTERS = 1 << 16
-"""Sampled characters after which what is lost of them says enough."""
+"""Sampled characters that are enough to judge a tokenizer by."""
 WHOLE_CHARACTERS = 1 << 19
 """Up to this many characters of a corpus all documents are sampled."""
 LATER_SHARE = 64
@@ -38,7 +38,7 @@ class RoundTrip:
     """How often each did not come back."""
 
     def watch(self, texts: Iterable[str]) -> Iterator[str]:
-        """Hand on the documents, after a try whether a sample of them comes back.
+        """Hand on the documents, after checking that a sample of them comes back.
 
         Raises:
             UserError: most of what was sampled is lost, and enough was sampled to know.

@@ -53,8 +53,8 @@ def separator_names(
 def read_beside(file: Path) -> tuple[dict[str, str], list[Any], set[str]]:
     """Return what the files beside `file` say: BOS and EOS, tokens, and names of special tokens.
 
-    BOS and EOS come by bos_token and eos_token; the tokens (AddedToken) in the order of the ids
-    that they are said to have.
+    BOS and EOS are under the keys bos_token and eos_token; the tokens (AddedToken) are in the order
+    of the ids that the files give them.
     """
     from tokenizers import AddedToken
 
@@ -111,7 +111,7 @@ def find_spellable(settings: dict[str, Any], names: Iterable[str]) -> set[str]:
 
 
 def find_unknown(settings: dict[str, Any]) -> int | None:
-    """Return the id that text becomes which the model of a tokenizer.json does not know."""
+    """Return the id that stands for text that the model of a tokenizer.json does not know."""
     model = settings["model"]
     if model["type"] == "Unigram":
         unknown: int | None = model["unk_id"]

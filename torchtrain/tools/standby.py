@@ -1,7 +1,7 @@
 """Ranks that import what they need before they are told which ranks they are.
 
-The imports take seconds, most of a small run's start. At first they are made beside the launcher's
-own; and while ranks train that may be started again, their successors have made theirs.
+The imports take seconds, most of a small run's start. At the first start they run beside the
+launcher's own. Where ranks may be restarted, the next attempt's have run before they are needed.
 
     python -m torchtrain.tools.standby READ_END train.py [trainer options]
 
@@ -157,10 +157,10 @@ def end(standby: Standby) -> None:
 
 
 def look_for_modules_as(script: str) -> None:
-    """Look for modules where Python does that runs this script.
+    """Look for modules where Python would if it ran this script.
 
-    That is not the working directory, where a file may have the name of a package. `-m` puts it
-    first, and the package of tools then our folder before it.
+    That excludes the working directory, where a file may have the name of a package. `-m` puts it
+    first on the search path, and torchtrain.tools then puts our folder before it.
     """
     if sys.path[1] == os.getcwd():
         del sys.path[1]
