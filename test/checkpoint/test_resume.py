@@ -158,13 +158,32 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     assert_same_state(folder, whole[1], STEPS, tmp_path)
 
 
+# A signal that is sent after step 2 comes before the last one.
+SLOW_FROM_STEP_3 = """
+import time
+from torchtrain import attempts
+
+real = attempts.begin_step
+
+
+def begin_step(step):
+    real(step)
+    time.sleep(step > 2)
+
+
+attempts.begin_step = begin_step  # before train.py imports it
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_from_there(
     tmp_path, data, whole, number
 ):
     """On one rank; that all ranks stop after the same step is in test_stopping."""
     folder = tmp_path / "run"
-    with launching.running(1, saving(data, folder, **{"checkpoint.interval": 1000})) as process:
+    (tmp_path / "slow.py").write_text(SLOW_FROM_STEP_3)
+    given = {"checkpoint.interval": 1000, "experimental.custom_import": tmp_path / "slow.py"}
+    with launching.running(1, saving(data, folder, **given)) as process:
         wait_for_step(lambda: process.poll() is None, folder, 2)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
