@@ -1815,6 +1815,11 @@ MUTANTS = {
     ],
     "torchtrain/datasets/tokenizer.py": [
         (
+            "what a tokenizer does not know ends the document",
+            "return own[own != self.unknown_id] if self._drops_unknown else own",
+            "return own",
+        ),
+        (
             "documents have no EOS",
             "np.concatenate((bos, ids, eos), dtype",
             "np.concatenate((bos, ids), dtype",
@@ -1858,8 +1863,18 @@ MUTANTS = {
     "torchtrain/datasets/special_tokens.py": [
         (
             "a text spells the special tokens of a Unigram",
-            "return special & {piece for piece, _ in model",
+            "return {piece for piece, _ in model",
             "return set() & {piece for piece, _ in model",
+        ),
+        (
+            "a text spells the token of a byte",
+            "return any(BYTE.fullmatch(name) for name in found)",
+            "return False",
+        ),
+        (
+            "a text spells the token of a byte that is an added one too",
+            'if token["content"] not in in_model]',
+            "if True]",
         ),
         (
             "a text spells a special token that a merge makes",
@@ -1868,8 +1883,8 @@ MUTANTS = {
         ),
         (
             "a text spells the special tokens of a BPE that ignores its merges",
-            'if model["ignore_merges"]:',
-            "if False:",
+            'model["type"] != "BPE" or model["ignore_merges"]:',
+            'model["type"] != "BPE":',
         ),
     ],
     "torchtrain/datasets/round_trip.py": [

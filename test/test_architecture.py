@@ -77,10 +77,10 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_762
+LIMIT_CORE = 11_800
 FOLDER_LIMITS = {
     "config": 1_675,
-    "datasets": 2_386,
+    "datasets": 2_424,
     "parallelisms": 1800,
     "checkpoint": 1281,
     "models": 800,

@@ -522,6 +522,86 @@ def test_fingerprint_changes_where_text_no_longer_spells_a_special_token(tmp_pat
         assert (tokenizer.fingerprint == before) == (kind == "bpe"), kind
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPELLED_BYTES = ["<0x41>", "x<0x41>y", " <0x0A><0xFF> ", "<<0x41>>", "<0x4>", "<0xab>", "a < 0"]
+
+
+def falling_back(kind, bytes_):
+    """A model with these tokens of bytes, by which it falls back on them if they are BYTES."""
+    pieces = ["<unk>", "<s>", "</s>", *bytes_, *"\u2581<>0123456789abcdefxyABCDEF", "\u2581<", "xy"]
+    models, has_bytes = tokenizers.models, {"byte_fallback": True}
+    if kind.startswith("unigram"):
+        scores = [(piece, -2.0 - 0.001 * id_) for id_, piece in enumerate(pieces)]
+        tokenizer = tokenizers.Tokenizer(models.Unigram(scores, unk_id=0, **has_bytes))
+    else:
+        vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
+        merges = [("\u2581", "<"), ("x", "y")]
+        if kind == "bpe with a merge" and bytes_ is BYTES:
+            vocabulary |= {"<0x41": len(pieces), "<0x": len(pieces) + 1, "<0": len(pieces) + 2}
+            vocabulary["<0x4"] = len(pieces) + 3
+            merges += [("<", "0"), ("<0", "x"), ("<0x", "4"), ("<0x4", "1"), ("<0x41", ">")]
+        ignores = {"ignore_merges": kind == "bpe with ignore_merges"}
+        made = models.BPE(vocabulary, merges, unk_token="<unk>", **has_bytes, **ignores)
+        tokenizer = tokenizers.Tokenizer(made)
+    if kind == "unigram of words":
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    else:
+        tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    steps = ("Replace", "ByteFallback", "Fuse")
+    arguments = {"Replace": ("\u2581", " ")}
+    made = [getattr(tokenizers.decoders, name)(*arguments.get(name, ())) for name in steps]
+    tokenizer.decoder = tokenizers.decoders.Sequence(made)
+    if kind == "bpe with added tokens":
+        tokenizer.add_tokens([tokenizers.AddedToken(byte, normalized=False) for byte in bytes_])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "unigram",
+        "unigram of words",
+        "bpe with ignore_merges",
+        "bpe with a merge",
+        "bpe with added tokens",
+        "bpe",
+    ],
+)
+def test_text_is_never_the_token_of_a_byte_by_its_spelling(tmp_path, kind):
+    """Its ids are those of a vocabulary whose tokens of bytes have other names."""
+    made = falling_back(kind, BYTES)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    other = falling_back(kind.removesuffix(" with added tokens"), [f"other {b}" for b in BYTES])
+    for text in SPELLED_BYTES:
+        for threads in (1, 2):
+            (ids,) = tokenizer.encode_batch([text], threads)
+            if kind != "bpe with a merge":
+                assert ids.tolist() == other.encode(text).ids, text
+        assert not set(ids.tolist()) & set(range(3, 259)), text
+        assert tokenizer.decode(ids.tolist()) == text
+    is_spelled = {*range(3, 259)} & {id_ for text in SPELLED_BYTES for id_ in made.encode(text).ids}
+    assert bool(is_spelled) == (kind != "bpe"), "else this test shows nothing"
+    assert encode(tokenizer, "é") == [3 + byte for byte in "é".encode()], "what they are for"
+    assert encode(tokenizer, "x y") == made.encode("x y").ids
+
+
+def test_what_is_unknown_is_no_separator_where_one_token_is_both(tmp_path):
+    for kind, unknown in (("unigram", "</s>"), ("word level", "</s>"), ("bpe", "<s>")):
+        made = small_model(kind, [unknown, *[name for name in NAMES[1:] if name != unknown]])
+        made.add_special_tokens(["<s>", "</s>"])
+        (tmp_path / kind).mkdir()
+        made.save(str(tmp_path / kind / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path / kind)
+        assert tokenizer.unknown_id in (tokenizer.bos_id, tokenizer.eos_id)
+        assert tokenizer.unknown_id in made.encode("日 a 日").ids, "else this test shows nothing"
+        for threads in (1, 2):
+            (ids,) = tokenizer.encode_batch(["日 a 日"], threads)
+            assert tokenizer.decode(ids.tolist()).strip() == "a"
+            assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+
+
 def test_what_pads_may_be_text(tmp_path):
     folder = saved(tmp_path, "<s>", "</s>", special_tokens_map={"pad_token": "x"})
     config = {"bos_token": "<s>", "eos_token": "</s>"}

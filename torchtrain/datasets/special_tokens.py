@@ -4,10 +4,12 @@ A vocabulary lists the names of special tokens beside the pieces of text, and no
 model tells them apart: a Unigram, a WordLevel, a WordPiece and a BPE with ignore_merges take a
 `</s>` in a web page for the end of the document. What encodes texts therefore knows these tokens by
 names that no text has, with the same ids, so that such a text is cut into other pieces, as
-SentencePiece does.
+SentencePiece does. A token that stands for a byte must keep its name, `<0x41>`, by which the model
+finds it: a text that spells it is cut behind its first character.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,16 @@ WELL_KNOWN = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 """BOS and EOS of Llama 3, of Llama 2 and Mistral, of Gemma, of GPT-2 and OLMo."""
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""The name of the token of a byte, in a vocabulary with bytes to fall back on."""
+CUT_OF_BYTES = {
+    "type": "Split",
+    "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+"""Cuts a text that spells one behind the first character (a step before the model)."""
 
 SPECIAL_KEYS = ("bos_token", "eos_token")
 OTHER_SPECIAL_KEYS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -98,16 +110,37 @@ def find_spellable(settings: dict[str, Any], names: Iterable[str]) -> set[str]:
     if model["type"] == "Unigram":
         if model["unk_id"] is not None:
             special.add(model["vocab"][model["unk_id"]][0])
-        return special & {piece for piece, _ in model["vocab"]}
-    if model["type"] != "BPE":
-        return special & (model["vocab"].keys() - {model["unk_token"]})  # else it is unknown anyway
-    if model["unk_token"] is not None:
-        special.add(model["unk_token"])
-    special &= model["vocab"].keys()
-    if model["ignore_merges"]:
-        return special
+    elif model["type"] == "BPE":
+        special |= {model["unk_token"]} - {None}
+    else:
+        special -= {model["unk_token"]}  # else it is unknown anyway
+    return _made_of_text(model, special)
+
+
+def spells_bytes(settings: dict[str, Any]) -> bool:
+    """Return whether a text that spells the token of a byte would become it."""
+    model = settings["model"]
+    if "ByteFallback" not in json.dumps(settings["decoder"]) and not model.get("byte_fallback"):
+        return False
+    found = {token["content"] for token in settings["added_tokens"] if not token["special"]}
+    found |= _made_of_text(model, {name for name in _vocabulary(model) if BYTE.fullmatch(name)})
+    return any(BYTE.fullmatch(name) for name in found)
+
+
+def _vocabulary(model: dict[str, Any]) -> set[str]:
+    """Return the names of a model's tokens."""
+    if model["type"] == "Unigram":
+        return {piece for piece, _ in model["vocab"]}
+    return set(model["vocab"])
+
+
+def _made_of_text(model: dict[str, Any], names: set[str]) -> set[str]:
+    """Return those of `names` that the model makes of a text that has them."""
+    names = names & _vocabulary(model)
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        return names
     merged = {_join(merge, model) for merge in model["merges"]}
-    return {name for name in special if len(name) == 1 or name in merged}
+    return {name for name in names if len(name) == 1 or name in merged}
 
 
 def find_unknown(settings: dict[str, Any]) -> int | None:
@@ -127,10 +160,13 @@ def can_decode(settings: dict[str, Any]) -> bool:
     return settings["decoder"] is not None or not has_bytes
 
 
-def hide(settings: dict[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
+def hide(
+    settings: dict[str, Any], names: set[str], prefix: str, *, cuts_bytes: bool
+) -> dict[str, Any]:
     """Return `settings` with `names` called otherwise, by names that begin with `prefix`.
 
-    Ids stay. Merges that make such a token, or that it is a part of, are left out.
+    Ids stay. Merges that make such a token, or that it is a part of, are left out. With
+    `cuts_bytes`, no text becomes the token of a byte by its spelling.
     """
     model = dict(settings["model"])
 
@@ -147,7 +183,21 @@ def hide(settings: dict[str, Any], names: set[str], prefix: str) -> dict[str, An
             merge for merge in model["merges"] if not names & {_join(merge, model), *_parts(merge)}
         ]
     added = [token | {"content": renamed(token["content"])} for token in settings["added_tokens"]]
-    return settings | {"model": model, "added_tokens": added, "post_processor": None}
+    settings = settings | {"model": model, "added_tokens": added, "post_processor": None}
+    return _cut_bytes(settings) if cuts_bytes else settings
+
+
+def _cut_bytes(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings` by which a text that spells the token of a byte is cut into other pieces.
+
+    Tokens of bytes that are added ones too, which are found in a text before anything else, are
+    left to the model.
+    """
+    in_model = {name for name in _vocabulary(settings["model"]) if BYTE.fullmatch(name)}
+    added = [token for token in settings["added_tokens"] if token["content"] not in in_model]
+    steps = [step for step in (settings["pre_tokenizer"], CUT_OF_BYTES) if step is not None]
+    cut = {"type": "Sequence", "pretokenizers": steps}
+    return settings | {"added_tokens": added, "pre_tokenizer": cut}
 
 
 def _parts(merge: str | list[str]) -> list[str]:

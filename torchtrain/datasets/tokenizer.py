@@ -31,6 +31,7 @@ from torchtrain.datasets.special_tokens import (
     hide,
     read_beside,
     separator_names,
+    spells_bytes,
 )
 from torchtrain.errors import UserError
 from torchtrain.utils import expand_user, user_errors
@@ -198,18 +199,24 @@ class HuggingFaceTokenizer:
         self._model.add_special_tokens(separators)  # not every file calls them special; ids stay
         self.bos_id: int | None = None if bos is None else vocabulary[bos]
         self.eos_id: int = vocabulary[eos]
+        separator_ids = [vocabulary[token] for token in separators]
         beside = "\0".join(["", bos or "", eos, *(str(token.__getstate__()) for token in missing)])
         self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
         self._encoder = self._model
         settings = json.loads(self._model.to_str())
         self.unknown_id = find_unknown(settings)
         self.decodes = can_decode(settings)
-        if spellable := find_spellable(settings, special):
-            hidden = hide(settings, spellable, self.fingerprint)
+        spellable, cuts_bytes = find_spellable(settings, special), spells_bytes(settings)
+        if spellable or cuts_bytes:
+            hidden = hide(settings, spellable, self.fingerprint, cuts_bytes=cuts_bytes)
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(hidden))
             self._encoder.encode_special_tokens = True
-            beside += "\0".join(["", "text spells none of", *sorted(spellable)])
-            self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
+            kinds = ["the tokens of bytes"] if cuts_bytes else []
+            beside += "\0".join(["", "text spells none of", *sorted(spellable), *kinds])
+        self._drops_unknown = self.unknown_id in separator_ids
+        if self._drops_unknown:
+            beside += "\0".join(["", "what is unknown is dropped"])
+        self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return the ids of each text, int32 `[tokens]`, without BOS and EOS.
@@ -227,7 +234,12 @@ class HuggingFaceTokenizer:
                 encoded = [self._encoder.encode(text, add_special_tokens=False) for text in texts]
             else:
                 encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        return [self._without_separators(encoding.ids) for encoding in encoded]
+
+    def _without_separators(self, ids: list[int]) -> np.ndarray:
+        """Drop what the model does not know where BOS or EOS is also the unknown token."""
+        own = np.array(ids, dtype=np.int32)
+        return own[own != self.unknown_id] if self._drops_unknown else own
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out.
