@@ -77,9 +77,9 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_800
+LIMIT_CORE = 11_813
 FOLDER_LIMITS = {
-    "config": 1_675,
+    "config": 1_688,
     "datasets": 2_424,
     "parallelisms": 1800,
     "checkpoint": 1281,

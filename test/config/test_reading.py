@@ -137,6 +137,23 @@ def test_a_missing_file_is_said_with_the_folder_it_was_looked_for_from(tmp_path)
     )
 
 
+def test_a_config_that_comes_with_torchtrain_is_found_by_its_name(tmp_path):
+    corpus = "--training.dataset=c4"
+    for name in ("llama2_70b.toml", "train_configs/llama2_70b.toml"):
+        config = JobConfig().parse_args(["--job.config_file", name, corpus], 8)
+        assert config.model.flavor == "70B"
+    for name in (
+        "other/llama2_70b.toml",
+        "./../llama2_70b.toml",
+        str(tmp_path / "llama2_70b.toml"),
+    ):
+        with pytest.raises(ConfigError, match="No such file"):
+            JobConfig().parse_args(["--job.config_file", name], 8)
+    (tmp_path / "llama2_70b.toml").write_text('[model]\nname = "llama2"\nflavor = "7B"\n')
+    mine = JobConfig().parse_args(["--job.config_file", "llama2_70b.toml"], 8)
+    assert mine.model.flavor == "7B", "the user's own file comes first"
+
+
 def test_all_faults_are_in_one_report():
     said = report(
         "[training]\nstpes = 5\nsteps = 0\n[modl]\n"

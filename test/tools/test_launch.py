@@ -1,5 +1,6 @@
 """The launcher, and what happens when something fails: one message, the right exit status."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import pytest
 from helpers import forking
 from helpers.forking import on_ranks, run_trainer, train
+from helpers.installed import install_wheel
 from helpers.launching import (
     ROOT,
     TIMEOUT_S,
@@ -98,6 +100,56 @@ def test_script_works_from_anywhere_and_from_a_path_with_spaces(tmp_path, data, 
     assert status == 2
     assert output.count("stepz") == 1
     assert "training.steps" in output
+
+
+TELL = """
+import json, os, torchtrain
+
+if os.environ.get("RANK") == "1":
+    with open({!r}, "w") as file:
+        json.dump([torchtrain.__file__, dict(os.environ)], file)
+"""
+
+
+def test_the_installed_command_trains_and_stops_as_the_script_does(tmp_path, data, forked):
+    """In an empty folder, from its wheel, by the name of a config."""
+    installed = install_wheel(tmp_path / "installed")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tell.py").write_text(TELL.format(str(tmp_path / "told")))
+    given = {
+        **data,
+        "job.config_file": "debug_model.toml",
+        "job.dump_folder": "run here",
+        "training.steps": 100000,
+        "lr_scheduler.total_steps": 4,
+        "experimental.custom_import": tmp_path / "tell.py",
+    }
+    process = subprocess.Popen(
+        [installed.script, *options(given)],
+        cwd=tmp_path / "empty",
+        env=installed.environment(2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(lambda: process.poll() is None, tmp_path / "empty" / "run here", 4)
+        name = Path(f"/proc/{process.pid}/comm").read_text()
+        assert name != "torchtrain\n", "pkill -USR1 torchtrain would end it"
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        kill_group(process)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert curve(tmp_path / "empty" / "run here")[:4] == forked[2][1]
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["run here"]
+    where, variables = json.loads((tmp_path / "told").read_text())
+    assert Path(where).is_relative_to(installed.packages)
+    set_up: dict[str, str] = {}
+    launch.set_up_environment(2, set_up, on_cpu=True)
+    for name in ("GLIBC_TUNABLES", "GOMP_SPINCOUNT"):
+        assert variables[name] == set_up[name], name
 
 
 def test_plain_python_runs_the_same_job_as_one_process(tmp_path, data, forked):

@@ -18,10 +18,14 @@ from torchtrain.config.options import Option, options, print_help, wants_help
 from torchtrain.config.schema import SECTIONS, Config
 from torchtrain.config.toml import quoted, shortened
 from torchtrain.errors import ConfigError, UserError
+from torchtrain.installation import PROGRAM
 from torchtrain.utils import expand_user, plural
 
 # key = word, where the word is neither quoted nor a value of TOML's.
 BARE_VALUE = re.compile(r"\s*[\w.-]+\s*=\s*(?P<word>[\w./~:@-]*[A-Za-z/~][\w./~:@-]*)\s*(#.*)?")
+
+CONFIGS = "train_configs"
+"""The folder of the config files that come with torchtrain."""
 
 
 @dataclass
@@ -214,6 +218,20 @@ def read_toml(path: str) -> Source:
     return source
 
 
+def list_configs() -> list[str]:
+    """Return the names of the config files that come with torchtrain."""
+    return sorted(file.name for file in (PROGRAM / CONFIGS).glob("*.toml"))
+
+
+def find_config(path: str) -> Path:
+    """Return the file at `path`, or else the one of that name that comes with torchtrain."""
+    file = expand_user(path)
+    names = (file.name, f"{CONFIGS}/{file.name}")
+    if not file.exists() and path in names and file.name in list_configs():
+        return PROGRAM / CONFIGS / file.name
+    return file
+
+
 def _load_tables(path: str) -> dict[str, Any]:
     """Return what the file holds.
 
@@ -221,9 +239,12 @@ def _load_tables(path: str) -> dict[str, Any]:
         UserError: it cannot be read, is not UTF-8 or not TOML.
     """
     try:
-        text = expand_user(path).read_bytes().decode("utf-8-sig")
+        text = find_config(path).read_bytes().decode("utf-8-sig")
     except OSError as fault:
-        where = f" (looked from {Path.cwd()})" if isinstance(fault, FileNotFoundError) else ""
+        where = ""
+        if isinstance(fault, FileNotFoundError):
+            names = ", ".join(list_configs())
+            where = f" (looked from {Path.cwd()}); those that come with torchtrain are {names}"
         raise UserError(f"the config file cannot be read: {fault.strerror}{where}") from fault
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1

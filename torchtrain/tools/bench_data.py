@@ -130,7 +130,7 @@ def measure_source(
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.bench_data",
+        prog="torchtrain bench-data",
         description="Measure how fast each kind of data source yields tokens.",
         allow_abbrev=False,
     )

@@ -17,7 +17,7 @@ from torchtrain.config_manager import parse_or_exit
 def main(arguments: list[str]) -> None:
     """Check the config of a run of so many ranks, and print what follows from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.config_manager",
+        prog="torchtrain check-config",
         usage="%(prog)s [--world-size N] -- [--SECTION.KEY VALUE ...]",
         description="Check a config, given by train.py's options, without running it.",
         allow_abbrev=False,

@@ -210,7 +210,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a faulty one ends with status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.convert",
+        prog="torchtrain convert",
         description="Take a model to Hugging Face's form, and back.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -68,7 +68,7 @@ def evaluate(given: argparse.Namespace, of_run: list[str]) -> dict[str, float | 
 def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line; return what is left of it too: the run's own options."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.evaluate",
+        prog="torchtrain evaluate",
         description="Measure a model on text. All other options are the run's own.",
         allow_abbrev=False,
     )

@@ -159,7 +159,7 @@ def talk(loaded: TrainedModel, given: argparse.Namespace) -> None:
 def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line; return what is left of it too: the run's own options."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.generate",
+        prog="torchtrain generate",
         description="Let a model write. All other options are the run's own.",
         allow_abbrev=False,
     )

@@ -40,7 +40,7 @@ from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.tools.standby import Standbys
-from torchtrain.utils import count_cores, expand_user
+from torchtrain.utils import count_cores
 
 RENDEZVOUS_VARIABLES = (
     "NNODES",
@@ -86,7 +86,8 @@ def main(trainer_args: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end_watch()
     if not any(arg.split("=")[0] == "--job.config_file" for arg in trainer_args):
-        trainer_args = ["--job.config_file", default_config_file(), *trainer_args]
+        config_file = os.environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
+        trainer_args = ["--job.config_file", config_file, *trainer_args]
     if wants_help(trainer_args):
         print_help()
         return 0
@@ -112,14 +113,6 @@ def main(trainer_args: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by SIGINT before the ranks started", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def default_config_file() -> str:
-    """Return CONFIG_FILE as given, or the one beside train.py if there is none from here."""
-    given = os.environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
-    if not expand_user(given).exists() and (PROGRAM / given).exists():
-        return str(PROGRAM / given)
-    return given
 
 
 def count_processes(gpus: int) -> int:

@@ -157,7 +157,7 @@ def write_json(file: Path, plan: Plan, rows: list[Row]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Build the command line, of which trainer options are left over."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.parity",
+        prog="torchtrain parity",
         description=__doc__,
         epilog=f"Layouts: {', '.join(LAYOUTS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

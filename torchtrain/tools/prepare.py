@@ -87,7 +87,7 @@ _load_tokenizer = cache(load_tokenizer)  # once per worker
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 2 for a user error, 130 after Ctrl-C, else 0."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.prepare",
+        prog="torchtrain prepare",
         description="Tokenize what a run will read. All other options are the run's own, see "
         "`train.py --help`.",
         allow_abbrev=False,

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.report",
+        prog="torchtrain report",
         description="Show runs as one HTML page, or say where two of them differ.",
         allow_abbrev=False,
     )

@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status, 2 for a user error."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.train_tokenizer",
+        prog="torchtrain train-tokenizer",
         description="Train a lossless byte-fallback BPE model.",
         allow_abbrev=False,
     )

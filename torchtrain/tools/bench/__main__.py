@@ -38,7 +38,7 @@ SCALE = "8,64,512,4096"
 def make_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.bench",
+        prog="torchtrain bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -33,7 +33,7 @@ from torchtrain.utils import expand_user, nearest
 def make_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchtrain.tools.faults",
+        prog="torchtrain faults",
         description=__doc__,
         epilog=f"Faults: {', '.join(FAULTS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
