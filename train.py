@@ -66,6 +66,7 @@ from torchtrain.ranks import (
 )
 from torchtrain.resuming import (
     check_model,
+    count_steps,
     find_saved_progress,
     has_steps_left,
     make_up_validation,
@@ -91,16 +92,15 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> None:
-    """Train from the step after `trainer.step` to `training.steps`, or until it is to stop."""
-    config = trainer.config
+    """Train from the step after `trainer.step` to the run's last, or until it is to stop."""
+    config, last_step = trainer.config, trainer.plan.steps
     collector = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
     ending = saving_at_stop(trainer, checkpointer, metrics)
     reset_peak_memory(trainer.device)  # before, each weight was whole: drawn, or read from a file
     with watchdog.watching(), profiler.recording(), checkpointer.finishing(), ending:
         make_up_validation(trainer, metrics, partial(losses_of, trainer))
-        for step in range(trainer.step + 1, config.training.steps + 1):
-            is_last = step == config.training.steps
-            stop.begin_turn(checkpointer.save_seconds, is_last=is_last)
+        for step in range(trainer.step + 1, last_step + 1):
+            stop.begin_turn(checkpointer.save_seconds, is_last=step == last_step)
             stopwatch = Stopwatch()
             watchdog.begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data, stop.find_reason)
@@ -293,7 +293,7 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     state_config(config)
     folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
-    source = checkpointer.find(config.training.steps)
+    source = checkpointer.find(partial(count_steps, config))
     is_own = source is not None and source.path.parent == checkpointer.folder
     if source is not None and not has_steps_left(source, config, is_own=is_own):
         export_last(config, source.path)

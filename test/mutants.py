@@ -474,7 +474,33 @@ MUTANTS = {
             "if done.returncode > 2:",
         ),
     ],
+    "torchtrain/config/rules.py": [
+        ("tokens are rounded down to steps", "-(-tokens // per_step)", "tokens // per_step"),
+        ("idle experts count for tokens", "factor *= count.active", "factor *= count.total"),
+        (
+            "a large batch raises the rate",
+            "min(1.0, tokens_per_step / best_batch)",
+            "tokens_per_step / best_batch",
+        ),
+        ("the rate counts the vocabulary", "1.79 * count.inner**", "1.79 * count.total**"),
+        ("no run is outside of the law's range", "    if limits:\n", "    if not limits:\n"),
+    ],
     "torchtrain/resuming.py": [
+        (
+            "the steps on resume forget the checkpoint's batch",
+            '        batch = saved.data["global_batch_size"]\n',
+            "        batch = 1\n",
+        ),
+        (
+            "the steps on resume forget the checkpoint's vocabulary",
+            '(saved.shape or {}).get("vocab_size", 0)',
+            "0",
+        ),
+        (
+            "a rate that the rule has changed is not told",
+            'saved.max_lr or saved.config["optimizer"]["lr"]',
+            'saved.config["optimizer"]["lr"]',
+        ),
         (
             "the data position is left out and loaded all the same",
             '    if "dataloader" not in source.left_out:',
@@ -783,7 +809,11 @@ MUTANTS = {
             "weight_decay: NotNegative = 0.1",
             "weight_decay: NotNegative = 0.0",
         ),
-        ("a learning rate of 0 is accepted", "lr: Positive = 8e-4", "lr: NotNegative = 8e-4"),
+        (
+            "a learning rate of 0 is accepted",
+            'lr: Positive | Literal["auto"] = 8e-4',
+            'lr: NotNegative | Literal["auto"] = 8e-4',
+        ),
         (
             "a beta of 1 is accepted",
             "Beta = Annotated[float, Field(ge=0, lt=1)]",
@@ -850,8 +880,13 @@ MUTANTS = {
         ("DEL is not escaped", '.replace("\\x7f", "\\\\u007F")', ""),
         (
             "the config file's own name is written",
-            'and (section, key) != ("job", "config_file")',
-            "",
+            'left_out = [("job", "config_file")]',
+            "left_out = []",
+        ),
+        (
+            "steps are written beside the tokens that replace them",
+            'left_out.append(("training", "steps"))',
+            "pass",
         ),
     ],
     "torchtrain/catalog/llama.py": [
@@ -2110,8 +2145,8 @@ MUTANTS = {
         ),
         (
             "a run goes on from weights alone",
-            "found.progress.model_only and step < last_step:\n                logger",
-            "found.progress.model_only and step < 0:\n                logger",
+            "_is_short(found.progress, count_steps):\n                logger",
+            "_is_short(found.progress, lambda saved: 0):\n                logger",
         ),
         (
             "training starts over where no checkpoint is complete",

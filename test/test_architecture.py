@@ -77,12 +77,12 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 11_813
+LIMIT_CORE = 12_038
 FOLDER_LIMITS = {
-    "config": 1_688,
+    "config": 1_827,
     "datasets": 2_424,
     "parallelisms": 1800,
-    "checkpoint": 1281,
+    "checkpoint": 1_288,
     "models": 800,
     "optimizers": 400,
 }

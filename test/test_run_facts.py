@@ -100,10 +100,11 @@ def test_the_peak_of_a_job_is_that_of_all_its_devices(monkeypatch):
     monkeypatch.setattr(run_facts, "MetricsLogger", lambda **given: given)
     part = SimpleNamespace(flops_per_token=lambda seq_len: 6.0 * seq_len)
     trainer = SimpleNamespace(config=JobConfig(), device=torch.device("cpu"), parts={3: part})
-    facts = SimpleNamespace(world_size=8, first_step=1, tokens_per_step=10)
+    facts = SimpleNamespace(world_size=8, steps=7, first_step=1, tokens_per_step=10)
     folder = SimpleNamespace(owner=True, path="here")
     given = run_facts.open_metrics(trainer, folder, facts)
     assert given["peak_flops"] == 8e12
+    assert given["total_steps"] == 7
     assert given["flops_per_token"] == 6.0 * JobConfig().training.seq_len
     monkeypatch.setattr(run_facts, "find_peak_flops", lambda *given: None)
     assert run_facts.open_metrics(trainer, folder, facts)["peak_flops"] is None

@@ -44,9 +44,18 @@ def lr_factor(step: int, schedule: Schedule) -> float:
     return schedule.min_lr_factor + (1 - schedule.min_lr_factor) * falling
 
 
-def get_lr_scheduler(optimizer: Optimizer, job_config: Config) -> LambdaLR:
-    """Build the scheduler, with the rate of step 1 set; step it right after each optimizer step."""
-    schedule = plan_schedule(job_config.lr_scheduler, job_config.training.steps)
+def get_lr_scheduler(
+    optimizer: Optimizer, job_config: Config, training_steps: int | None = None
+) -> LambdaLR:
+    """Build the scheduler, with the rate of step 1 set; step it right after each optimizer step.
+
+    Args:
+        optimizer: has the largest rates.
+        job_config: the config.
+        training_steps: steps of the run; by default `training.steps`.
+    """
+    steps = training_steps or job_config.training.steps
+    schedule = plan_schedule(job_config.lr_scheduler, steps)
     # PyTorch's epoch e is the number of optimizer steps taken: it asks for the rate of step e + 1.
     return LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, schedule))
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
@@ -13,9 +13,12 @@ from torchtrain.catalog.identity import (
     find_saved_model,
     require_same_model,
 )
+from torchtrain.catalog.parameters import count_parameters
 from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
 from torchtrain.config.plans import plan_schedule, plan_shape
+from torchtrain.config.rules import plan_length
 from torchtrain.config.schema import LRScheduler
+from torchtrain.config.toml import quoted
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.loader import Microbatch
@@ -57,6 +60,20 @@ def check_model(source: Source | Foreign, config: JobConfig) -> None:
     )
 
 
+def count_steps(config: JobConfig, saved: Progress) -> int:
+    """Return the steps of a run that goes on from a checkpoint, by its vocabulary and batch."""
+    if config.training.tokens is None:
+        return config.training.steps
+    shape = plan_shape(config.model)
+    if shape.vocab_size == 0:
+        shape = replace(shape, vocab_size=(saved.shape or {}).get("vocab_size", 0))
+    batch = config.training.global_batch_size
+    if batch == -1:
+        batch = saved.data["global_batch_size"]
+    count = count_parameters(config.model.name, shape)
+    return plan_length(config.training, count, batch).steps
+
+
 def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool) -> bool:
     """Check whether a run has steps left after those of the checkpoint, or their validation.
 
@@ -65,8 +82,10 @@ def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool)
     Raises:
         SharedUserError: another run's checkpoint leaves none.
     """
-    steps = config.training.steps
-    if not isinstance(source, Source) or source.progress.step < steps:
+    if not isinstance(source, Source):
+        return True
+    steps = count_steps(config, source.progress)
+    if source.progress.step < steps:
         return True
     folder = expand_user(config.job.dump_folder)
     may_lack = is_own and config.validation.enable and not source.progress.model_only
@@ -77,9 +96,12 @@ def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool)
         return False
     if source.model_only or "train_state" in source.left_out:
         return True
+    given = f"training.steps = {steps}"
+    if config.training.tokens is not None:
+        given = f"training.tokens = {quoted(config.training.tokens)}, {steps} steps,"
     raise SharedUserError(
         f"checkpoint.initial_load_path = {str(source.path)!r} is at step {source.progress.step}, "
-        f"and training.steps = {steps} leaves nothing to do. Raise it, or take the weights alone."
+        f"and {given} leaves nothing to do. Raise it, or take the weights alone."
     )
 
 
@@ -141,10 +163,10 @@ def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
     """Return how the current schedule, which counts, differs from the checkpoint's."""
     section = saved.config["lr_scheduler"]
     known = {key: value for key, value in section.items() if key in LRScheduler.model_fields}
-    before = plan_schedule(LRScheduler(**known), saved.config["training"]["steps"])
-    changes = differences(asdict(before), trainer.plan.schedule)
-    rate = saved.config["optimizer"]["lr"]
-    now = trainer.config.optimizer.lr
+    steps = saved.steps or saved.config["training"]["steps"]
+    changes = differences(asdict(plan_schedule(LRScheduler(**known), steps)), trainer.plan.schedule)
+    rate = saved.max_lr or saved.config["optimizer"]["lr"]
+    now = trainer.plan.rate.lr
     if rate != now:
         changes.insert(0, f"optimizer.lr was {rate}, is {now}")
     return changes
@@ -160,6 +182,8 @@ def progress_of(trainer: Trainer) -> Progress:
         config=trainer.config.model_dump(mode="json"),
         shape=asdict(trainer.plan.shape),
         guard=trainer.guard.state(),
+        steps=trainer.plan.steps,
+        max_lr=trainer.plan.rate.lr,
     )
 
 
@@ -174,7 +198,7 @@ def save_progress(
 
     It happens beside the next steps, unless `checkpoint.async_mode` is disabled.
     """
-    last_step = trainer.config.training.steps
+    last_step = trainer.plan.steps
     if not checkpointer.should_save(trainer.step, last_step, stopping=stopping):
         return
     if metrics is not None:

@@ -21,6 +21,7 @@ from torchtrain.models.moe import SparseFeedForward
 from torchtrain.ranks import on_rank_zero
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer
+from torchtrain.utils import plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,14 @@ class RunFacts:
     """Of the whole model."""
     active_parameters: int
     """Those of them that take part in the computation of one token."""
+    steps: int
+    """Of the whole run."""
+    steps_source: str
+    """How `training.tokens` gives them; empty where `training.steps` does."""
+    max_lr: float
+    """The largest learning rate."""
+    max_lr_source: str
+    """How "auto" gives it; empty where `optimizer.lr` is a number."""
     data_fingerprint: str
     validation_fingerprint: str
     """Empty without validation."""
@@ -90,11 +99,15 @@ def describe(trainer: Trainer) -> RunFacts:
         f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
         f"reductions {training.mixed_precision_reduce}"
     )
-    logger.info(f"data       {trainer.loader.describe(training.steps)}")
+    if plan.length.source:
+        logger.info(f"length     {plural(plan.steps, 'step')}: {plan.length.source}")
+    logger.info(f"data       {trainer.loader.describe(plan.steps)}")
     if config.validation.enable:
         logger.info(f"validation {trainer.validator.describe()}")
     if config.lr_scheduler.log_schedule:
-        logger.info(f"lr         {describe_schedule(plan.schedule, config.optimizer.lr)}")
+        logger.info(f"lr         {describe_schedule(plan.schedule, plan.rate.lr)}")
+    if plan.rate.source:
+        logger.info(f'lr         "auto" is {plan.rate.lr:g}: {plan.rate.source}')
     return facts
 
 
@@ -123,6 +136,10 @@ def find_facts(trainer: Trainer) -> RunFacts:
         shape=asdict(plan.shape),
         parameters=parameters,
         active_parameters=parameters - idle,
+        steps=plan.steps,
+        steps_source=plan.length.source,
+        max_lr=plan.rate.lr,
+        max_lr_source=plan.rate.source,
         data_fingerprint=trainer.loader.dataset.fingerprint,
         validation_fingerprint=trainer.validator.samples.fingerprint,
         first_step=trainer.step + 1,
@@ -140,7 +157,7 @@ def open_metrics(trainer: Trainer, folder: RunFolder, facts: RunFacts) -> Metric
     return MetricsLogger(
         section=config.metrics,
         run_folder=folder.path,
-        total_steps=config.training.steps,
+        total_steps=facts.steps,
         first_step=facts.first_step,
         tokens_per_step=facts.tokens_per_step,
         flops_per_token=part.flops_per_token(config.training.seq_len),

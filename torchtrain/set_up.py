@@ -143,14 +143,15 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
 
     model = set_up_model(config, plan, device)
     data_rank = model.mesh.data_rank
-    optimizer = build_optimizer(model.weights, config.optimizer)
+    optimizer_section = config.optimizer.model_copy(update={"lr": plan.rate.lr})
+    optimizer = build_optimizer(model.weights, optimizer_section)
     stall_s = config.data.stall_timeout_seconds
     loader = DataLoader(dataset, plan.batch, data_rank, separators, stall_s)
     return Trainer(
         **vars(model),
         loader=loader,
         optimizer=optimizer,
-        lr_scheduler=get_lr_scheduler(optimizer, config),
+        lr_scheduler=get_lr_scheduler(optimizer, config, plan.steps),
         validator=Validator(plan.validation, validation_set, plan.degrees, data_rank, device),
         text_sampler=text_sampler,
         guard=StepGuard(config.training, loader, model.parts),
@@ -160,7 +161,7 @@ def set_up(config: JobConfig, device: torch.device, saved: Progress | None = Non
         metric_sources=[
             *([] if model.expert_balance is None else [model.expert_balance]),
             *find_metric_sources(model.parts.values(), optimizer),
-            LearningRates(optimizer, config.optimizer),
+            LearningRates(optimizer, optimizer_section),
         ],
     )
 
@@ -299,7 +300,7 @@ def build_text_sampler(config: JobConfig, plan: RunPlan, tokenizer: Tokenizer) -
         tokenizer,
         plan.degrees,
         seq_len=config.training.seq_len,
-        last_step=config.training.steps,
+        last_step=plan.steps,
         seed=config.debug.seed,
     )
 

@@ -58,6 +58,7 @@ COMPARED = {
         "lr_scheduler.decay_type",
         "lr_scheduler.min_lr_factor",
         "training.steps",
+        "training.tokens",
     ),
 }
 # Where outputs go, how long things wait, what is kept in memory.

@@ -73,7 +73,11 @@ BAD_VALUES = {
     "bool for float": ("[optimizer]\nlr = true", ["optimizer.lr = true", "a finite number > 0"]),
     "string for float": (
         '[optimizer]\nlr = "1e-3"',
-        ['optimizer.lr = "1e-3"', "a finite number > 0"],
+        ['optimizer.lr = "1e-3"', 'a finite number > 0, or "auto"'],
+    ),
+    "tokens per parameter": (
+        '[training]\ntokens = "20 x"',
+        ['training.tokens = "20 x": must be a finite number >= 1', 'or text such as "20x"'],
     ),
     "int for string": ("[training]\ndataset = 5", ["training.dataset = 5", "text"]),
     "date for string": (
@@ -191,6 +195,7 @@ BOUNDS = {
     "training.spike_deviations": POSITIVE,
     "training.spike_window": AT_LEAST_TWO,
     "training.steps": COUNT,
+    "training.tokens": ([1, 1.5, 10**15], [0, -1, 0.99, 1.01e15, "inf", "nan"]),
     "training.gc_freq": COUNT,
     "data.streams": COUNT,
     "data.stall_timeout_seconds": COUNT,

@@ -154,6 +154,7 @@ SHOWN_BY = {
     "training.spike_deviations": "test_spikes_are_skipped_alone_or_with_what_is_not_finite",
     "training.spike_window": "test_a_spike_is_seen_once_half_of_the_window_is_there",
     "training.steps": "test_a_run_writes_its_folder",
+    "training.tokens": "test_tokens_and_the_automatic_rate_of_a_run_and_of_a_longer_one",
     "training.dtype": "test_precisions",
     "training.mixed_precision_param": "test_precisions",
     "training.mixed_precision_reduce": "test_precisions",
@@ -548,6 +549,34 @@ def test_schedule_options_change_the_rate(data, device):
     assert plain == pytest.approx([4e-4, 8e-4, 4.4e-4, 8e-5])
     for key, value in SCHEDULE_OPTIONS.items():
         assert rates(**{key: value}) != plain, key
+
+
+@pytest.mark.slow
+def test_tokens_and_the_automatic_rate_of_a_run_and_of_a_longer_one(run, tmp_path):
+    """A step has 256 tokens. A longer schedule has another rate, and the resumed run says so."""
+    given = {"optimizer.lr": "auto", "checkpoint.enable": True, "training.steps": None}
+    lines, printed = run(**given, **{"training.tokens": 513})
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    inner = facts["parameters"] - 2 * facts["shape"]["vocab_size"] * facts["shape"]["dim"]
+    rates = [float(f"{1.79 * inner**-0.713 * (256 * steps) ** 0.307:.3g}") for steps in (3, 5)]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[1]["lr"] == facts["max_lr"] == rates[0]
+    assert "3 steps: training.tokens = 513.0: 513 tokens, 256 per step" in printed
+    assert (
+        f'"auto" is {rates[0]:g}: Step Law (arXiv:2503.04715) for {inner:,} parameters' in printed
+    )
+    assert "extrapolated: the law was fitted to 60,000,000 to" in printed
+    assert (facts["steps"], facts["steps_source"] in printed) == (3, True)
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert 'lr = "auto"\n' in config
+    assert "tokens = 513.0\n" in config
+    assert "\nsteps = 10000\n" not in config
+
+    assert "already holds all 3 steps" in run(**given, **{"training.tokens": 513})[1]
+    lines, printed = run(**given, **{"training.tokens": "1.1e3"})
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for change in (f"optimizer.lr was {rates[0]}, is {rates[1]}", "total_steps was 3, is 5"):
+        assert f"the learning-rate schedule differs from the checkpoint's: {change}" in printed
 
 
 def test_schedule_line_can_be_turned_off(run):

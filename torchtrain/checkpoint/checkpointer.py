@@ -1,6 +1,7 @@
 """Which checkpoints a run has: choosing what to resume from, and loading it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
-from torchtrain.checkpoint.commit import Source
+from torchtrain.checkpoint.commit import Progress, Source
 from torchtrain.checkpoint.digests import find_altered
 from torchtrain.checkpoint.foreign import (
     Foreign,
@@ -32,6 +33,8 @@ WEIGHTS_ALONE = (
     "checkpoint.initial_load_path"
 )
 
+CountSteps = Callable[[Progress], int]
+
 
 class Checkpointer(Saver):
     """Saves the checkpoints of one run, chooses the one to resume from, and loads it.
@@ -39,13 +42,17 @@ class Checkpointer(Saver):
     Arguments, and how ranks call its methods, are `Saver`'s.
     """
 
-    def find(self, last_step: int = 0) -> Source | Foreign | None:
+    def find(self, count_steps: CountSteps = lambda saved: 0) -> Source | Foreign | None:
         """Choose what this run resumes from, verified to the last byte; None: it starts at step 0.
 
         The run's own newest complete checkpoint, or `load_step`; where the run has none yet,
         `initial_load_path`. A damaged one of the run's own is set aside by a rename, with a
         warning, and the next older one is taken; so it is where the newest holds the weights alone
-        and is not that of the run's `last_step`. What dead runs left unfinished is removed.
+        and is not that of the run's last step. What dead runs left unfinished is removed.
+
+        Args:
+            count_steps: from what a checkpoint says of itself to the steps of a run that goes on
+                from it.
 
         Raises:
             UserError: `load_step` or `initial_load_path` is missing, damaged or another program's,
@@ -58,10 +65,10 @@ class Checkpointer(Saver):
             self._on_rank_zero(lambda: commit.sweep(self.folder))
         steps, names = self._on_rank_zero(self._list)
         if self.config.load_step >= 0:
-            return self._find_step(self.config.load_step, last_step)
+            return self._find_step(self.config.load_step, count_steps)
         for step in steps:
             found = self.verify(self.path(step), step)
-            if isinstance(found, Source) and found.progress.model_only and step < last_step:
+            if isinstance(found, Source) and _is_short(found.progress, count_steps):
                 logger.warning(f"{found.path} is passed over: {WEIGHTS_ALONE}")
                 continue
             if isinstance(found, Source):
@@ -176,11 +183,11 @@ class Checkpointer(Saver):
         if is_own and optimizer is not None and not self.config.load_only:
             self._on_rank_zero(lambda: self._supersede(step))
 
-    def _find_step(self, step: int, last_step: int) -> Source:
+    def _find_step(self, step: int, count_steps: CountSteps) -> Source:
         """Return the checkpoint of `checkpoint.load_step`."""
         path = self.path(step)
         found = self.verify(path, step)
-        if isinstance(found, Source) and found.progress.model_only and step < last_step:
+        if isinstance(found, Source) and _is_short(found.progress, count_steps):
             found = WEIGHTS_ALONE
         if isinstance(found, Source):
             return found
@@ -239,3 +246,8 @@ class Checkpointer(Saver):
                 logger.warning(
                     f"this run resumes from step {step}: its {path.name} is now {target.name}"
                 )
+
+
+def _is_short(saved: Progress, count_steps: CountSteps) -> bool:
+    """Check whether a checkpoint holds the weights alone, before the end of the run."""
+    return saved.model_only and saved.step < count_steps(saved)

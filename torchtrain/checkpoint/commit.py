@@ -28,6 +28,7 @@ OLD_PROBE = "..tmp-probe-"
 FILES = "the sizes and digests of a checkpoint's files"
 GUARD = "counts of skipped steps and recent losses and norms"
 Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Content(BaseModel):
@@ -75,6 +76,10 @@ class Progress(Content):
     """The resolved shape of the model; None in old checkpoints, whose config tells it."""
     guard: Annotated[GuardState | None, Field(description=GUARD)] = None
     """Which steps were skipped, and what decides whether the next are; None in old checkpoints."""
+    steps: Annotated[Count | None, Field(description="a number of steps")] = None
+    """Steps of the whole run, as planned; None in old checkpoints, whose config tells it."""
+    max_lr: Annotated[Rate | None, Field(description="a learning rate")] = None
+    """The largest learning rate; None in old checkpoints, whose config tells it."""
     model_only: Annotated[bool, Field(description="true or false")] = False
     """Whether the checkpoint holds the weights alone, so that no run goes on from it."""
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from torchtrain.catalog.datasets import find_dataset
 from torchtrain.catalog.optimizers import find_optimizer
-from torchtrain.catalog.parameters import list_parameters
+from torchtrain.catalog.parameters import count_parameters, list_parameters
 from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config import layout
 from torchtrain.config.faults import Fault
 from torchtrain.config.model_checks import FLAVOR_KEYS, Faults, check_model, must_divide
 from torchtrain.config.parameter_groups import check_groups
 from torchtrain.config.plans import list_output_folders, plan_shape
+from torchtrain.config.rules import plan_length, plan_rate
 from torchtrain.config.schema import Checkpoint, Config
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
@@ -42,6 +43,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *check_model(config),
         *_catch(find_optimizer, config.optimizer.name),
         *_check_groups(config),
+        *_check_rules(config),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -87,6 +89,19 @@ def _check_groups(config: Config) -> Faults:
         check_groups(names, groups)
     except UserError as fault:
         yield Fault(str(fault), FLAVOR_KEYS)
+
+
+def _check_rules(config: Config) -> Faults:
+    """Check that the published rules which the config asks for know what they need to."""
+    try:
+        count = count_parameters(config.model.name, plan_shape(config.model))
+    except UserError:  # reported by _check_model
+        return
+    for fault in (
+        *_catch(plan_length, config.training, count, 1),
+        *_catch(plan_rate, config.optimizer, count, 1, 1),
+    ):
+        yield Fault(fault.text, FLAVOR_KEYS)
 
 
 def _check_data(config: Config) -> Faults:

@@ -50,11 +50,11 @@ def options() -> dict[str, Option]:
         section_schema = model.model_json_schema()
         tables = section_schema.get("$defs", {})
         for key, schema in section_schema["properties"].items():
-            value_schema = schema.get("anyOf", [schema])[0]
+            value_schema, *others = schema.get("anyOf", [schema])
             auto = "-1, or " if schema["default"] == -1 else ""
             found[f"{section}.{key}"] = Option(
                 kind=_kind(value_schema),
-                allowed=auto + _in_words(value_schema, tables),
+                allowed=auto + _in_words(value_schema, tables) + _texts_in_words(others),
                 default=schema["default"],
                 doc=schema["description"],
             )
@@ -91,6 +91,17 @@ def _in_words(schema: dict[str, Any], tables: dict[str, Any]) -> str:
         words += ", not empty"
     limits = [f"{sign} {schema[bound]:,}" for bound, sign in BOUNDS.items() if bound in schema]
     return f"{words} {' and '.join(limits)}".rstrip()
+
+
+def _texts_in_words(schemas: list[dict[str, Any]]) -> str:
+    """Return which texts may stand for a number, if any may."""
+    words = ""
+    for schema in schemas:
+        if isinstance(schema.get("const"), str):
+            words += f", or {quoted(schema['const'])}"
+        if "examples" in schema:
+            words += f", or text such as {quoted(schema['examples'][0])}"
+    return words
 
 
 def wants_help(args: list[str]) -> bool:

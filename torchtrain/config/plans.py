@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from torchtrain.catalog.models import ModelShape, resolve_shape
+from torchtrain.catalog.parameters import count_parameters
 from torchtrain.catalog.schedules import SCHEDULES
 from torchtrain.config import layout
+from torchtrain.config.rules import Length, Rate, plan_length, plan_rate
 from torchtrain.config.schema import Config, LRScheduler, Model
 from torchtrain.config.sources import DataSource, plan_sources, plan_validation_sources
 from torchtrain.errors import UserError
@@ -103,7 +105,14 @@ class RunPlan:
     """How a microbatch passes through the pipeline, where there is one."""
     sources: list[DataSource]
     validation: ValidationPlan
+    length: Length
     schedule: Schedule
+    rate: Rate
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.length.steps
 
     def describe_layout(self) -> str:
         """Return how the ranks share the model, in words."""
@@ -141,6 +150,10 @@ def plan_run(
     batch = layout.plan_batch(config.training, degrees.data_parallel, global_batch_size)
     if degrees.pp > 1:
         layout.check_batch(parallelism, batch.microbatch_size, len(stages))
+    count = count_parameters(config.model.name, shape)
+    length = plan_length(config.training, count, batch.global_batch_size)
+    schedule = plan_schedule(config.lr_scheduler, length.steps)
+    per_step = batch.global_batch_size * config.training.seq_len
     return RunPlan(
         degrees=degrees,
         shape=shape,
@@ -155,8 +168,12 @@ def plan_run(
             seq_len=config.training.seq_len,
         ),
         sources=plan_sources(config.training, config.data, config.validation),
-        validation=plan_validation(config, degrees, batch, len(stages)),
-        schedule=plan_schedule(config.lr_scheduler, config.training.steps),
+        validation=plan_validation(
+            config, degrees, batch, stages=len(stages), last_step=length.steps
+        ),
+        length=length,
+        schedule=schedule,
+        rate=plan_rate(config.optimizer, count, schedule.total_steps * per_step, per_step),
     )
 
 
@@ -188,7 +205,12 @@ def plan_pipeline(
 
 
 def plan_validation(
-    config: Config, degrees: layout.Degrees, batch: layout.BatchPlan, stages: int
+    config: Config,
+    degrees: layout.Degrees,
+    batch: layout.BatchPlan,
+    *,
+    stages: int,
+    last_step: int,
 ) -> ValidationPlan:
     """Return what to validate on, and when.
 
@@ -204,7 +226,7 @@ def plan_validation(
         batch_size=batch_size,
         max_sequences=None if section.steps == -1 else section.steps * batch.global_batch_size,
         freq=section.freq,
-        last_step=config.training.steps,
+        last_step=last_step,
         pipeline=plan_pipeline(
             config, degrees, stages=stages, batch_size=batch_size, seq_len=seq_len
         ),

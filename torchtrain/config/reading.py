@@ -21,6 +21,11 @@ from torchtrain.errors import ConfigError, UserError
 from torchtrain.installation import PROGRAM
 from torchtrain.utils import expand_user, plural
 
+STEPS = "training.steps"
+TOKENS = "training.tokens"
+EITHER_OR = {STEPS: TOKENS, TOKENS: STEPS}
+"""Two ways to say the same: one that is given takes the place of the other of an earlier source."""
+
 # key = word, where the word is neither quoted nor a value of TOML's.
 BARE_VALUE = re.compile(r"\s*[\w.-]+\s*=\s*(?P<word>[\w./~:@-]*[A-Za-z/~][\w./~:@-]*)\s*(#.*)?")
 
@@ -118,6 +123,10 @@ def _check_alone(source: Source, report: Report) -> None:
         wrong = value_fault(name, value)
         if wrong is not None:
             report.add(source.name, wrong)
+    steps, tokens = (source.values.get(name) for name in EITHER_OR)
+    if steps is not None and tokens is not None:
+        given = f"{STEPS} = {quoted(steps)}, {TOKENS} = {quoted(tokens)}"
+        report.add(source.name, Fault(f"{given}: both say how long the run is; give one of them"))
 
 
 def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str]]:
@@ -130,6 +139,9 @@ def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str
                 section, _, key = name.partition(".")
                 merged.setdefault(section, {})[key] = value
                 origin[name] = source.name
+                other = EITHER_OR.get(name)
+                if other in origin and value is not None:
+                    del merged[section][other.partition(".")[2]], origin[other]
     return Config.model_validate(merged), origin
 
 

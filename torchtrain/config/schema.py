@@ -13,6 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 CountOrAuto = Count | Literal[-1]
+MOST_TOKENS = 10**15
+Tokens = (
+    Annotated[float, Field(ge=1, le=MOST_TOKENS)]
+    | Annotated[
+        str, Field(pattern=r"^[0-9]{1,18}(\.[0-9]{1,18})?(e[0-9]{1,2})?x?$", examples=["20x"])
+    ]
+)
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -171,8 +178,8 @@ class Optimizer(Section):
 
     name: Text = "AdamW"
     """Algorithm."""
-    lr: Positive = 8e-4
-    """Largest learning rate; [lr_scheduler] sets how it is reached and decays."""
+    lr: Positive | Literal["auto"] = 8e-4
+    """Largest learning rate; "auto": Step Law's (arXiv:2503.04715) for parameters and tokens."""
     beta1: Beta = 0.9
     """Decay per step of the running mean of the gradient."""
     beta2: Beta = 0.95
@@ -205,7 +212,7 @@ class LRScheduler(Section):
     warmup_ratio: Fraction = 0.1
     """Fraction of total_steps that warms up, but at least 2 steps."""
     total_steps: Count | None = None
-    """Steps that the schedule spans; unset: training.steps."""
+    """Steps that the schedule spans; unset: those of the run."""
     decay_ratio: Fraction | None = None
     """Fraction of total_steps that decays; unset: everything after the warm-up."""
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
@@ -255,7 +262,9 @@ class Training(Section):
     spike_window: Annotated[int, Field(ge=2, le=10**9)] = 128
     """Recent steps in that mean; until half of them have been taken, none is skipped."""
     steps: Count = 10_000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run, unless tokens is set."""
+    tokens: Tokens | None = None
+    """Tokens of the run instead, rounded up to whole steps; "20x": 20 per active parameter."""
     document_masking: bool = False
     """Keep a sequence's documents apart: attention, positions and labels end with a document."""
     enable_cpu_offload: bool = False

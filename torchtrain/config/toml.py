@@ -9,12 +9,18 @@ LONGEST_QUOTE = 120
 
 
 def to_toml(config: Config) -> str:
-    """Return the values as a config file, without unset keys and `job.config_file`; -1 stays."""
+    """Return the values as a config file, without unset keys and `job.config_file`; -1 stays.
+
+    `training.steps` is left out where `training.tokens` says how long the run is.
+    """
+    left_out = [("job", "config_file")]
+    if config.training.tokens is not None:
+        left_out.append(("training", "steps"))
     lines = []
     for section, table in config.model_dump().items():
         lines.append(f"[{section}]")
         for key, value in table.items():
-            if value is not None and (section, key) != ("job", "config_file"):
+            if value is not None and (section, key) not in left_out:
                 lines.append(f"{key} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)

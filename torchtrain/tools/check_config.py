@@ -8,10 +8,12 @@ The status is 0, or 2 with a report.
 import argparse
 import sys
 
-from torchtrain.config.plans import RunPlan, Schedule, plan_run
+from torchtrain.config.plans import RunPlan, Schedule, find_tokenizer, plan_run, plan_shape
 from torchtrain.config.schema import Config
 from torchtrain.config.sources import DataSource
 from torchtrain.config_manager import parse_or_exit
+from torchtrain.errors import UserError
+from torchtrain.utils import plural
 
 
 def main(arguments: list[str]) -> None:
@@ -30,9 +32,24 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--world-size {given.world_size}: must be at least 1")
     trainer_options = [argument for argument in rest if argument != "--"]
     config = parse_or_exit(trainer_options, given.world_size)
-    lines = summarize(config, plan_run(config, given.world_size))
+    plan = plan_run(config, given.world_size, tokenizer_size=find_tokenizer_size(config))
+    lines = summarize(config, plan)
     lines += [f"note       {note}" for note in config.notes]
     print("\n".join(["The configuration is good.", *lines]))
+
+
+def find_tokenizer_size(config: Config) -> int | None:
+    """Return the size of the vocabulary where the run's length depends on it alone; else None."""
+    from torchtrain.datasets.tokenizer import load_tokenizer
+
+    is_ratio = str(config.training.tokens).endswith("x")
+    if not is_ratio or plan_shape(config.model).vocab_size != 0:
+        return None
+    try:
+        return load_tokenizer(find_tokenizer(config.model)).vocab_size
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def summarize(config: Config, plan: RunPlan) -> list[str]:
@@ -47,7 +64,11 @@ def summarize(config: Config, plan: RunPlan) -> list[str]:
         held_out = config.validation.dataset is None
         sources = _describe_sources(plan.validation.sources)
         lines.append(f"validation {'held out of ' if held_out else ''}{sources}")
-    lines.append(f"lr         {_describe_schedule(plan.schedule, config.optimizer.lr)}")
+    if plan.length.source:
+        lines.append(f"length     {plural(plan.steps, 'step')}: {plan.length.source}")
+    lines.append(f"lr         {_describe_schedule(plan.schedule, plan.rate.lr)}")
+    if plan.rate.source:
+        lines.append(f'lr         "auto" is {plan.rate.lr:g}: {plan.rate.source}')
     return lines
 
 

@@ -68,7 +68,7 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     initial, _ = gather(trainer.model_state)
     results: dict[str, Any] = {"losses": [], "norms": [], "initial": initial}
     stop = StopRequest()
-    for step in range(1, config.training.steps + 1):
+    for step in range(1, trainer.plan.steps + 1):
         stopwatch = Stopwatch()
         microbatches = trainer.loader.step_batches(step)
         if case["hide_labels"]:

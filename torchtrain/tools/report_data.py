@@ -17,8 +17,10 @@ from torchtrain.utils import METRICS_FILE, SAMPLES_FILE, user_errors
 
 LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 DUMP_FOLDER = "job.dump_folder"
-OF_ONE_LAUNCH = ("description", "first_step")
+OF_ONE_LAUNCH = ("description", "first_step", "steps_source", "max_lr_source")
 """Facts of run.json that say nothing of what was trained, or that the config says too."""
+SAID_BY_CONFIG = {"steps": "training.steps", "max_lr": "optimizer.lr"}
+"""Facts that say what an option says, where that is a number."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Return the merged config; a key that is left out had its default."""
     text = _read_text(path)
     with user_errors(f"{path} is not TOML", ValueError):
-        given = tomli.loads(text)
-    return flat(Config().model_dump()) | flat(given)
+        given = flat(tomli.loads(text))
+    values = flat(Config().model_dump()) | given
+    if values["training.tokens"] is not None:
+        values["training.steps"] = None
+    return values
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -167,6 +172,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """
     config = [row for row in differing([run.config for run in runs]) if row[0] != DUMP_FOLDER]
     facts = differing([run.facts for run in runs])
+    said = dict(config)
+    facts = [row for row in facts if said.get(SAID_BY_CONFIG.get(row[0], "")) != row[1]]
     return config + [(f"run.json: {name}", values) for name, values in facts]
 
 

@@ -109,7 +109,7 @@ def _summary(runs: Sequence[Run]) -> list[str]:
     rows = []
     for swatch, run in zip(_swatches(runs), runs, strict=True):
         last = run.records[-1]
-        planned = run.config.get("training.steps")
+        planned = run.facts.get("steps") or run.config.get("training.steps")
         speeds = run.series("tokens_per_second")[1]
         rows.append(
             [
