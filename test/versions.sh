@@ -6,7 +6,7 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+cd "$root" || exit
 bounds=$(grep -oE '"torch>=[0-9.]+,<[0-9.]+"' pyproject.toml | grep -oE '[0-9.]+')
 lowest=$(echo "$bounds" | head -1)
 above=$(echo "$bounds" | tail -1)
@@ -27,7 +27,7 @@ run_pair() {
     local venv=$scratch/venv outcome
     rm -rf "$venv"
     if ! { "$1" -m venv "$venv" &&
-        "$venv/bin/python" -m pip install --quiet "$2" --editable "$root[dev]"; }; then
+        "$venv/bin/python" -m pip install --quiet "$2" --editable "${root}[dev]"; }; then
         outcome="cannot be installed"
         failed=1
     elif run_tests "$venv/bin/python"; then

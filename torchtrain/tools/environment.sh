@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run_llama_train.sh, test/run.sh and test/gpu.sh. Sets PYTHON to an interpreter that has what pyproject.toml
 # asks for: the current one, or else the repository's own virtual environment, which is made and filled where it does
 # not exist yet. TORCHTRAIN_VENV names another place for it, and then the current interpreter is not considered.
