@@ -1,0 +1,69 @@
+"""What a rank's memory is predicted to be, against what FSDP and a step really take."""
+
+import pytest
+from helpers.launching import ROOT
+
+from torchtrain.config_manager import JobConfig
+from torchtrain.models.decoder import load_decoder
+from torchtrain.parallelisms.apply import Techniques, build_parts
+from torchtrain.parallelisms.fsdp import find_fsdp_modules
+from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.tools.preflight.memory import estimate_memory, make_plan
+from torchtrain.tools.preflight.specimen import fake_ranks
+
+
+def read(file, ranks, *options):
+    toml = str(ROOT / "train_configs" / f"{file}.toml")
+    return JobConfig().parse_args(["--job.config_file", toml, *options], ranks)
+
+
+def shards_of_fsdp(config, ranks):
+    """Bytes of the shards that rank 0's FSDP modules keep, filled up as FSDP does."""
+    plan = make_plan(config, ranks)
+    techniques = Techniques(
+        training=config.training,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+    )
+    with fake_ranks(0, ranks):
+        mesh = Mesh(plan.degrees, "cpu", has_experts=plan.shape.n_experts > 0)
+        model = load_decoder(config.model.name)
+        (part,) = build_parts(model, plan.shape, {0: plan.stages[0]}, mesh, techniques).values()
+        # Norm and output are two modules of one state.
+        states = {module._get_fsdp_state() for module in find_fsdp_modules(part)}
+        groups = [group for state in states for group in state._fsdp_param_groups]
+        weights = [weight for group in groups for weight in group.fsdp_params]
+        width = weights[0].sharded_param.dtype.itemsize
+        return width * sum(weight.padded_sharded_param_size.numel() for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("file", "ranks", "options"),
+    [
+        ("debug_model", 3, []),
+        ("debug_model", 8, ["--parallelism.tensor_parallel_degree=2"]),
+        ("debug_model", 4, ["--model.tied_embeddings", "--training.dtype=bfloat16"]),
+        (
+            "debug_moe",
+            8,
+            ["--parallelism.tensor_parallel_degree=2", "--parallelism.expert_parallel_degree=4"],
+        ),
+    ],
+)
+def test_shards_are_those_of_fsdp(file, ranks, options):
+    config = read(file, ranks, *options)
+    (rank,) = estimate_memory(config, ranks)
+    assert rank.parameters == shards_of_fsdp(config, ranks)
+
+
+def test_a_rank_of_fewer_layers_holds_less():
+    whole = read("debug_model", 2)
+    piped = read("debug_model", 2, "--parallelism.pipeline_parallel_degree=2")
+    (alone,) = estimate_memory(whole, 2)
+    first, last = estimate_memory(piped, 2)
+    assert first.pipeline_rank == 0
+    assert first.total > 0
+    assert last.total > 0
+    shards = first.parameters + last.parameters
+    assert shards == pytest.approx(2 * alone.parameters, rel=0.01)

@@ -1,0 +1,65 @@
+"""Counting the bytes of the tensors that are alive while code runs."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what is allocated while it is entered, also of fake tensors, which have no memory.
+
+    An operation allocates those of its results that share no storage with its arguments. What a
+    kernel allocates and frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes that are alive."""
+        self.peak = 0
+        """Most of them since the phase began."""
+        self._sizes: dict[int, int] = {}
+
+    def begin_phase(self) -> int:
+        """Return the peak so far, and begin to look for that of what follows."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, and count what it allocates."""
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # its operations on local tensors come here, too
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {id(each.untyped_storage()) for each in list_tensors((args, kwargs))}
+        for tensor in list_tensors(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and id(storage) not in self._sizes:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key = id(storage)
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def list_tensors(values: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
