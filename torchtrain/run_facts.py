@@ -95,9 +95,11 @@ def describe(trainer: Trainer) -> RunFacts:
     )
     logger.info(f"layout     {plan.describe_layout()}")
     logger.info(f"batch      {plan.batch.describe(training.seq_len)}")
+    states = config.optimizer.state_dtype
     logger.info(
         f"precision  parameters {training.dtype}, compute {training.mixed_precision_param}, "
         f"reductions {training.mixed_precision_reduce}"
+        f"{f', optimizer states {states}' if states else ''}"
     )
     if plan.length.source:
         logger.info(f"length     {plural(plan.steps, 'step')}: {plan.length.source}")

@@ -48,7 +48,7 @@ COMPARED = {
         "validation.held_out_share",
         "debug.seed",
     ),
-    "as tensors": ("training.dtype",),
+    "as tensors": ("training.dtype", "optimizer.state_dtype"),
     "as the learning-rate schedule, with lines of its own": (
         "optimizer.lr",
         "lr_scheduler.warmup_steps",

@@ -24,6 +24,10 @@ BAD_COMBINATIONS = {
         '[[optimizer.groups]]\npattern = "norm.weight"',
         ['optimizer.groups: "norm.weight" sets nothing; give it lr or weight_decay'],
     ),
+    "states in fp32 of weights in bf16": (
+        '[optimizer]\nstate_dtype = "float32"\n[training]\ndtype = "bfloat16"',
+        ['optimizer.state_dtype = "float32": with training.dtype = "bfloat16"', "or leave it out"],
+    ),
     "output folder that is the run's": (
         '[checkpoint]\nfolder = "."',
         ["checkpoint.folder", "inside job.dump_folder"],

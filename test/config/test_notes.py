@@ -3,6 +3,8 @@
 import pytest
 from helpers.configs import parse
 
+from torchtrain.catalog.optimizers import OPTIMIZERS
+
 PP2 = "--parallelism.pipeline_parallel_degree=2"
 CP2 = "--parallelism.context_parallel_degree=2"
 
@@ -199,6 +201,16 @@ deterministic_warn_only = true
         parse("", CP2, "--parallelism.context_parallel_rotate_method=alltoall", world_size=2).notes
         == []
     )
+
+
+def test_what_only_your_own_code_can_heed_is_noted(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "Mine", "my_optimizers:build")
+    given = '[optimizer]\nstate_dtype = "bfloat16"\nname = '
+    for name in ("AdamW", "Adam", "Muon"):
+        assert parse(f'{given}"{name}"').notes == []
+    assert parse(f'{given}"Mine"').notes == [
+        'optimizer.state_dtype = "bfloat16" has an effect only if my_optimizers:build reads it'
+    ]
 
 
 def test_each_option_is_noted_once():

@@ -133,6 +133,7 @@ SHOWN_BY = {
         "test_options_of_muon_change_the_weights",
     ),
     "optimizer.implementation": "test_optimizer_implementations_agree",
+    "optimizer.state_dtype": "test_a_resumed_run_keeps_bf16_states_to_the_bit",
     **dict.fromkeys(
         (f"lr_scheduler.{key}" for key in SCHEDULE_KEYS),
         "test_schedule_options_change_the_rate",
@@ -524,6 +525,33 @@ def test_optimizer_implementations_agree(data, device):
         weights[name] = weights_after(trainer)
     assert (weights["foreach"] - weights["fused"]).norm() <= 1e-5 * weights["fused"].norm()
     assert (weights["for-loop"] - weights["fused"]).norm() <= 1e-5 * weights["fused"].norm()
+
+
+def test_a_resumed_run_keeps_bf16_states_to_the_bit(run, tmp_path):
+    given = {"optimizer.name": "Muon", "checkpoint.enable": True, "training.steps": 3}
+    given["lr_scheduler.total_steps"] = 3
+    plain, _ = run("plain", **given)
+    given["optimizer.state_dtype"] = "bfloat16"
+    whole, printed = run("whole", **given)
+    assert "reductions float32, optimizer states bfloat16" in printed
+    run("resumed", **given | {"training.steps": 1})
+    resumed, _ = run("resumed", **given)
+
+    def curve(lines):
+        return [(line["loss"], line["grad_norm"]) for line in lines]
+
+    assert curve(resumed) == curve(whole) != curve(plain)
+    for mine, theirs in zip(curve(whole), curve(plain), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-3)
+
+    def count_bytes(folder):
+        path = tmp_path / folder / "checkpoint" / "step-3"
+        return sum(file.stat().st_size for file in path.glob("*.distcp"))
+
+    # Of 8 bytes for a number of a matrix 6 are left, of 12 for one that AdamW updates 8.
+    assert 0.66 < count_bytes("whole") / count_bytes("plain") < 0.76
+    with pytest.raises(UserError, match="has in another precision"):
+        run("plain", **given | {"training.steps": 4})
 
 
 SCHEDULE_OPTIONS = {

@@ -44,6 +44,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_catch(find_optimizer, config.optimizer.name),
         *_check_groups(config),
         *_check_rules(config),
+        *_check_state_dtype(config),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -102,6 +103,14 @@ def _check_rules(config: Config) -> Faults:
         *_catch(plan_rate, config.optimizer, count, 1, 1),
     ):
         yield Fault(fault.text, FLAVOR_KEYS)
+
+
+def _check_state_dtype(config: Config) -> Faults:
+    if config.optimizer.state_dtype == "float32" and config.training.dtype == "bfloat16":
+        yield Fault(
+            'optimizer.state_dtype = "float32": with training.dtype = "bfloat16" an optimizer\'s '
+            'states are bfloat16 too; set training.dtype = "float32", or leave it out'
+        )
 
 
 def _check_data(config: Config) -> Faults:

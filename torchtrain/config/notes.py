@@ -3,6 +3,7 @@
 from typing import Any
 
 from torchtrain.catalog.models import EXPERT_DETAILS, ModelShape
+from torchtrain.catalog.optimizers import find_optimizer
 from torchtrain.config.layout import PIPELINE_KEYS
 from torchtrain.config.options import options
 from torchtrain.config.plans import plan_shape
@@ -103,6 +104,10 @@ def find_idle_options(config: Config) -> list[str]:
                 found[name] = (
                     f"has no effect while optimizer.name = {quoted(config.optimizer.name)}"
                 )
+    own_code = find_optimizer(config.optimizer.name)
+    if config.optimizer.state_dtype is not None and not own_code.startswith("torchtrain."):
+        text = f"has an effect only if {own_code} reads it"
+        found["optimizer.state_dtype"] = text
     if training.on_nonfinite == "skip" and config.debug.detect_anomaly:
         text = "skips no NaN: debug.detect_anomaly ends the run with a traceback in its backward"
         found["training.on_nonfinite"] = text

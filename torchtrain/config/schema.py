@@ -190,6 +190,8 @@ class Optimizer(Section):
     """Decay of the weights per step, times the learning rate; norms do not decay."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """PyTorch's implementation of Adam and AdamW; fused is the fastest."""
+    state_dtype: Dtype | None = None
+    """Type of the running means; bfloat16 is rounded by chance. Unset: training.dtype."""
     groups: list[ParameterGroup] = []
     """Other settings by parameter name: { pattern = "tok_embeddings.*", weight_decay = 0 }, …"""
     muon_momentum: Beta = 0.95

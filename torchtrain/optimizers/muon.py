@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from torchtrain.bf16_states import draw, round_mean
 from torchtrain.config.schema import Optimizer as OptimizerConfig
 from torchtrain.dtypes import DTYPES
 from torchtrain.optimizers.adam import build_adamw
@@ -36,13 +37,17 @@ RMS_OF_ADAMW = 0.2
 class Muon(Optimizer):
     """Updates groups with "momentum" by Muon, the others by AdamW; a step is a collective call."""
 
-    def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, config: OptimizerConfig) -> None:
+    def __init__(
+        self, matrices: Mapping[str, nn.Parameter], adamw: AdamW, config: OptimizerConfig
+    ) -> None:
         """Take the matrices, [F, D] or stacked [E, F, D], and the optimizer of the others."""
+        self.names = {matrix: name for name, matrix in matrices.items()}
+        self.state_dtype = DTYPES[config.state_dtype] if config.state_dtype else None
         self.ns_steps = config.muon_ns_steps
         self.ns_dtype = DTYPES[config.muon_ns_dtype]
         self.nesterov = config.muon_nesterov
         self.shared_work: SharedWork | None = None
-        own: dict[str, Any] = {"params": matrices, "momentum": config.muon_momentum}
+        own: dict[str, Any] = {"params": list(matrices.values()), "momentum": config.muon_momentum}
         super().__init__(
             [own, *adamw.param_groups], {"lr": config.lr, "weight_decay": config.weight_decay}
         )
@@ -91,10 +96,17 @@ class Muon(Optimizer):
             return torch.zeros_like(local(weight.detach()))
         state = self.state[weight]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            state["momentum_buffer"] = torch.zeros_like(weight.grad, dtype=self.state_dtype)
+            if state["momentum_buffer"].dtype != weight.dtype:
+                state["step"] = torch.zeros(())
         gradient = local(weight.grad)
-        momentum = local(state["momentum_buffer"])
+        kept = state["momentum_buffer"]
+        wide = kept.to(gradient.dtype)
+        momentum = local(wide)
         momentum.lerp_(gradient, 1 - group["momentum"])
+        if "step" in state:
+            state["step"] += 1
+            round_mean(wide, draw(weight, self.names[weight], state["step"]), kept)
         return gradient.lerp(momentum, group["momentum"]) if self.nesterov else momentum
 
 
@@ -123,7 +135,7 @@ def build_muon(weights: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
         for group in adamw.param_groups:
             group["lr"] = config.muon_adamw_lr
             group[RATE_NAME] = "adamw"
-    return Muon(list(matrices.values()), adamw, config)
+    return Muon(matrices, adamw, config)
 
 
 def is_matrix(name: str, weight: Tensor) -> bool:
