@@ -281,6 +281,11 @@ MUTANTS = {
     ],
     "torchtrain/set_up.py": [
         (
+            "no run tries the tokenizer on streams",
+            "    on_rank_zero(dataset.try_tokenizer, patient_group())\n",
+            "",
+        ),
+        (
             "each rank prints the compiler's warning of complex operators",
             "    silence_compiler()\n",
             "",
@@ -1649,6 +1654,11 @@ MUTANTS = {
     ],
     "torchtrain/datasets/packing.py": [
         (
+            "a packing that is there needs a lock",
+            "    if target.exists():  # then",
+            "    if False:  # then",
+        ),
+        (
             "long documents lose the token at the cut",
             "offsets = numbers * seq_len\n",
             "offsets = numbers * (seq_len + 1)\n",
@@ -1929,6 +1939,16 @@ MUTANTS = {
             "if False:",
         ),
         (
+            "streams begin on whatever is lost",
+            "    for text in list(texts):\n        tried.add(text)\n",
+            "",
+        ),
+        (
+            "a source of streams that hangs is waited for",
+            "reading.join(FIRST_SECONDS)",
+            "reading.join()",
+        ),
+        (
             "an unknown token is text that came back",
             "ids[ids != tokenizer.unknown_id]",
             "ids",
@@ -1996,6 +2016,16 @@ MUTANTS = {
             "documents are hashed without their lengths",
             '            digest.update(len(data).to_bytes(8, "little"))\n',
             "",
+        ),
+        (
+            "what an old cache does not say is not tried",
+            "    if manifest.characters_sampled is None:\n",
+            "    if False:\n",
+        ),
+        (
+            "a complete cache that cannot be written is of no use",
+            '        if not any(folder.glob(f"*/{MANIFEST}")):\n',
+            "        if True:\n",
         ),
         (
             "a cache keeps the name it was first read under",

@@ -3,6 +3,7 @@
 UserError              2    a user error: its message alone, no traceback
   SharedUserError      2    raised by every rank with one text, printed by rank 0 alone
   ConfigError          2    all faults of a configuration, one per line
+  NotWritable          2    the cache folder cannot be written, and lacks what is needed
 PeerFault              1, 2 another rank has failed and printed the cause; the status is that rank's
 BadNumbers             1    no good step can follow: a further attempt would end the same
   NonFinite            1    loss or gradient is not a number, or too many steps were skipped
@@ -30,6 +31,10 @@ class SharedUserError(UserError):
 
 class ConfigError(UserError):
     """All faults of a configuration, one per line."""
+
+
+class NotWritable(UserError):
+    """The cache folder cannot be written: what is complete there can be used all the same."""
 
 
 class PeerFault(RuntimeError):

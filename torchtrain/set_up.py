@@ -45,6 +45,7 @@ from torchtrain.parallelisms.ring_attention import Ring
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.ranks import (
     first_on_each_node,
+    on_rank_zero,
     patient_group,
     require_equal,
     set_timeout,
@@ -286,7 +287,9 @@ def open_data(
         return dataset, ValidationSet(plan.validation, config.data, tokenizer, separators)
 
     # Hosts whose token cache is warm wait for one that builds it.
-    return first_on_each_node(open_both, patient_group())
+    dataset, validation_set = first_on_each_node(open_both, patient_group())
+    on_rank_zero(dataset.try_tokenizer, patient_group())
+    return dataset, validation_set
 
 
 def build_text_sampler(config: JobConfig, plan: RunPlan, tokenizer: Tokenizer) -> TextSampler:

@@ -1,6 +1,7 @@
 """Readers give every document in a fixed order and the location of every fault; the cache is
 complete or not there."""
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from torchtrain.datasets import cache_folder, token_cache
 from torchtrain.datasets.cache_folder import cache_root, find_facts
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files, read_stdlib
+from torchtrain.datasets.packing import open_packing
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import SentencePieceTokenizer, load_tokenizer
 from torchtrain.errors import UserError
@@ -406,6 +408,43 @@ def test_folder_that_cannot_be_written_is_named_with_its_option(tmp_path, tokeni
     write(tmp_path, file="in the way")
     with pytest.raises(UserError, match=r"file/tokens'.*data\.cache_folder to a folder that can"):
         open_token_cache(corpus, tokenizer, tmp_path / "file")
+
+
+def test_a_cache_that_cannot_be_written_is_used_as_far_as_it_is_complete(
+    tmp_path, tokenizer, monkeypatch
+):
+    """By another user, from a copy at another path; root, as tests run, could write in any."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def open_copy(name, text):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "a.txt").write_text(text)
+        corpus = read_files("text", tmp_path / name, "")
+        return open_token_cache(corpus, tokenizer, tmp_path / "cache")
+
+    first = open_copy("first", "the same text, of some length")
+    packing = open_packing(first, 4, tokenizer, tmp_path / "cache")
+    files = {path: path.stat() for path in (tmp_path / "cache").rglob("*")}
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_folder, "open", refuse, raising=False)
+        for module in (cache_folder, token_cache):
+            patched.setattr(module, "write_durably", refuse)
+        again = open_copy("second", "the same text, of some length")
+        assert again.tokens.tolist() == first.tokens.tolist()
+        assert again.manifest.source == f"text {tmp_path / 'second'}"
+        assert open_packing(again, 4, tokenizer, tmp_path / "cache") == packing
+        with pytest.raises(UserError, match=r"^cannot write in .*tokens': Permission denied\. "):
+            open_copy("third", "another text")
+        (tmp_path / "cache").rename(tmp_path / "away")
+        patched.setattr(token_cache, "_read_through", pytest.fail)
+        with pytest.raises(UserError, match=r"^cannot write in "):
+            open_copy("second", "the same text, of some length")
+        (tmp_path / "cache" / "tokens").rmdir()
+        (tmp_path / "cache").rmdir()
+        (tmp_path / "away").rename(tmp_path / "cache")
+    assert files.keys() == {*(tmp_path / "cache").rglob("*")}
 
 
 def test_full_disk_is_named_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):

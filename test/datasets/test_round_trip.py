@@ -1,21 +1,26 @@
 """What a tokenizer cannot represent is counted and said, and no run trains on what is lost."""
 
+import json
 import math
+import threading
 
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from helpers.launching import options
 from helpers.tokens import encode
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+import train
 from torchtrain.config.plans import DEBUG_TOKENIZER, plan_run
 from torchtrain.config.schema import Data, Training
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets import round_trip, token_cache
+from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.round_trip import RoundTrip, lost_characters
+from torchtrain.datasets.round_trip import RoundTrip, lost_characters, try_first_documents
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
@@ -68,6 +73,14 @@ def write(folder, *texts):
     for number, text in enumerate(texts):
         (folder / f"{number:04}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+def forget_what_was_lost(cache):
+    """Make the manifests in a cache folder those of a version that did not try."""
+    for path in cache.rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        known = {k: v for k, v in manifest.items() if "sampled" not in k and "lost" not in k}
+        path.write_text(json.dumps(known))
 
 
 def warnings_of(monkeypatch, module):
@@ -165,6 +178,126 @@ def test_a_stream_that_is_dropped_is_refused(tmp_path, dropping, monkeypatch):
     assert "cannot represent 1 of 26 characters" in said[0]
 
 
+def test_a_short_run_on_streams_does_not_begin_on_what_is_lost(tmp_path, dropping, capfd):
+    """It would read one step, far fewer characters than make a stream sure."""
+    (tmp_path / "run" / "tb").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("of an earlier run\n")
+    given = {
+        "training.dataset": "text",
+        "training.dataset_path": write(tmp_path / "corpus", *[JAPANESE] * 20),
+        "model.tokenizer_path": tmp_path / "dropping",
+        "data.streaming": True,
+        "data.streams": 1,
+        "training.steps": 1,
+        "training.seq_len": 32,
+        "training.global_batch_size": 1,
+        "job.dump_folder": tmp_path / "run",
+    }
+    assert train.main(JobConfig().parse_args(options(given), world_size=1)) == 2
+    torch.distributed.destroy_process_group()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot represent 180 of 180 characters of a sample (100.00%)" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of an earlier run\n"
+
+
+def made_up(texts, at_the_end):
+    def rows():
+        yield from (Document(text, "here") for text in texts)
+        at_the_end()
+
+    return Corpus("made up", [], [rows])
+
+
+def raising(fault):
+    def at_the_end():
+        raise fault
+
+    return at_the_end
+
+
+def test_the_first_documents_of_streams_are_tried_whatever_becomes_of_the_rest(
+    dropping, monkeypatch
+):
+    said = warnings_of(monkeypatch, round_trip)
+    texts = iter(["words é"] * 65)
+    try_first_documents(made_up(texts, pytest.fail), dropping)
+    assert "cannot represent 64 of 384 characters" in said[0]
+    assert len(list(texts)) == 1
+    for at_the_end in (int, raising(UserError("a bad row")), raising(OSError("torn"))):
+        try_first_documents(made_up(["words"], at_the_end), dropping)
+        with pytest.raises(UserError, match="cannot represent 9 of 9 characters"):
+            try_first_documents(made_up([JAPANESE], at_the_end), dropping)
+    assert len(said) == 1
+
+
+def test_a_source_of_streams_that_hangs_is_not_waited_for(dropping, monkeypatch):
+    hangs, is_over = threading.Event(), threading.Event()
+
+    class Reading(threading.Thread):
+        def join(self, timeout=None):
+            assert timeout == round_trip.FIRST_SECONDS
+            assert hangs.wait(60)
+
+    def at_the_end():
+        hangs.set()
+        is_over.wait(60)
+
+    monkeypatch.setattr(round_trip, "Thread", Reading)
+    try:
+        with pytest.raises(UserError, match="cannot represent 9 of 9 characters"):
+            try_first_documents(made_up([JAPANESE], at_the_end), dropping)
+    finally:
+        is_over.set()
+
+
+def test_of_a_mixture_each_source_that_is_streamed_is_tried(tmp_path, dropping):
+    sources = [
+        f"text {write(tmp_path / 'words', 'some words')} = 1",
+        f"text {write(tmp_path / 'japanese', JAPANESE)} = 1",
+    ]
+    data = Data(streaming=True, streams=1, mixture=sources, cache_folder=str(tmp_path / "cache"))
+    dataset = build_dataset(Training(seq_len=8), data, dropping, 0)
+    with pytest.raises(UserError, match="japanese.* cannot represent 9 of 9"):
+        dataset.try_tokenizer()
+
+
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_cache_that_does_not_say_what_was_lost_is_tried_anew(
+    tmp_path, dropping, monkeypatch, is_writable
+):
+    texts = ["some words", "日本 and words, 日", "more"]
+    corpus = read_files("text", write(tmp_path / "corpus", *texts), "")
+    before = open_token_cache(corpus, dropping, tmp_path / "cache")
+    forget_what_was_lost(tmp_path / "cache")
+    files = {path: path.stat() for path in (tmp_path / "cache").rglob("tokens.bin")}
+    said = warnings_of(monkeypatch, token_cache)
+    if not is_writable:
+
+        def refuse(*_):
+            raise PermissionError
+
+        monkeypatch.setattr(token_cache, "write_durably", refuse)
+    tries = []
+    monkeypatch.setattr(token_cache.logger, "info", tries.append)
+    for _ in range(2):
+        cache = open_token_cache(corpus, dropping, tmp_path / "cache")
+        assert cache.manifest == before.manifest
+    assert len(said) == 2
+    assert len(tries) == (1 if is_writable else 2)
+    assert files == {path: path.stat() for path in (tmp_path / "cache").rglob("tokens.bin")}
+
+
+def test_an_old_cache_of_text_that_was_dropped_is_refused(tmp_path, dropping, monkeypatch):
+    corpus = read_files("text", write(tmp_path / "corpus", JAPANESE), "")
+    with monkeypatch.context() as patched:
+        patched.setattr(RoundTrip, "require_most", lambda _: None)
+        open_token_cache(corpus, dropping, tmp_path / "cache")
+    forget_what_was_lost(tmp_path / "cache")
+    for _ in range(2):
+        with pytest.raises(UserError, match="Most of the text would be lost"):
+            open_token_cache(corpus, dropping, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("kind", ["unigram", "word level", "dropping"])
 def test_bits_per_byte_of_text_that_is_lost_are_not_known(tmp_path, dropping, kind):
     tokenizer = dropping if kind == "dropping" else unknowing(tmp_path / kind, kind)
@@ -178,11 +311,13 @@ def test_bits_per_byte_of_text_that_is_lost_are_not_known(tmp_path, dropping, ki
         }
         config = JobConfig().parse_args(options(given), world_size=1)
         plan = plan_run(config, 1, tokenizer_size=tokenizer.vocab_size).validation
-        samples = ValidationSet(plan, config.data, tokenizer, None)
-        (dataset,) = samples.datasets
-        total = samples.token_bytes[dataset._tokens[1:]].sum()
-        assert (total == len(text.encode()) * 9) == is_known
-        assert math.isnan(total) == (not is_known)
+        for _ in ("a new cache", "one of an earlier version"):
+            samples = ValidationSet(plan, config.data, tokenizer, None)
+            (dataset,) = samples.datasets
+            total = samples.token_bytes[dataset._tokens[1:]].sum()
+            assert (total == len(text.encode()) * 9) == is_known
+            assert math.isnan(total) == (not is_known)
+            forget_what_was_lost(tmp_path / "cache")
 
 
 def test_the_name_of_the_unknown_token_is_no_text_that_came_back(tmp_path):

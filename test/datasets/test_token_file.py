@@ -143,8 +143,17 @@ def test_what_another_user_has_found_is_used_where_nothing_can_be_written(
     first = opened("a.bin").manifest
     monkeypatch.setattr(cache_folder, "open", refuse, raising=False)
     monkeypatch.setattr(cache_folder, "write_durably", refuse)
+    said = []
+    monkeypatch.setattr(cache_folder.logger, "warning", said.append)
     assert opened("a.bin").manifest == first
-    with pytest.raises(UserError, match=r"^cannot write in .*: Permission denied"):
+    assert not said
+    for _ in range(2):
+        assert opened("b.bin").manifest.corpus_fingerprint == first.corpus_fingerprint
+    assert len(said) == 2
+    assert "seen.json cannot be written: Permission denied. So the token file" in said[0]
+    assert "b.bin' is read through at every start" in said[0]
+    (tmp_path / "b.bin").write_bytes(np.array([1, 2048], np.uint16).tobytes())
+    with pytest.raises(UserError, match="ids from 1 to 2,048"):
         opened("b.bin")
 
 

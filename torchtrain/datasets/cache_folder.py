@@ -11,9 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from torchtrain.errors import UserError
+from torchtrain.errors import NotWritable, UserError
 from torchtrain.logging_utils import clear_progress, draw_progress, logger
-from torchtrain.utils import expand_user, remove_unfinished, user_errors, write_durably
+from torchtrain.utils import (
+    describe_os_error,
+    expand_user,
+    remove_unfinished,
+    user_errors,
+    write_durably,
+)
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again without another time
@@ -51,10 +57,10 @@ def short_hash(texts: Iterable[str]) -> str:
 class Progress:
     """How far the holder of a lock is: one line, redrawn on a terminal, else logged now and then.
 
-    It is kept in the lock's file too, for those who wait.
+    It is kept in the lock's file too, for those who wait; without a lock nobody does.
     """
 
-    def __init__(self, lock: IO[str]) -> None:
+    def __init__(self, lock: IO[str] | None = None) -> None:
         self._lock = lock
         self._next = 0.0
         self._next_logged = time.monotonic() + LOGGED_EVERY_S
@@ -65,10 +71,11 @@ class Progress:
         if now < self._next:
             return
         self._next = now + 0.2
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(text)
-        self._lock.flush()
+        if self._lock is not None:
+            self._lock.seek(0)
+            self._lock.truncate()
+            self._lock.write(text)
+            self._lock.flush()
         draw_progress(text)
         if now > self._next_logged and not sys.stderr.isatty():
             self._next_logged = now + LOGGED_EVERY_S
@@ -80,8 +87,10 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
     """Hold the lock `name` in `folder`, creating the folder.
 
     Raises:
+        NotWritable: the lock cannot be made.
         UserError: an OSError inside.
     """
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.lock"
@@ -90,7 +99,8 @@ def locked(folder: Path, name: str) -> Iterator[Progress]:
             _wait_for(lock)
             yield Progress(lock)
     except OSError as error:
-        raise UserError(
+        fault = UserError if lock is not None else NotWritable
+        raise fault(
             f"cannot write in {str(folder)!r}: {error.strerror or error}. Make room there, or set "
             "data.cache_folder to a folder that can be written"
         ) from error
@@ -138,7 +148,7 @@ def find_facts(
 ) -> dict[str, Any]:
     """Return the facts in `path`, or find and keep them if the state is not that of `path`.
 
-    The caller holds the lock under which `path` is written.
+    The caller holds the lock under which `path` is written, or cannot write it.
 
     Args:
         name: what the facts are about, for messages.
@@ -159,7 +169,13 @@ def find_facts(
     if find_state()[0] != state:
         raise UserError(f"{name} changed while it was read; start again when nothing writes to it")
     if newest < started - SETTLED_NS:
-        write_durably(path, json.dumps({"state": state, **facts}))
+        try:
+            write_durably(path, json.dumps({"state": state, **facts}))
+        except OSError as error:
+            logger.warning(
+                f"{path} cannot be written: {describe_os_error(error)}. So {name} is read through "
+                "at every start"
+            )
     return facts
 
 

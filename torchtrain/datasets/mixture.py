@@ -95,6 +95,10 @@ class Mixture(Dataset):
             sources.append(own)
         return {**identity, "sources": sources}
 
+    def try_tokenizer(self) -> None:
+        for dataset in self._datasets:
+            dataset.try_tokenizer()
+
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sources, numbers = self.locate(sample_ids)
         tokens = np.empty((len(sample_ids), self._seq_len), dtype=np.int64)

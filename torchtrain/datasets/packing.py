@@ -85,6 +85,8 @@ def open_packing(cache: TokenCache, seq_len: int, tokenizer: Tokenizer, root: Pa
     key = short_hash([str(FORMAT), *fingerprints, str(seq_len)])
     target = folder / key
     building = folder / f"{key}.building"
+    if target.exists():  # then nothing is written, which this user may not be allowed to
+        return target
     with locked(folder, key) as progress:
         if target.exists():
             return target

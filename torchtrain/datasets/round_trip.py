@@ -9,14 +9,22 @@ whitespace, case and compatible forms (NFKC), which many tokenizers change on pu
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Thread
+from typing import Any
 
+from torchtrain.datasets.corpora import Corpus, Skipped
 from torchtrain.datasets.tokenizer import SPACE_MARK, Tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 
 SURE_CHARACTERS = 1 << 16
 """Sampled characters that are enough to judge a tokenizer by."""
+FIRST_DOCUMENTS = 64
+"""So many of a corpus are tried before a run that tokenizes as it reads, unless they are long."""
+FIRST_SECONDS = 30.0
+"""For those of a source that is slow or hangs, of which a stream knows more to say."""
 WHOLE_CHARACTERS = 1 << 19
 """Up to this many characters of a corpus all documents are sampled."""
 LATER_SHARE = 64
@@ -86,10 +94,59 @@ class RoundTrip:
         """Return what is lost, in words."""
         return describe_loss(self.characters, self.lost.total(), self.examples)
 
+    def findings(self) -> dict[str, Any]:
+        """Return what was found, as the manifest of a token cache has it."""
+        return {
+            "characters_sampled": self.characters,
+            "characters_lost": self.lost.total(),
+            "lost_examples": self.examples,
+        }
+
     @property
     def examples(self) -> list[str]:
         """The characters that are lost most often."""
         return [character for character, _ in self.lost.most_common(3)]
+
+
+def try_beginning(corpus: Corpus, tokenizer: Tokenizer) -> RoundTrip:
+    """Try the documents at the beginning of a corpus, as many as are always sampled.
+
+    Raises:
+        UserError: most is lost, or a row is faulty.
+    """
+    tried = RoundTrip(corpus.name, tokenizer)
+    for document in replace(corpus, skipped=Skipped()).documents():
+        tried.add(document.text)
+        if tried.seen >= WHOLE_CHARACTERS:
+            break
+    tried.require_most()
+    return tried
+
+
+def try_first_documents(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Try the first documents of a corpus that streams will read, and say what is lost.
+
+    What is wrong with the source ends the sample alone: a stream says it in its turn.
+
+    Raises:
+        UserError: most is lost.
+    """
+    texts: list[str] = []
+
+    def read() -> None:
+        with suppress(Exception):
+            for document in replace(corpus, skipped=Skipped()).documents():
+                texts.append(document.text[:SURE_CHARACTERS])
+                if len(texts) == FIRST_DOCUMENTS or sum(map(len, texts)) >= SURE_CHARACTERS:
+                    break
+
+    reading = Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(FIRST_SECONDS)
+    tried = RoundTrip(corpus.name, tokenizer)
+    for text in list(texts):
+        tried.add(text)
+    tried.say()
 
 
 def describe_loss(characters: int, lost: int, examples: list[str]) -> str:

@@ -36,6 +36,14 @@ class Dataset(Protocol):
         A label of IGNORE_INDEX is not valid.
         """
 
+    def try_tokenizer(self) -> None:
+        """Try whether the tokenizer keeps the text, where that was not done as it was tokenized.
+
+        Raises:
+            UserError: most is lost.
+        """
+        return
+
     def describe(self, samples: int) -> str:
         """Return one line per source: what it holds, and the epochs of a run of `samples`."""
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from torchtrain.datasets.cache_folder import short_hash
 from torchtrain.datasets.corpora import Corpus, Skipped
+from torchtrain.datasets.round_trip import try_first_documents
 from torchtrain.datasets.samples import Dataset, Identity
 from torchtrain.datasets.token_stream import Position, TokenStream
 from torchtrain.datasets.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class StreamDataset(Dataset):
             "tokenizer": tokenizer.fingerprint,
             "seq_len": seq_len,
         }
+        self._corpus, self._tokenizer = corpus, tokenizer
         corpus = replace(corpus, skipped=Skipped(log_as=corpus.name))
         self._by_part = corpus.even_parts and len(corpus.parts) % streams == 0
         self.streams = [
@@ -50,6 +52,9 @@ class StreamDataset(Dataset):
 
     def identity(self) -> Identity:
         return self._identity
+
+    def try_tokenizer(self) -> None:
+        try_first_documents(self._corpus, self._tokenizer)
 
     def stream_of(self, sample_ids: np.ndarray) -> np.ndarray:
         return sample_ids % len(self.streams)

@@ -24,6 +24,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -43,14 +44,15 @@ from torchtrain.datasets.cache_folder import (
     short_hash,
 )
 from torchtrain.datasets.corpora import Corpus, Document
-from torchtrain.datasets.round_trip import RoundTrip, describe_loss
+from torchtrain.datasets.round_trip import RoundTrip, describe_loss, try_beginning
 from torchtrain.datasets.tokenizer import Tokenizer, encode_documents, in_batches
-from torchtrain.errors import UserError
+from torchtrain.errors import NotWritable, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import count_cores, fsync_folder, plural, remove_unfinished, write_durably
 
 FORMAT = 1
 """Bump when the on-disk layout changes."""
+MANIFEST = "manifest.json"
 SHARD_CHARACTERS = 1 << 23
 """A shard ends with the document that reaches this: some seconds of work for one core, little
 enough to lose."""
@@ -75,8 +77,8 @@ class Manifest:
     """Skipped rows by kind."""
     left_out_places: list[str] = field(default_factory=list)
     """Locations of the first."""
-    characters_sampled: int = 0
-    """Of the text, whose round trip was tried; 0 where it is not known."""
+    characters_sampled: int | None = None
+    """Of the text, whose round trip was tried; None where none was, as by earlier versions."""
     characters_lost: int = 0
     """Of these, which the tokenizer cannot represent."""
     lost_examples: list[str] = field(default_factory=list)
@@ -89,7 +91,7 @@ class Manifest:
         if self.documents is not None and self.bytes is not None:
             documents = f"{plural(self.documents, 'document')} in {plural(self.files, 'file')}"
             content = f"{documents}, {self.bytes / 1e6:,.2f} MB, {content}"
-        if self.characters_lost:
+        if self.characters_sampled and self.characters_lost:
             content += f", {self.characters_lost / self.characters_sampled:.2%} of characters lost"
         return f"{self.source}: {content}"
 
@@ -148,14 +150,36 @@ def open_token_cache(
     """
     folder = root / "tokens"
     name = short_hash([corpus.name, *(str(file.absolute()) for file in corpus.files[:1])])
-    seen = folder / f"{name}.seen.json"
-    known = load_facts(seen, corpus_state(corpus)[0])
+    known = load_facts(folder / f"{name}.seen.json", corpus_state(corpus)[0])
     cache = _load(folder / _key(known["fingerprint"], tokenizer)) if known else None
     if cache is None:  # else nothing is written, which this user may not be allowed to
+        cache = _find_or_build(corpus, tokenizer, folder, name, encode)
+    # Another corpus may have been read first, with the same text.
+    manifest = replace(cache.manifest, source=corpus.name, files=len(corpus.files))
+    if manifest.characters_sampled is None:
+        manifest = _try_anew(corpus, tokenizer, folder, manifest)
+    if manifest.characters_sampled and manifest.characters_lost:
+        sampled, lost = manifest.characters_sampled, manifest.characters_lost
+        logger.warning(f"{corpus.name}: {describe_loss(sampled, lost, manifest.lost_examples)}")
+    return TokenCache(manifest, cache.tokens)
+
+
+def _find_or_build(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, name: str, encode: Encode | None
+) -> TokenCache:
+    """Read the corpus through, unless it is known, and open its tokens or build them.
+
+    Where nothing can be written, what others have finished is used all the same.
+    """
+
+    def find_contents(progress: Progress) -> _Contents:
+        read = partial(_read_through, corpus, progress)
+        seen = folder / f"{name}.seen.json"
+        return _Contents(**find_facts(corpus.name, seen, partial(corpus_state, corpus), read))
+
+    try:
         with locked(folder, name) as progress:
-            read = partial(_read_through, corpus, progress)
-            facts = find_facts(corpus.name, seen, partial(corpus_state, corpus), read)
-            contents = _Contents(**facts)
+            contents = find_contents(progress)
             target = folder / _key(contents.fingerprint, tokenizer)
             building = folder / f"{name}.building-{target.name}"
             cache = _load(target, warn=True)
@@ -166,13 +190,28 @@ def open_token_cache(
                 encode = encode or partial(encode_here, tokenizer)
                 _Build(corpus, contents, tokenizer, building, target).run(encode, progress)
                 cache = _load(target)
+    except NotWritable:
+        if not any(folder.glob(f"*/{MANIFEST}")):
+            raise
+        cache = _load(folder / _key(find_contents(Progress()).fingerprint, tokenizer))
+        if cache is None:
+            raise
     assert cache is not None, f"{corpus.name} was just tokenized"
-    # Another corpus may have been read first, with the same text.
-    manifest = replace(cache.manifest, source=corpus.name, files=len(corpus.files))
-    if manifest.characters_lost:
-        sampled, lost = manifest.characters_sampled, manifest.characters_lost
-        logger.warning(f"{corpus.name}: {describe_loss(sampled, lost, manifest.lost_examples)}")
-    return TokenCache(manifest, cache.tokens)
+    return cache
+
+
+def _try_anew(corpus: Corpus, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> Manifest:
+    """Add to a manifest of an earlier version what the tokenizer loses, and keep it if possible.
+
+    Raises:
+        UserError: it loses most.
+    """
+    logger.info(f"{corpus.name}: trying what the tokenizer loses, which its cache does not say")
+    manifest = replace(manifest, **try_beginning(corpus, tokenizer).findings())
+    path = folder / _key(manifest.corpus_fingerprint, tokenizer) / MANIFEST
+    with suppress(OSError):  # else it is tried at every start
+        write_durably(path, json.dumps(asdict(manifest), indent=2))
+    return manifest
 
 
 def _key(corpus_fingerprint: str, tokenizer: Tokenizer) -> str:
@@ -207,7 +246,7 @@ def _load(folder: Path, *, warn: bool = False) -> TokenCache | None:
     if not folder.exists():
         return None
     try:
-        manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         dtype = np.dtype(manifest.dtype)
         size = os.stat(folder / "tokens.bin").st_size
         expected = manifest.tokens * dtype.itemsize
@@ -316,12 +355,10 @@ class _Build:
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             left_out=dict(self.corpus.skipped.counts),
             left_out_places=self.corpus.skipped.locations,
-            characters_sampled=round_trip.characters,
-            characters_lost=round_trip.lost.total(),
-            lost_examples=round_trip.examples,
+            **round_trip.findings(),
         )
         text = json.dumps(asdict(manifest), indent=2)
-        path = self.building / "cache" / "manifest.json"
+        path = self.building / "cache" / MANIFEST
         remove_unfinished(path)  # the rest of `building` is not published
         write_durably(path, text)
 

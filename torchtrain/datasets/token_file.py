@@ -25,7 +25,7 @@ from torchtrain.datasets.cache_folder import (
 )
 from torchtrain.datasets.token_cache import Manifest, TokenCache, dtype_for
 from torchtrain.datasets.tokenizer import Tokenizer
-from torchtrain.errors import UserError
+from torchtrain.errors import NotWritable, UserError
 from torchtrain.utils import expand_user, user_errors
 
 CHUNK = 1 << 24
@@ -56,9 +56,13 @@ def open_token_file(
     find_state = partial(files_state, [file])
     facts = load_facts(seen, find_state()[0])
     if not facts:  # else nothing is written, which this user may not be allowed to
-        with locked(folder, key) as progress:
-            read = partial(_read_through, file, tokens, progress)
-            facts = find_facts(f"the token file {str(file)!r}", seen, find_state, read)
+        read = partial(_read_through, file, tokens)
+        find = partial(find_facts, f"the token file {str(file)!r}", seen, find_state)
+        try:
+            with locked(folder, key) as progress:
+                facts = find(partial(read, progress))
+        except NotWritable:
+            facts = find(partial(read, Progress()))
     lowest, highest = facts["lowest"], facts["highest"]
     if not 0 <= lowest <= highest < tokenizer.vocab_size:
         raise UserError(
