@@ -2857,6 +2857,16 @@ MUTANTS = {
     ],
     "torchtrain/attempts.py": [
         (
+            "a rank waits for ever for a program that never answers",
+            "    return not futures.wait([probe], ANSWER_S).done\n",
+            "    return False\n",
+        ),
+        (
+            "a port where nobody listens yet is another program's",
+            "    except OSError:\n        return False\n",
+            "    except OSError:\n        return True\n",
+        ),
+        (
             "an attempt finds the addresses of the dead",
             'dist.PrefixStore(f"attempt-{name_attempt()}", store)',
             'dist.PrefixStore("attempt", store)',

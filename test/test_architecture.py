@@ -78,10 +78,10 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_238
+LIMIT_CORE = 12_291
 FOLDER_LIMITS = {
     "config": 1_840,
-    "datasets": 2_511,
+    "datasets": 2_526,
     "parallelisms": 1800,
     "checkpoint": 1_288,
     "models": 800,

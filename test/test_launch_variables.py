@@ -134,6 +134,42 @@ def test_a_taken_port_is_one_message(setting, taken_port):
     assert str(caught.value) == f"{expected}Set another, the same for all ranks"
 
 
+def test_a_port_of_a_program_that_never_answers_is_one_message(setting, monkeypatch):
+    monkeypatch.setattr(attempts, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(attempts, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        address, _, port = place.partition(":")
+        setting({**ONE_OF_FOUR, "MASTER_ADDR": address, "MASTER_PORT": port})
+        with pytest.raises(UserError) as caught:
+            attempts.meet(timedelta(seconds=300))
+    assert str(caught.value) == (
+        f"MASTER_ADDR:MASTER_PORT = {place}: what listens there is another program, which does "
+        "not answer. Set a port that is free on that node, the same for all ranks"
+    )
+
+
+def test_ranks_that_come_late_are_waited_for(setting, monkeypatch):
+    """The first looks again and again, and finds its own store; so does one whose first is late."""
+    looks = []
+    is_silent = attempts._is_silent
+
+    def look(address, port):
+        looks.append(is_silent(address, port))
+        return looks[-1]
+
+    monkeypatch.setattr(attempts, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(attempts, "_is_silent", look)
+    setting({**ONE_OF_FOUR, "RANK": "0", "MASTER_PORT": str(find_free_port())})
+    for rank in ("0", "1"):
+        setting({"RANK": rank})
+        looks.clear()
+        with pytest.raises(PeerFault):
+            attempts.meet(timedelta(milliseconds=400))
+        assert looks
+        assert not any(looks)
+
+
 def test_ranks_that_do_not_come_are_one_message(setting, caplog):
     port = find_free_port()
     setting({**ONE_OF_FOUR, "RANK": "0", "MASTER_PORT": str(port)})

@@ -6,14 +6,22 @@ Without torchrun there is one attempt, and nothing to tell.
 
 import os
 import signal
+import socket
+from collections.abc import Callable
+from concurrent import futures
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
+from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import plural
+
+T = TypeVar("T")
 
 ATTEMPT = "TORCHTRAIN_ATTEMPT"
 """The environment variable that names an attempt, equal on all its nodes; the launcher sets it."""
@@ -28,18 +36,22 @@ CHANGE = "change"
 sends SIGTERM to its ranks, and no user."""
 RESTART = "TORCHTRAIN_RESTART"
 """The environment variable by which the launcher names the start of an attempt."""
+PATIENCE_S = 30.0
+"""How long a rank waits for the others before it asks whether a store answers at all."""
+ANSWER_S = 30.0
+"""How long that may take: a store of many ranks is busy."""
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the store in which the ranks of this attempt meet, this rank and the world size.
 
     Raises:
-        UserError: MASTER_PORT is taken.
+        UserError: MASTER_PORT is taken, or something else listens there, in silence.
         PeerFault: the ranks did not meet, which is said; or an earlier attempt has ended for good,
             and torchrun started one more all the same (our launcher does not).
     """
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = _rendezvous(timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _explain(error) from error
     store.set_timeout(timeout)
@@ -51,6 +63,50 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         raise fault
     # The addresses that ranks leave there for each other are those of the dead in the next attempt.
     return dist.PrefixStore(f"attempt-{name_attempt()}", store), rank, world_size
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Meet the others, in a thread: PyTorch waits for ever for a program that never answers.
+
+    Raises:
+        UserError: one listens at MASTER_ADDR:MASTER_PORT.
+    """
+    others = _in_thread(lambda: next(dist.rendezvous("env://", timeout=timeout)))
+    while True:
+        with suppress(futures.TimeoutError):
+            return others.result(min(PATIENCE_S, timeout.total_seconds()))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if _is_silent(address, port):
+            raise UserError(
+                f"MASTER_ADDR:MASTER_PORT = {address}:{port}: what listens there is another "
+                "program, which does not answer. Set a port that is free on that node, the same "
+                "for all ranks"
+            )
+
+
+def _is_silent(address: str, port: int) -> bool:
+    """Return whether connections are taken there, and no store answers."""
+    try:
+        socket.create_connection((address, port), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    connect = partial(dist.TCPStore, address, port, is_master=False, wait_for_workers=False)
+    probe = _in_thread(lambda: connect(timeout=timedelta(seconds=ANSWER_S)))
+    return not futures.wait([probe], ANSWER_S).done
+
+
+def _in_thread(action: Callable[[], T]) -> futures.Future[T]:
+    """Do it in a thread that ends with the process at the latest."""
+    result: futures.Future[T] = futures.Future()
+
+    def act() -> None:
+        try:
+            result.set_result(action())
+        except Exception as error:
+            result.set_exception(error)
+
+    Thread(target=act, daemon=True).start()
+    return result
 
 
 def _explain(error: RuntimeError) -> UserError | PeerFault:

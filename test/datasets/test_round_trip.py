@@ -257,7 +257,7 @@ def test_of_a_mixture_each_source_that_is_streamed_is_tried(tmp_path, dropping):
     ]
     data = Data(streaming=True, streams=1, mixture=sources, cache_folder=str(tmp_path / "cache"))
     dataset = build_dataset(Training(seq_len=8), data, dropping, 0)
-    with pytest.raises(UserError, match="japanese.* cannot represent 9 of 9"):
+    with pytest.raises(UserError, match=r"japanese.* cannot represent 9 of 9"):
         dataset.try_tokenizer()
 
 

@@ -1,6 +1,7 @@
 """Sources of every kind give their documents; what cannot be read is named, or skipped and
 counted."""
 
+import errno
 import gzip
 import json
 import os
@@ -357,6 +358,27 @@ def test_saved_dataset_is_read(tmp_path):
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "two")
     assert texts(open_corpus(f"{tmp_path}/one", None, "text")) == ["a", "b"]
     assert texts(open_corpus(f"{tmp_path}/two::test", None, "text")) == ["b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_the_packages_cache_cannot_be_written_files_are_read_where_they_are(
+    local, monkeypatch, streaming
+):
+    """As with a shared HF_HOME; root, as tests run, could write in any."""
+    import datasets
+
+    load, said = datasets.load_dataset, []
+
+    def load_unless_closed(*given, cache_dir=None, **named):
+        if cache_dir is None:
+            raise PermissionError(errno.EACCES, "Permission denied", "/shared/hf/a.lock")
+        return load(*given, cache_dir=cache_dir, **named)
+
+    before = texts(open_corpus(str(local), None, "text"))
+    monkeypatch.setattr(datasets, "load_dataset", load_unless_closed)
+    monkeypatch.setattr(hub.logger, "warning", said.append)
+    assert texts(open_corpus(str(local), None, "text", streaming=streaming)) == before
+    assert "cannot be written (Permission denied: /shared/hf/a.lock). So the" in said[0]
 
 
 def test_changed_local_folder_gives_its_new_documents(local):

@@ -3,11 +3,13 @@
 https://huggingface.co/docs/datasets/package_reference/loading_methods
 """
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torchtrain.catalog.datasets import DATASETS, HubSource, describe_path
@@ -15,7 +17,8 @@ from torchtrain.config.schema import Data
 from torchtrain.datasets.corpora import Corpus, Part, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user, nearest
+from torchtrain.logging_utils import logger
+from torchtrain.utils import describe_os_error, expand_user, nearest
 
 TIMEOUT_S = 10.0
 
@@ -116,13 +119,25 @@ def _load(table: _Table) -> Any:
     config = source.config
     if folder.is_dir() and config not in datasets.get_dataset_config_names(source.repository):
         config = None  # files of one split, copied without the description that names configs
-    return datasets.load_dataset(
+    load = partial(
+        datasets.load_dataset,
         source.repository,
         config,
         split=source.split,
         revision=source.revision,
-        streaming=table.streaming,
     )
+    try:
+        return load(streaming=table.streaming)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        logger.warning(
+            f"{table.name}: the cache of the package datasets cannot be written "
+            f"({describe_os_error(error)}: {error.filename}). So the dataset is read where it is, "
+            "without a copy there; HF_HOME can name another folder"
+        )
+    with TemporaryDirectory() as other:  # for a lock, and nothing else
+        return load(streaming=True, cache_dir=other)
 
 
 def _find_revision(source: HubSource, option: str) -> str | None:
