@@ -24,6 +24,20 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/tools/interfaces.py": [
+        (
+            "gloo is left the loopback that a machine's own name is",
+            "if own is not None and not ipaddress.ip_address(own).is_loopback:",
+            "if own is not None:",
+        ),
+    ],
+    "torchtrain/tools/meeting.py": [
+        (
+            "node 0 does not wait until its name has an address",
+            "    _wait_for_address(nodes)\n",
+            "",
+        ),
+    ],
     "torchtrain/tools/launch.py": [
         (
             "the older name of the allocator's settings is passed over",

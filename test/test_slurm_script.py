@@ -96,7 +96,7 @@ def submit(tmp_path):
 def test_each_node_gets_its_place_and_the_runs_options_and_has_a_log(submit):
     job = submit("0")
     assert job.finish() == (0, [], [])
-    given = "<--checkpoint.enable><--job.description><two words><--training.steps=3>"
+    given = "<--job.description><two words><--training.steps=3>"
     for node in (0, 1):
         assert job.log(node) == f"{node}/2 host-7:22345 4 0,4 3 {given}\n"
 

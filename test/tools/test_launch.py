@@ -184,6 +184,23 @@ def test_an_impossible_environment_is_one_line_that_names_it(capfd, variables, t
     assert error.count("\n") == 1
 
 
+def test_a_users_module_that_imports_torch_finds_it_silent_in_the_launcher(tmp_path, data):
+    """Its C++ part reads at its import how much to say, of a store that does not answer yet."""
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        f'Path({str(tmp_path / "told")!r}).write_text(os.environ["TORCH_CPP_LOG_LEVEL"])\n'
+    )
+    given = options(
+        {**data, "experimental.custom_import": tmp_path / "own.py", "training.steps": 0}
+    )
+    with patch.dict(os.environ, environment(1), clear=True):
+        os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
+        with pytest.raises(SystemExit):
+            launch.main(given)
+        assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+    assert (tmp_path / "told").read_text() == "FATAL"
+
+
 def test_config_fault_is_one_message_before_any_rank_exists(tmp_path, data):
     output = launched(
         3, {**data, "job.dump_folder": tmp_path / "run", "training.global_batch_size": 8}, expect=2

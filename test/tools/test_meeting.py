@@ -108,6 +108,27 @@ def test_a_node_that_does_not_come_ends_the_wait(free_port):
     assert absent in str(come(node(1, 2, free_port), timeout_s=0))
 
 
+def test_node_0_waits_for_its_own_address(monkeypatch, capsys, free_port):
+    """That of a pod is known some seconds after the pod has started."""
+    real, tries = socket.getaddrinfo, []
+
+    def find_late(host, *rest, **options):
+        tries.append(host)
+        if len(tries) < 4:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", find_late)
+    meeting.serve(node(0, 2, free_port))
+    assert len(tries) >= 4
+    said = "waiting for an address of 127.0.0.1: name or service not known\n"
+    assert capsys.readouterr().out.lower() == said
+    tries.clear()
+    monkeypatch.setattr(meeting, "NAME_S", 0.0)
+    meeting.serve(node(0, 2, free_port))
+    assert not tries, "it does not wait for ever"
+
+
 def test_another_programs_port_is_one_message(monkeypatch):
     monkeypatch.setattr(meeting, "STORE_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:

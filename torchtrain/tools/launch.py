@@ -20,8 +20,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import MutableMapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, MutableMapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
@@ -38,6 +38,7 @@ from torchtrain.installation import PROGRAM
 from torchtrain.open_files import allow_open_files
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
+from torchtrain.tools.interfaces import choose_interface
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.tools.standby import Standbys
 from torchtrain.utils import count_cores
@@ -99,9 +100,11 @@ def main(trainer_args: list[str]) -> int:
         gpus = visible_gpus()
         nodes = read_nodes(os.environ)
         processes = count_processes(gpus)
-        usable = find_usable(trainer_args, nodes, processes)
-        check_log_rank(processes * usable[-1])
-        config = check_config(trainer_args, processes * usable[-1], nodes, restarts)
+        with silent_torch():  # a module of the user's own may import it
+            usable = find_usable(trainer_args, nodes, processes)
+            check_log_rank(processes * usable[-1])
+            config = check_config(trainer_args, processes * usable[-1], nodes, restarts)
+        choose_interface(nodes, os.environ)
         set_up_environment(processes, os.environ, on_cpu=gpus == 0)
         return launch(config, trainer_args, nodes, usable, processes, restarts)
     except UserError as fault:
@@ -229,15 +232,24 @@ def visible_gpus() -> int:
 
 
 def import_torch() -> None:
-    """Import torch so that its C++ part does not warn in this process; the ranks' warns as ever.
+    """Import torch so that its C++ part does not warn in this process; the ranks' warns as ever."""
+    with silent_torch():
+        importlib.import_module("torch")
+
+
+@contextmanager
+def silent_torch() -> Iterator[None]:
+    """Let torch, if it is imported meanwhile, not warn in this process.
 
     What it says at length, such as of a store whose node is lost, we say in a line.
     """
     is_set = CPP_LOG_LEVEL in os.environ
     os.environ.setdefault(CPP_LOG_LEVEL, "FATAL")  # which is read once, at the import
-    importlib.import_module("torch")
-    if not is_set:
-        del os.environ[CPP_LOG_LEVEL]
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ[CPP_LOG_LEVEL]
 
 
 def launch(

@@ -30,6 +30,8 @@ ANNOUNCE_S = 10.0
 FAREWELL_S = 3.0
 """How long a node that will not come tries to tell the others."""
 STORE_TIMEOUT_S = 5.0
+NAME_S = 30.0
+"""How long node 0 waits until its name has an address: that of a Kubernetes pod may come late."""
 
 
 @contextmanager
@@ -109,6 +111,7 @@ def _key(rank: int) -> str:
 def serve(nodes: Nodes) -> TCPStore:
     """Open node 0's store."""
     require_free_port(nodes)
+    _wait_for_address(nodes)
     try:
         return _open_store(nodes)
     except RuntimeError as error:
@@ -131,6 +134,21 @@ def require_free_port(nodes: Nodes) -> None:
             f"MASTER_PORT = {nodes.port}: {_reason(error)} on this node. "
             "Set another, the same on all nodes."
         ) from None
+
+
+def _wait_for_address(nodes: Nodes) -> None:
+    """Wait until node 0's name has an address, but not for ever: the name can be wrong."""
+    deadline = time.monotonic() + NAME_S
+    is_told = False
+    while time.monotonic() < deadline:
+        try:
+            socket.getaddrinfo(nodes.address, nodes.port)
+            return
+        except OSError as error:
+            if not is_told:
+                print(f"waiting for an address of {nodes.address}: {_reason(error)}", flush=True)
+            is_told = True
+        time.sleep(POLL_S)
 
 
 def _open_store(nodes: Nodes) -> TCPStore:
