@@ -1087,6 +1087,28 @@ MUTANTS = {
             "            pass\n",
         ),
     ],
+    "torchtrain/models/cpu_attention.py": [
+        (
+            "keys of later queries are seen",
+            ">= positions[None, keys]",
+            "> positions[None, keys] - 2",
+        ),
+        (
+            "the scores are rounded to bf16",
+            "scores = scaled_q[:, :, queries] @ wide_k[:, :, keys].mT",
+            "scores = (q[:, :, queries] * scale @ k[:, :, keys].mT).to(wide)",
+        ),
+        (
+            "the keys' gradient is of the last block alone",
+            "grad_k[:, :, keys] +=",
+            "grad_k[:, :, keys] =",
+        ),
+        (
+            "the scale is left out of the gradient",
+            "(grad_weights - mean) * scale",
+            "(grad_weights - mean)",
+        ),
+    ],
     "torchtrain/models/attention.py": [
         ("attention sees the future", "is_causal=True", "is_causal=False"),
         (

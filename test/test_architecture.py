@@ -78,7 +78,7 @@ HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_291
+LIMIT_CORE = 12_333
 FOLDER_LIMITS = {
     "config": 1_840,
     "datasets": 2_526,

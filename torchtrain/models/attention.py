@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
+from torchtrain.models.cpu_attention import BlockwiseCausalAttention
 from torchtrain.models.document_masking import Mask, attend_masked
 from torchtrain.models.rotary import rotate
 
@@ -52,6 +53,8 @@ class CausalAttention(nn.Module):
         """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
         if mask is not None:
             return attend_masked(q, k, v, mask)
+        if q.device.type == "cpu" and torch.compiler.is_compiling():
+            return BlockwiseCausalAttention.apply(q, *repeat_heads(q, k, v))
         if not kernel_shares_heads(q):
             k, v = repeat_heads(q, k, v)
         # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.

@@ -1,0 +1,98 @@
+"""The backward of attention that a compiled block has on a CPU, against PyTorch's kernel."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from torchtrain.models import cpu_attention
+from torchtrain.models.attention import CausalAttention
+from torchtrain.models.decoder import Decoder
+from torchtrain.parallelisms.activation_checkpoint import save_only
+
+BATCH, HEADS, WIDTH = 2, 4, 16
+BLOCK, BLOCKS = 8, 3
+
+
+@pytest.fixture(autouse=True)
+def few_small_blocks(monkeypatch):
+    """What takes long is to trace many blocks."""
+    monkeypatch.setattr(cpu_attention, "SMALLEST_BLOCK", BLOCK)
+    monkeypatch.setattr(cpu_attention, "MOST_BLOCKS", BLOCKS)
+    yield
+    torch.compiler.reset()
+
+
+def draw(length, kv_heads=HEADS, dtype=torch.float64):
+    """Return q, k, v as a model lays them out, and the gradient of the result.
+
+    The scores have a deviation of 9: what a kernel rounds is then seen in an exponential.
+    """
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(BATCH, length, heads, WIDTH) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+    q, k, v, grad = (torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes)
+    return [x.to(dtype) for x in (3 * q, 3 * k, v, grad)]
+
+
+def result_and_gradients(attend, q, k, v, grad):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    result = attend(*leaves)
+    return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
+
+
+def compiled(attend):
+    return torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+def relative_error(value, reference):
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 4 * BLOCK + 1])
+def test_result_is_the_kernels_and_gradients_agree(length, kv_heads):
+    inputs = draw(length, kv_heads)
+    kernel = result_and_gradients(CausalAttention(), *inputs)
+    ours = result_and_gradients(compiled(CausalAttention()), *inputs)
+    assert torch.equal(ours[0], kernel[0])
+    for value, reference in zip(ours, kernel, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_of_compiled_blocks_alone(monkeypatch):
+    def no_gradients(grad, q, k, v, lse):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    monkeypatch.setattr(cpu_attention, "compute_gradients", no_gradients)
+    inputs = draw(BLOCK)
+    assert all(x.any() for x in result_and_gradients(CausalAttention(), *inputs))
+    result, *gradients = result_and_gradients(compiled(CausalAttention()), *inputs)
+    assert result.any()
+    assert not any(x.any() for x in gradients)
+
+
+def test_in_bf16_it_is_as_close_to_the_formula_as_pytorchs_kernel():
+    inputs = draw(23, dtype=torch.bfloat16)
+    exact = result_and_gradients(CausalAttention(), *(x.double() for x in inputs))
+    kernel = result_and_gradients(CausalAttention(), *inputs)
+    ours = result_and_gradients(compiled(CausalAttention()), *inputs)
+    for value, other, reference in zip(ours, kernel, exact, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert relative_error(value, reference) < 1.5 * relative_error(other, reference)
+
+
+@pytest.mark.parametrize("saves_operations", [False, True])
+def test_recomputed_it_gives_the_same(saves_operations):
+    def contexts():
+        return create_selective_checkpoint_contexts(save_only(Decoder.ops_worth_saving))
+
+    options = {"context_fn": contexts} if saves_operations else {}
+
+    def attend(q, k, v):
+        scaled = (q * 2, k * 0.5, v + 1)
+        return checkpoint(CausalAttention(), *scaled, use_reentrant=False, **options)
+
+    inputs = draw(BLOCK + 9, kv_heads=2)
+    kernel = result_and_gradients(attend, *inputs)
+    ours = result_and_gradients(compiled(attend), *inputs)
+    for value, reference in zip(ours, kernel, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
