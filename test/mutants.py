@@ -31,6 +31,13 @@ MUTANTS = {
             "if own is not None:",
         ),
     ],
+    "torchtrain/tools/standby.py": [
+        (
+            "a rank finds torchtrain in the working directory first",
+            "[*python, __file__, str(read_end), *rank_command],",
+            '[*python, "-m", "torchtrain.tools.standby", str(read_end), *rank_command],',
+        ),
+    ],
     "torchtrain/tools/meeting.py": [
         (
             "node 0 does not wait until its name has an address",

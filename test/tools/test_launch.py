@@ -112,9 +112,10 @@ if os.environ.get("RANK") == "1":
 
 
 def test_the_installed_command_trains_and_stops_as_the_script_does(tmp_path, data, forked):
-    """In an empty folder, from its wheel, by the name of a config."""
+    """From its wheel, by the name of a config, in a folder that holds another torchtrain."""
     installed = install_wheel(tmp_path / "installed")
-    (tmp_path / "empty").mkdir()
+    other = tmp_path / "elsewhere" / "torchtrain"
+    shutil.copytree(installed.packages / "torchtrain", other)
     (tmp_path / "tell.py").write_text(TELL.format(str(tmp_path / "told")))
     given = {
         **data,
@@ -126,7 +127,7 @@ def test_the_installed_command_trains_and_stops_as_the_script_does(tmp_path, dat
     }
     process = subprocess.Popen(
         [installed.script, *options(given)],
-        cwd=tmp_path / "empty",
+        cwd=tmp_path / "elsewhere",
         env=installed.environment(2),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -134,7 +135,7 @@ def test_the_installed_command_trains_and_stops_as_the_script_does(tmp_path, dat
         start_new_session=True,
     )
     try:
-        wait_for_step(lambda: process.poll() is None, tmp_path / "empty" / "run here", 4)
+        wait_for_step(lambda: process.poll() is None, tmp_path / "elsewhere" / "run here", 4)
         name = Path(f"/proc/{process.pid}/comm").read_text()
         assert name != "torchtrain\n", "pkill -USR1 torchtrain would end it"
         process.send_signal(signal.SIGINT)
@@ -142,8 +143,8 @@ def test_the_installed_command_trains_and_stops_as_the_script_does(tmp_path, dat
     finally:
         kill_group(process)
     assert process.returncode == 128 + signal.SIGINT, output
-    assert curve(tmp_path / "empty" / "run here")[:4] == forked[2][1]
-    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["run here"]
+    assert curve(tmp_path / "elsewhere" / "run here")[:4] == forked[2][1]
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"run here", "torchtrain"}
     where, variables = json.loads((tmp_path / "told").read_text())
     assert Path(where).is_relative_to(installed.packages)
     set_up: dict[str, str] = {}

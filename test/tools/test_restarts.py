@@ -119,7 +119,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, data, unto
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
     assert_same_run(folder, untouched[2], tmp_path)
     of_ranks = [line for line in commands.read_text().splitlines() if "train.py" in line]
-    assert [" -m torchtrain.tools.standby " in line for line in of_ranks] == [True] * 4
+    assert ["torchtrain/tools/standby.py " in line for line in of_ranks] == [True] * 4
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 The imports take seconds, most of a small run's start. At the first start they run beside the
 launcher's own. Where ranks may be restarted, the next attempt's have run before they are needed.
 
-    python -m torchtrain.tools.standby READ_END train.py [trainer options]
+    python torchtrain/tools/standby.py READ_END train.py [trainer options]
 
 is one of them, which the launcher starts. It waits for the rank's environment at the end of a pipe
 that it has inherited, and then is that rank. Without one it leaves.
+
+Not by `-m`, which looks for torchtrain in the working directory first: that can be another one's.
 """
 
 import json
@@ -96,10 +98,9 @@ class Standbys:
     ) -> Standby:
         read_end, write_end = os.pipe()
         pipe = os.fdopen(write_end, "w")
-        module = ["-m", "torchtrain.tools.standby", str(read_end)]
         try:
             process = subprocess.Popen(
-                [*python, *module, *rank_command],
+                [*python, __file__, str(read_end), *rank_command],
                 env=environment,
                 stderr=self.errors.sink,
                 pass_fds=[read_end],
@@ -157,14 +158,13 @@ def end(standby: Standby) -> None:
 
 
 def look_for_modules_as(script: str) -> None:
-    """Look for modules where Python would if it ran this script.
+    """Look for modules where Python would if it ran this script, not beside this file.
 
-    That excludes the working directory, where a file may have the name of a package. `-m` puts it
-    first on the search path, and torchtrain.tools then puts our folder before it.
+    Its folder is the first on the search path, and torchtrain.tools puts ours before it.
     """
-    if sys.path[1] == os.getcwd():
-        del sys.path[1]
-    sys.path[0] = os.path.dirname(os.path.realpath(script))
+    here = os.path.dirname(__file__)
+    if here in sys.path:  # not with PYTHONSAFEPATH, under which no script's is
+        sys.path[: sys.path.index(here) + 1] = [os.path.dirname(os.path.realpath(script))]
 
 
 def main(arguments: list[str]) -> int:
