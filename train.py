@@ -41,8 +41,7 @@ from torchtrain.config.plans import list_output_folders
 from torchtrain.config.toml import to_toml
 from torchtrain.datasets.loader import Microbatch
 from torchtrain.errors import BadNumbers, PeerFault, SharedUserError, Stopped, UserError
-from torchtrain.exporting import check_export, export_last
-from torchtrain.kernel_checks import check_kernels, find_device_facts
+from torchtrain.exporting import export_last
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import BatchLoss, count_valid
 from torchtrain.lr_scheduling import set_step
@@ -53,6 +52,7 @@ from torchtrain.metrics import (
     peak_memory_gib,
     reset_peak_memory,
 )
+from torchtrain.needs import check_needs
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.parallelisms.initial_weights import require_same_draws
@@ -289,7 +289,6 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
     """
     rank = dist.get_rank()
     require_equal_config(config.model_dump(mode="json"), MAY_DIFFER_PER_NODE)
-    together(lambda: check_kernels(config, find_device_facts(device)))
     state_config(config)
     folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
     checkpointer = Checkpointer(config.checkpoint, folder.path)
@@ -299,7 +298,7 @@ def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> 
         export_last(config, source.path)
         return
 
-    check_export(config)
+    check_needs(config, device)
     if source is not None:
         check_model(source, config)
     require_same_draws(device, loads=source is not None)

@@ -302,6 +302,11 @@ MUTANTS = {
     ],
     "torchtrain/set_up.py": [
         (
+            "a source that is not there is found after others were tokenized",
+            "    on_rank_zero(lambda: check_sources(sources, config.data, tokenizer), patient_group())\n",
+            "",
+        ),
+        (
             "no run tries the tokenizer on streams",
             "    on_rank_zero(dataset.try_tokenizer, patient_group())\n",
             "",
@@ -2761,6 +2766,23 @@ MUTANTS = {
             "waiting is not added up",
             "        self.data_time_s += time.perf_counter() - started\n",
             "        self.data_time_s = time.perf_counter() - started\n",
+        ),
+    ],
+    "torchtrain/needs.py": [
+        (
+            "a missing compiler is found in the first step",
+            "        check_compilers(config, device)\n",
+            "",
+        ),
+        (
+            "a folder that cannot be made is found when it is written",
+            "            check_folders(config)\n",
+            "",
+        ),
+        (
+            "what the metrics need is found when they are opened",
+            "            check_packages(config.metrics)\n",
+            "",
         ),
     ],
     "torchtrain/log_files.py": [

@@ -12,15 +12,12 @@ import torch
 import torch.distributed as dist
 from helpers import forking
 from helpers.forking import in_group
-from helpers.launching import options
 from helpers.logged import FixedStopwatch, log, metrics_logger, records, summary
 
 import train
 from torchtrain.bad_numbers import StepGuard
 from torchtrain.config.schema import Metrics, Training
-from torchtrain.config_manager import JobConfig
 from torchtrain.errors import NonFinite, UserError
-from torchtrain.log_files import check_packages
 from torchtrain.logging_utils import init_logging, logger
 from torchtrain.loss import BatchLoss
 from torchtrain.metrics import (
@@ -272,41 +269,10 @@ def wandb_without_a_key():
     return SimpleNamespace(Error=WandbError, login=refuse, init=refuse)
 
 
-@pytest.mark.parametrize(
-    ("package", "said"),
-    [
-        (None, "metrics.enable_wandb = true needs the package wandb: pip install wandb"),
-        (
-            wandb_without_a_key(),
-            "metrics.enable_wandb = true: No API key configured. "
-            "Or set WANDB_API_KEY, or WANDB_MODE=offline",
-        ),
-    ],
-    ids=["no package", "no key"],
-)
-def test_wandb_that_cannot_be_used_is_found_before_anything_is_written(
-    tmp_path, monkeypatch, data, capfd, package, said
-):
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    given = {**data, "metrics.enable_wandb": True, "job.dump_folder": tmp_path / "run"}
-    assert train.main(JobConfig().parse_args(options(given))) == 2
-    torch.distributed.destroy_process_group()
-    assert capfd.readouterr().err == f"error: {said}\n"
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_error_of_wandb_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb_without_a_key())
     with pytest.raises(UserError, match=r"^metrics\.enable_wandb = true: No API key configured\.$"):
         metrics_logger(tmp_path, Metrics(enable_wandb=True))
-
-
-def test_tensorboard_without_the_package_is_found_at_the_start(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        check_packages(Metrics(enable_tensorboard=True))
-    check_packages(Metrics(enable_tensorboard=False))
 
 
 def test_wandb_gets_the_same_numbers_and_continues_the_same_run(tmp_path, monkeypatch, lines):

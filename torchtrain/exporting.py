@@ -18,22 +18,27 @@ from torchtrain.logging_utils import logger
 from torchtrain.models.hf_config import find_architecture
 from torchtrain.orphans import STARTED_BY
 from torchtrain.ranks import on_rank_zero, patient_group, together
-from torchtrain.utils import user_errors
+from torchtrain.utils import require_package, user_errors
 
 HF_FOLDER = "hf"
 """In the checkpoint's folder: where that goes, it goes too."""
+
+CONVERSION_NEEDS = {"tokenizers": "tokenizers", "google.protobuf": "protobuf"}
+"""Packages by module; protobuf reads SentencePiece's models."""
 
 
 def check_export(config: JobConfig) -> None:
     """Check, before training, that Hugging Face has a model that computes the same.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or a package is missing that the conversion needs.
     """
     if not wants_export(config):
         return
 
     def check() -> None:
+        for module, package in CONVERSION_NEEDS.items():
+            require_package(module, "checkpoint.last_save_in_hf = true", package)
         with user_errors("checkpoint.last_save_in_hf = true", UserError):
             if find_family(config.model.name).model != TRANSFORMER:
                 raise UserError(f"Hugging Face does not have the models of {config.model.name!r}")

@@ -11,8 +11,17 @@ _IS_INSTALLED = (_PACKAGE / "program").is_dir()
 PROGRAM = _PACKAGE / "program" if _IS_INSTALLED else _CHECKOUT
 """The folder with train.py and train_configs/: the repository, or part of the installed package."""
 
-NEEDED = ("torch", "numpy", "pydantic", "tomli", "xxhash")
-"""What every command imports."""
+NEEDED = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "tomli",
+    "xxhash",
+    "sentencepiece",
+    "safetensors",
+    "zstandard",
+)
+"""What commands import at once. What only some options need is looked for where they ask for it."""
 
 
 def exit_without_dependencies() -> None:

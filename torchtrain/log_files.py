@@ -2,7 +2,6 @@
 
 A run does not end for want of a log line. A line that cannot be written waits in memory until there
 is room again; TensorBoard's files end where they cannot be written.
-What TensorBoard and Weights & Biases need is looked for before the run does anything.
 """
 
 import os
@@ -10,7 +9,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,14 @@ from torchtrain.utils import (
     describe_os_error,
     expand_user,
     fsync_folder,
+    import_package,
     plural,
+    require_package,
     write_durably,
     writing,
 )
+
+ASKS_FOR_WANDB = "metrics.enable_wandb = true"
 
 
 class LogFile:
@@ -172,39 +174,21 @@ def _keep_quiet_about_its_thread() -> None:
 
 
 def check_packages(section: Metrics) -> None:
-    """Check that TensorBoard and Weights & Biases can be used, before anything is done or moved.
+    """Check that TensorBoard and Weights & Biases can be used.
 
     Raises:
         UserError: the package is missing, or Weights & Biases finds no key of the user.
     """
-    if section.enable_tensorboard and find_spec("tensorboard") is None:
-        raise UserError(
-            "metrics.enable_tensorboard = true needs the package tensorboard: "
-            "pip install tensorboard"
-        )
+    if section.enable_tensorboard:
+        require_package("tensorboard", "metrics.enable_tensorboard = true")
     if section.enable_wandb:
-        wandb = import_wandb()
+        wandb = import_package("wandb", ASKS_FOR_WANDB)
         try:
             wandb.login()  # which knows all the places of a key, and asks for none offline
         except wandb.Error as fault:
             raise UserError(
-                f"metrics.enable_wandb = true: {fault} Or set WANDB_API_KEY, or WANDB_MODE=offline"
+                f"{ASKS_FOR_WANDB}: {fault} Or set WANDB_API_KEY, or WANDB_MODE=offline"
             ) from fault
-
-
-def import_wandb() -> Any:
-    """Return the package wandb.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "metrics.enable_wandb = true needs the package wandb: pip install wandb"
-        ) from None
-    return wandb
 
 
 def open_wandb(run_folder: Path, description: Mapping[str, Any]) -> Any:
@@ -217,7 +201,7 @@ def open_wandb(run_folder: Path, description: Mapping[str, Any]) -> Any:
     Raises:
         UserError: it cannot be opened.
     """
-    wandb = import_wandb()
+    wandb = import_package("wandb", ASKS_FOR_WANDB)
     folder = run_folder / "wandb"
     id_file = folder / "run-id"
     with writing(id_file):
@@ -232,4 +216,4 @@ def open_wandb(run_folder: Path, description: Mapping[str, Any]) -> Any:
             config=dict(description),
         )
     except wandb.Error as fault:
-        raise UserError(f"metrics.enable_wandb = true: {fault}") from fault
+        raise UserError(f"{ASKS_FOR_WANDB}: {fault}") from fault

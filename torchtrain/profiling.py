@@ -18,6 +18,19 @@ MEMORY_SNAPSHOT_ENTRIES = 100_000
 """Allocations kept in a snapshot's ring buffer."""
 
 
+def check_snapshots(config: Profiling, device: torch.device) -> None:
+    """Check that the device can record memory snapshots, if they are asked for.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if config.enable_memory_snapshot and device.type != "cuda":
+        raise UserError(
+            "profiling.enable_memory_snapshot = true needs a CUDA device; this run is on "
+            f"{device.type}"
+        )
+
+
 class Profiler:
     """Traces `profiler_active` steps in every `profile_freq`; keeps the history of allocations.
 
@@ -32,17 +45,13 @@ class Profiler:
     def __init__(
         self, config: Profiling, run_folder: Path, device: torch.device, rank: int
     ) -> None:
+        check_snapshots(config, device)
         self.config = config
         self.run_folder = run_folder
         self.rank = rank
         self.step_number = 0
         self.trace = self._make_trace() if config.enable_profiling else None
         if config.enable_memory_snapshot:
-            if device.type != "cuda":
-                raise UserError(
-                    "profiling.enable_memory_snapshot = true needs a CUDA device; this run is on "
-                    f"{device.type}"
-                )
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_SNAPSHOT_ENTRIES)
 
     def _make_trace(self) -> torch.profiler.profile:

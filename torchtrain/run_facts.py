@@ -12,13 +12,11 @@ from torchtrain.config.layout import BatchPlan
 from torchtrain.config.toml import to_toml
 from torchtrain.config_manager import JobConfig
 from torchtrain.dtypes import DTYPES
-from torchtrain.log_files import check_packages
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, find_peak_flops
 from torchtrain.models.decoder import load_decoder
 from torchtrain.models.moe import SparseFeedForward
-from torchtrain.ranks import on_rank_zero
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer
 from torchtrain.utils import plural
@@ -63,14 +61,7 @@ class RunFacts:
 
 
 def state_config(config: JobConfig) -> None:
-    """Say what the config is, if it asks for that, and which of its options have no effect.
-
-    A collective call, before anything is done or moved.
-
-    Raises:
-        UserError: rank 0 lacks a package, or a key, for the metrics that the config asks for.
-    """
-    on_rank_zero(lambda: check_packages(config.metrics))
+    """Say what the config is, if it asks for that, and which of its options have no effect."""
     if config.job.print_config:
         logger.info(to_toml(config))
     for note in config.notes:

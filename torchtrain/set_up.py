@@ -19,6 +19,7 @@ from torchtrain.config.schema import Compile, Debug
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.documents import Separators, say_where_documents_end
 from torchtrain.datasets.loader import DataLoader, build_dataset
+from torchtrain.datasets.open import check_sources
 from torchtrain.datasets.samples import Dataset
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.dtypes import DTYPES
@@ -286,6 +287,8 @@ def open_data(
         )
         return dataset, ValidationSet(plan.validation, config.data, tokenizer, separators)
 
+    sources = [*plan.sources, *plan.validation.sources]
+    on_rank_zero(lambda: check_sources(sources, config.data, tokenizer), patient_group())
     # Hosts whose token cache is warm wait for one that builds it.
     dataset, validation_set = first_on_each_node(open_both, patient_group())
     on_rank_zero(dataset.try_tokenizer, patient_group())

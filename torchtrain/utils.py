@@ -5,9 +5,11 @@ import errno
 import glob
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,37 @@ def load_attribute(path: str, what: str) -> Any:
     message = f"{what} is registered as {path!r}, which cannot be imported"
     with user_errors(message, ImportError, AttributeError):
         return getattr(importlib.import_module(module), name)
+
+
+def import_package(name: str, asked_by: str) -> Any:
+    """Import a package that only some options need.
+
+    Raises:
+        UserError: it is not installed, or broken; names what asked for it.
+    """
+    require_package(name, asked_by)
+    with user_errors(f"{asked_by} needs the package {name}, which cannot be imported", Exception):
+        return importlib.import_module(name)
+
+
+def require_package(name: str, asked_by: str, install: str | None = None) -> None:
+    """Check that a package is there, without importing it.
+
+    Args:
+        name: of its module.
+        asked_by: the option that needs it.
+        install: its name where that is another.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    is_there = False
+    with suppress(ModuleNotFoundError):  # of the module that it is in
+        is_there = name in sys.modules and sys.modules[name] is not None
+        is_there = is_there or find_spec(name) is not None
+    if not is_there:
+        package = install or name
+        raise UserError(f"{asked_by} needs the package {package}: pip install {package}")
 
 
 def count_cores() -> int:

@@ -26,7 +26,7 @@ from torchtrain.datasets.corpora import (
     not_utf8,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import first_few, user_errors
+from torchtrain.utils import first_few, require_package, user_errors
 
 # Tests and what is installed beside the library are not prose worth learning; encodings and
 # lib2to3 are tables.
@@ -91,6 +91,7 @@ def _reader(dataset: str, file: Path, text_key: str) -> Part:
     if dataset == "jsonl" or (is_mixed and json_files.NAMES.search(file.name)):
         return partial(json_files.read_json, file, text_key)
     if dataset == "parquet" or (is_mixed and PARQUET.search(file.name)):
+        require_package("pyarrow", f"the parquet file {str(file)!r}")
         return partial(_parquet_rows, file, text_key)
     return partial(_whole_file, file)
 

@@ -18,7 +18,13 @@ from torchtrain.datasets.corpora import Corpus, Part, Rows, as_row, no_field
 from torchtrain.datasets.files import files_under
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
-from torchtrain.utils import describe_os_error, expand_user, nearest
+from torchtrain.utils import (
+    describe_os_error,
+    expand_user,
+    import_package,
+    nearest,
+    require_package,
+)
 
 TIMEOUT_S = 10.0
 
@@ -47,6 +53,8 @@ def read_hub(source: HubSource, path: Path | None, data: Data, option: str) -> C
         raise UserError(
             f"{describe_path(option, path)} must be a folder, a copy of {source.repository}"
         )
+    for package in ("datasets", "huggingface_hub"):
+        require_package(package, f"{option} of {source.repository!r}")
     given = expand_user(source.repository)
     local = path or (given if given.is_dir() else None)
     revision = None if local else _find_revision(source, option)
@@ -107,8 +115,7 @@ def _open(table: _Table) -> Any:
 
 
 def _load(table: _Table) -> Any:
-    import datasets
-
+    datasets = import_package("datasets", table.name)
     source, folder = table.source, Path(table.source.repository)
     saved_files = (folder / "state.json", folder / "dataset_dict.json")
     if any(file.exists() for file in saved_files):

@@ -1,5 +1,6 @@
 """The front door: from a data source of the config to its documents, or to its tokens."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -12,11 +13,27 @@ from torchtrain.datasets.corpora import Corpus, Rows, as_row, split_corpus, spli
 from torchtrain.datasets.files import files_under, read_files, read_stdlib
 from torchtrain.datasets.hub import read_hub
 from torchtrain.datasets.token_cache import Encode, TokenCache, open_token_cache
-from torchtrain.datasets.token_file import open_token_file
+from torchtrain.datasets.token_file import map_token_file, open_token_file
 from torchtrain.datasets.tokenizer import Tokenizer
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import expand_user
+
+
+def check_sources(sources: Iterable[DataSource], data: Data, tokenizer: Tokenizer) -> None:
+    """Check that each of several sources can be opened, before the first of them is tokenized.
+
+    Of a single one that is known at once.
+
+    Raises:
+        UserError: one cannot.
+    """
+    distinct = {(source.dataset, source.path): source for source in sources}
+    for source in distinct.values() if len(distinct) > 1 else ():
+        if source.dataset == "tokens":
+            map_token_file(source.path, data.token_dtype, tokenizer)
+        else:
+            _open_all(source, data)
 
 
 def open_tokens(

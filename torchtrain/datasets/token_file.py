@@ -46,10 +46,7 @@ def open_token_file(
     Raises:
         UserError: no such file, not what its name says, or an id outside the vocabulary.
     """
-    assert path is not None, "the config check asks for it"
-    file = expand_user(path)
-    with user_errors(f"cannot read the token file {path!r}", OSError):
-        tokens = _map(file, dtype, dtype_for(tokenizer))
+    file, tokens = map_token_file(path, dtype, tokenizer)
     folder = root / "tokens"
     key = short_hash(["token file", str(file.absolute()), tokens.dtype.str])
     seen = folder / f"{key}.seen.json"
@@ -79,6 +76,20 @@ def open_token_file(
         tokenizer_fingerprint=tokenizer.fingerprint,
     )
     return TokenCache(manifest, tokens)
+
+
+def map_token_file(
+    path: str | None, dtype: str | None, tokenizer: Tokenizer
+) -> tuple[Path, np.ndarray]:
+    """Return the file and its ids `[tokens]`, memory-mapped; the arguments are `open_token_file`'s.
+
+    Raises:
+        UserError: no such file, or not what its name says.
+    """
+    assert path is not None, "the config check asks for it"
+    file = expand_user(path)
+    with user_errors(f"cannot read the token file {path!r}", OSError):
+        return file, _map(file, dtype, dtype_for(tokenizer))
 
 
 def _map(file: Path, given: str | None, default: np.dtype) -> np.ndarray:

@@ -34,7 +34,7 @@ from torchtrain.datasets.special_tokens import (
     spells_bytes,
 )
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user, user_errors
+from torchtrain.utils import expand_user, import_package, user_errors
 
 SPACE_MARK = "\u2581"
 """How SentencePiece, and what is made of its models, writes a space inside pieces."""
@@ -181,8 +181,7 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: not a tokenizer.json, or one whose BOS or EOS cannot be known.
         """
-        import tokenizers
-
+        tokenizers = import_package("tokenizers", f"tokenizer {str(file)!r}")
         message = f"tokenizer {str(file)!r} is JSON, but not a tokenizer.json"
         with user_errors(message, Exception):  # the package raises nothing more special
             self._model = tokenizers.Tokenizer.from_buffer(content)

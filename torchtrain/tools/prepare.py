@@ -26,7 +26,7 @@ from torchtrain.config.plans import find_tokenizer
 from torchtrain.config.sources import plan_sources, plan_validation_sources
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.documents import say_where_documents_end
-from torchtrain.datasets.open import open_tokens
+from torchtrain.datasets.open import check_sources, open_tokens
 from torchtrain.datasets.token_cache import Shards, encode_shard
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
@@ -130,6 +130,7 @@ def prepare(config: JobConfig, workers: int) -> None:
     tokenizer_file = find_tokenizer(config.model)
     tokenizer = load_tokenizer(tokenizer_file)
     say_where_documents_end(tokenizer)
+    check_sources(sources, config.data, tokenizer)
     encode = partial(encode_in_workers, workers, tokenizer_file)
     for source in sources:
         tokens = open_tokens(source, config.data, tokenizer, encode)
