@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.launching import ROOT, TIMEOUT_S, environment, options
 
+from torchtrain.tools.__main__ import COMMANDS
+
 # A module's room is its longest prefix here. A room imports only rooms of a lower floor.
 FLOORS = {
     "torchtrain": 0.0,
@@ -71,6 +73,18 @@ INSTANT = (
     "torchtrain.config",
 )
 HEAVY = ("datasets", "tensorboard", "matplotlib", "tokenizers", "wandb")
+
+INNER = {
+    "torchtrain.config_manager",
+    "torchtrain.datasets.prepare",
+    "torchtrain.tools",
+    "torchtrain.tools.bench.products",
+    "torchtrain.tools.bench.scale",
+    "torchtrain.tools.config_reference",
+    "torchtrain.tools.parity_ranks",
+    "torchtrain.tools.standby",
+}
+"""Programs that a user starts under another name, or not at all."""
 
 # Lines of code: blank lines, comments and docstrings do not count. What a reader has to keep in
 # mind at once is bounded by the limits of spine, file and function, which do not move. The core and
@@ -337,6 +351,21 @@ def test_nothing_committed_names_this_machine_or_a_registry():
         text = path.read_text(encoding="utf-8")
         for word in ("/work/", "../shared", "pypi.org", "files.pythonhosted", "/opt/"):
             assert word not in text, f"{name} contains {word!r}"
+
+
+def test_every_program_is_a_command_and_calls_itself_so():
+    found = set()
+    for path in sorted((ROOT / "torchtrain").rglob("*.py")):
+        if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found.add(name.removesuffix(".__main__"))
+    modules = {command.module: name for name, command in COMMANDS.items()}
+    assert found == modules.keys() | INNER, "a program belongs in COMMANDS, or in INNER above"
+    for module, name in modules.items():
+        path = ROOT / module.replace(".", "/")
+        source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        is_named = f'prog="torchtrain {name}"' in source.read_text(encoding="utf-8")
+        assert is_named == (name != "train"), name
 
 
 def test_each_test_file_has_a_name_of_its_own():

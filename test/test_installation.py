@@ -12,18 +12,6 @@ from helpers.launching import ROOT, environment
 from torchtrain.installation import NEEDED, PROGRAM
 from torchtrain.tools.__main__ import COMMANDS
 
-INNER = {
-    "torchtrain.config_manager",
-    "torchtrain.datasets.prepare",
-    "torchtrain.tools",
-    "torchtrain.tools.bench.products",
-    "torchtrain.tools.bench.scale",
-    "torchtrain.tools.config_reference",
-    "torchtrain.tools.parity_ranks",
-    "torchtrain.tools.standby",
-}
-"""Programs that a user starts under another name, or not at all."""
-
 
 @pytest.mark.parametrize(
     "command",
@@ -114,18 +102,3 @@ def test_the_installed_command_finds_configs_by_name_and_lists_them(installed, t
     assert (refused.returncode, refused.stdout) == (2, "")
     names = ", ".join(sorted(file.name for file in (ROOT / "train_configs").iterdir()))
     assert refused.stderr.rstrip().endswith(f"; those that come with torchtrain are {names}")
-
-
-def test_every_program_is_a_command_and_calls_itself_so():
-    found = set()
-    for path in sorted((ROOT / "torchtrain").rglob("*.py")):
-        if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8"):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found.add(name.removesuffix(".__main__"))
-    modules = {command.module: name for name, command in COMMANDS.items()}
-    assert found == modules.keys() | INNER
-    for module, name in modules.items():
-        path = ROOT / module.replace(".", "/")
-        source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-        is_named = f'prog="torchtrain {name}"' in source.read_text(encoding="utf-8")
-        assert is_named == (name != "train"), name

@@ -16,7 +16,8 @@ SCRIPT = ROOT / "slurm" / "train.sbatch"
 NODE = """\
 #!/usr/bin/env bash
 # In place of the launcher: tells what it was given, and ends as it was told to.
-printf '%s ' "$NODE_RANK/$NNODES" "$MASTER_ADDR:$MASTER_PORT" "$NGPU" "$LOG_RANK" "$MAX_RESTARTS"
+printf '%s ' "$NODE_RANK/$NNODES" "$MASTER_ADDR:$MASTER_PORT" "$NGPU" "$LOG_RANK" "$MAX_RESTARTS" \\
+    "$SLURM_CPUS_PER_TASK cores"
 printf '<%s>' "$@"
 echo
 if [ "$END" = wait ]; then
@@ -70,6 +71,7 @@ def submit(tmp_path):
             "SLURM_JOB_NODELIST": "host-7,host-9",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_CPUS_PER_TASK": "64",
             "TORCHTRAIN": str(node),
             "REQUEUED": str(folder / "requeued"),
             "END": end,
@@ -98,7 +100,7 @@ def test_each_node_gets_its_place_and_the_runs_options_and_has_a_log(submit):
     assert job.finish() == (0, [], [])
     given = "<--job.description><two words><--training.steps=3>"
     for node in (0, 1):
-        assert job.log(node) == f"{node}/2 host-7:22345 4 0,4 3 {given}\n"
+        assert job.log(node) == f"{node}/2 host-7:22345 4 0,4 3 64 cores {given}\n"
 
 
 def test_what_the_site_has_set_stays(submit):

@@ -4,7 +4,8 @@ This file is both, by the name that it is run under. As the real ones do:
 
 - srun starts a task per node, each with its SLURM_NODEID, writes their output to --output (%n: the
   node), passes SIGUSR2 on to every process of every task, kills the tasks at SIGTERM, and returns
-  the highest exit status, or 128 + n where signal n ended a task.
+  the highest exit status, or 128 + n where signal n ended a task. A task has one core, whatever
+  the job's have, unless SRUN_CPUS_PER_TASK says otherwise.
 - scontrol shows the hosts of a list, one without brackets, and notes which jobs it queues again.
 
 Sources: https://slurm.schedmd.com/srun.html, and src/srun/libsrun/srun_job.c for SIGTERM.
@@ -55,11 +56,16 @@ def srun(arguments):
     signal.signal(signal.SIGTERM, lambda number, _: send(signal.SIGKILL, tasks))
     for node in map(str, range(int(os.environ["SLURM_JOB_NUM_NODES"]))):
         prefix = shlex.split(os.environ.get("NODE_PREFIX", "").replace("%n", node))
+        own = {
+            "SLURM_NODEID": node,
+            "SLURM_PROCID": node,
+            "SLURM_CPUS_PER_TASK": os.environ.get("SRUN_CPUS_PER_TASK", "1"),
+        }
         with open(options["--output"].replace("%n", node), "ab") as log:
             tasks.append(
                 subprocess.Popen(
                     [*prefix, *arguments],
-                    env={**os.environ, "SLURM_NODEID": node, "SLURM_PROCID": node},
+                    env=os.environ | own,
                     stdout=log,
                     stderr=log,
                 )
