@@ -1,20 +1,23 @@
-"""Two machines of two ranks each, in network namespaces of this one, under slurm/train.sbatch.
+"""Two machines of two ranks each, in network namespaces of this one.
 
     sudo python test/many_machines.py
 
-Needs root and `ip` (Debian's iproute2), and takes a minute. Each machine has a network stack, a
-host name and an /etc/hosts of its own, machine 1 that of Debian, and reaches the other by a cable
-alone. The script's own lines start the job, under the tests' stand-in for srun and scontrol:
+Needs root and `ip` (Debian's iproute2), and takes minutes. Each machine has a network stack, a host
+name and an /etc/hosts of its own, machine 1 that of Debian, and reaches the other by a cable alone.
+A run of 10 steps is trained on them twice:
 
-1. In step 4 machine 1 is lost, with all that runs on it; Slurm ends the job and queues it again.
-2. In step 7 the job's time is up: SIGUSR2 to the script, which queues it again.
-3. The run ends, after 10 steps. Its lines must be, to the bit, those of four ranks on one machine
-   that nothing has happened to.
+- as a Slurm job, by the lines of slurm/train.sbatch, under the tests' stand-in for srun and
+  scontrol. In step 4 machine 1 is lost, with all that runs on it; Slurm ends the job and queues it
+  again. In step 7 the job's time is up: SIGUSR2 to the script, which queues it again.
+- as pods, by the command of examples/kubernetes/trainjob.yaml. In step 4 machine 1 is lost, and its
+  pod replaced. In step 7 that is drained, and all pods are replaced.
 
-It is no part of the suite, which may run without root. Exit status: 0 if all of this is so.
+The run's lines must be, to the bit, those of four ranks on one machine that nothing has happened
+to. It is no part of the suite, which may run without root. Exit status: 0 if all of this is so.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import yaml
 from helpers import slurm
 from helpers.forking import train
 from helpers.launching import ROOT, environment, kill_group, options, wait_for_step, write_corpus
@@ -130,19 +134,56 @@ class Job:
         return "".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
 
-def run(folder, stack):
-    """Return the run's lines, and those of one that nothing has happened to."""
-    data = {
-        "training.dataset": "text",
-        "training.dataset_path": str(write_corpus(folder / "corpus")),
-        "data.cache_folder": str(folder / "cache"),
-        "checkpoint.interval": 2,
-    }
-    train(4, saving(data, folder / "untouched") | data)
-    (folder / "pause.py").write_text(PAUSE.replace("FOLDER", repr(str(folder))))
-    given = saving(data, folder / "run", **{"experimental.custom_import": folder / "pause.py"})
-    job = Job(folder, given | data)
-    connect_machines(stack)
+class Pods:
+    """The pods of a TrainJob on two nodes, one on each machine."""
+
+    def __init__(self, folder, given):
+        self.folder, self.given = folder, given
+        manifest = (ROOT / "examples" / "kubernetes" / "trainjob.yaml").read_text()
+        *_, job = yaml.safe_load_all(manifest)
+        self.command = job["spec"]["trainer"]["command"]
+        self.pods = {}
+        (folder / "programs").mkdir()
+        program = folder / "programs" / "torchtrain"
+        program.write_text(f'#!/bin/sh\nexec {ROOT / "run_llama_train.sh"} "$@"\n')
+        program.chmod(0o755)
+
+    def start(self, number):
+        paths = [self.folder / "programs", Path(sys.executable).parent, os.environ["PATH"]]
+        variables = {
+            "PATH": os.pathsep.join(map(str, paths)),
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "auto",
+            "PET_NODE_RANK": str(number),
+            "PET_MASTER_ADDR": "machine-0",
+            "PET_MASTER_PORT": "29500",
+            "MAX_RESTARTS": "10",
+        }
+        machine = shlex.split(ON_MACHINE.replace("%n", str(number)))
+        with open(self.folder / f"pod-{number}.log", "ab") as log:
+            self.pods[number] = subprocess.Popen(
+                [*machine, *self.command, *options(self.given)],
+                env=environment(2) | variables,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_for_step(self, step):
+        is_alive = self.pods[0].poll
+        wait_for_step(lambda: is_alive() is None, self.given["job.dump_folder"], step)
+
+    def wait(self):
+        return [self.pods[number].wait(timeout=180) for number in (0, 1)]
+
+    def logs(self):
+        files = sorted(self.folder.glob("pod-*.log"))
+        return "".join(f"--- {file.name}\n{file.read_text()}" for file in files)
+
+
+def run_job(folder, given):
+    """Train as a Slurm job."""
+    job = Job(folder, given)
     try:
         job.start()
         job.wait_for_step(3)
@@ -156,11 +197,11 @@ def run(folder, stack):
         job.process.send_signal(signal.SIGUSR2)
         time.sleep(0.5)
         (folder / "go-7").touch()
-        status = job.process.wait(timeout=120)
+        status = job.process.wait(timeout=180)
         assert status == 128 + signal.SIGUSR2, status
         assert (folder / "requeued").read_text() == "12345\n"
         job.start()
-        status = job.process.wait(timeout=120)
+        status = job.process.wait(timeout=180)
         assert status == 0, status
         said = (folder / "logs" / "job-12345" / "node-1.log").read_text()
         assert said.count("GLOO_SOCKET_IFNAME = cable-1, for this machine's name, machine-1") == 3
@@ -169,7 +210,50 @@ def run(folder, stack):
         raise
     finally:
         job.end()
-    return curve(folder / "run"), curve(folder / "untouched")
+
+
+def run_pods(folder, given):
+    """Train as pods."""
+    pods = Pods(folder, given)
+    try:
+        pods.start(0)
+        pods.start(1)
+        pods.wait_for_step(3)
+        lose_machine(1)
+        pods.pods[1].wait()
+        print("machine 1 is lost in step 4; its pod is replaced")
+        (folder / "go-4").touch()
+        pods.start(1)
+        pods.wait_for_step(6)
+        print("the pod on machine 1 is drained in step 7; all pods end, and are replaced")
+        pods.pods[1].send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        (folder / "go-7").touch()
+        statuses = pods.wait()
+        assert statuses == [128 + signal.SIGTERM] * 2, statuses
+        pods.start(0)
+        pods.start(1)
+        statuses = pods.wait()
+        assert statuses == [0, 0], statuses
+    except BaseException:
+        print(pods.logs())
+        raise
+    finally:
+        lose_machine(0)
+        lose_machine(1)
+
+
+def check(folder, train_on_machines, data):
+    """Train on the machines, and hold the run's lines against the untouched run's."""
+    own = folder / train_on_machines.__name__
+    own.mkdir()
+    (own / "pause.py").write_text(PAUSE.replace("FOLDER", repr(str(own))))
+    given = saving(data, own / "run", **{"experimental.custom_import": own / "pause.py"})
+    train_on_machines(own, given | data)
+    ours, theirs = curve(own / "run"), curve(folder / "untouched")
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    assert ours == theirs
+    print(f"{STEPS} steps on two machines, one lost and one stop: the same to the bit")
 
 
 def main():
@@ -178,10 +262,16 @@ def main():
         return 2
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="machines-")))
-        ours, theirs = run(folder, stack)
-    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
-    assert ours == theirs
-    print(f"{STEPS} steps on two machines, one lost and one stop: the same to the bit")
+        data = {
+            "training.dataset": "text",
+            "training.dataset_path": str(write_corpus(folder / "corpus")),
+            "data.cache_folder": str(folder / "cache"),
+            "checkpoint.interval": 2,
+        }
+        train(4, saving(data, folder / "untouched") | data)
+        connect_machines(stack)
+        check(folder, run_job, data)
+        check(folder, run_pods, data)
     return 0
 
 
