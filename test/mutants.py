@@ -2164,6 +2164,11 @@ MUTANTS = {
     ],
     "torchtrain/datasets/compressed.py": [
         (
+            "a name alone says that a file is compressed",
+            'return named if named in FORMATS and not plain.match(beginning) else ""',
+            'return named if named in FORMATS else ""',
+        ),
+        (
             "what is before a break is lost with it",
             "                yield from self._read_to_break(",
             "                self._read_to_break(",

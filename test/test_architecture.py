@@ -93,10 +93,10 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_441
+LIMIT_CORE = 12_467
 FOLDER_LIMITS = {
     "config": 1_840,
-    "datasets": 2_547,
+    "datasets": 2_558,
     "parallelisms": 1800,
     "checkpoint": 1_288,
     "models": 800,

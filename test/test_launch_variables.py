@@ -67,6 +67,10 @@ def test_a_rank_that_has_all_it_needs_is_let_through(left_out):
         ({"LOCAL_RANK": "1"}, "LOCAL_RANK = 1: must be below WORLD_SIZE (1, since it is not set)"),
         ({**ONE_OF_FOUR, "RANK": "${SLURM_PROCID}"}, "RANK = '${SLURM_PROCID}': must be a whole "),
         ({**ONE_OF_FOUR, "RANK": "-1"}, "RANK = '-1': must be a whole number >= 0. "),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": ""},
+            "TORCHELASTIC_MAX_RESTARTS = '': must be a whole number >= 0. ",
+        ),
         ({"RANK": ""}, "RANK = '': must be a whole number >= 0. "),
         ({**ONE_OF_FOUR, "MASTER_PORT": "none"}, "MASTER_PORT = 'none': must be a whole number "),
         ({**ONE_OF_FOUR, "MASTER_PORT": "65536"}, "MASTER_PORT = 65536: must be at most 65535"),

@@ -10,6 +10,8 @@ from torchtrain.errors import UserError
 
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a rank needs, beside WORLD_SIZE, to meet the others."""
+COUNTS = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+"""How often torchrun has started the ranks again, and may."""
 OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Is set where torchrun, or our launcher, has started this rank, and keeps a store for it."""
 ADVICE = (
@@ -24,6 +26,8 @@ def check_place(variables: Mapping[str, str]) -> None:
     Raises:
         UserError: one has an impossible value, or one of several ranks lacks some.
     """
+    for name in COUNTS:
+        _number(variables, name, default=0, least=0)
     world_size = _number(variables, "WORLD_SIZE", default=1, least=1)
     for name in ("RANK", "LOCAL_RANK"):
         if _number(variables, name, default=0, least=0) >= world_size:

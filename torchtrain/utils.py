@@ -1,10 +1,12 @@
 """Small helpers without torch, shared by every room."""
 
+import argparse
 import difflib
 import errno
 import glob
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +20,10 @@ from torchtrain.errors import UserError
 IGNORE_INDEX = -100
 """A label that is not valid: it adds nothing to the loss, the gradient or the count. PyTorch's own
 default."""
+
+# How the address of another storage begins: s3://, gs://, hf://, file:// and so on.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+VARIABLE = re.compile(r"\$\w|\$\{")
 
 # In the run's folder, JSON objects line by line:
 METRICS_FILE = "metrics.jsonl"  # one per logged step
@@ -65,6 +71,32 @@ def expand_user(path: str | Path) -> Path:
     That of an unknown user stays as it is, where `Path.expanduser` raises.
     """
     return Path(os.path.expanduser(path))
+
+
+def describe_no_folder(given: str) -> str | None:
+    """Return why a run cannot write there: it is no path, but looks like a mistake for one.
+
+    None where it is a path.
+    """
+    if ADDRESS.match(given):
+        return (
+            "is an address, and a run writes to folders alone: name one, for example where that "
+            "storage is mounted, or copy what the run has written"
+        )
+    if VARIABLE.search(given):
+        return "has a variable, which only a shell replaces: write what it stands for"
+    return None
+
+
+def output_path(given: str) -> Path:
+    """Return the path of what a command writes, its `~` resolved.
+
+    Raises:
+        ArgumentTypeError: it is none, which argparse says.
+    """
+    if fault := describe_no_folder(given):
+        raise argparse.ArgumentTypeError(f"{given!r} {fault}")
+    return expand_user(given)
 
 
 def load_attribute(path: str, what: str) -> Any:

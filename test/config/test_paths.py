@@ -7,7 +7,8 @@ from torchtrain.config.plans import list_output_folders
 from torchtrain.config.schema import Checkpoint
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import ConfigError
-from torchtrain.tools import trained_model
+from torchtrain.tools import convert, trained_model
+from torchtrain.utils import describe_no_folder
 
 
 @pytest.fixture
@@ -40,7 +41,26 @@ def test_an_address_is_no_folder(home, key, given):
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", ["runs/a:b", "a:b/c", "./s3", "/s3:/a", "C/:/x"])
+@pytest.mark.parametrize("key", WRITTEN)
+@pytest.mark.parametrize("given", ["$HOME/run", "${SCRATCH}/run", "/data/$USER"])
+def test_a_variable_that_no_shell_has_replaced_is_no_folder(home, key, given):
+    (home / "config.toml").write_text(f'{key} = "{given}"\n')
+    with pytest.raises(ConfigError, match="has a variable, which only a shell replaces") as refused:
+        JobConfig().parse_args(["--job.config_file=~/config.toml"], world_size=1)
+    assert f'{key} = "{given}" ' in str(refused.value)
+
+
+def test_what_a_command_writes_is_a_path_too(home, capsys):
+    for given in ("s3://bucket/model", "$HOME/model"):
+        for command in (["to-hf", "run", given], ["from-hf", "model", given]):
+            with pytest.raises(SystemExit) as ended:
+                convert.main(command)
+            assert ended.value.code == 2
+            assert f"{given!r} {describe_no_folder(given)}" in capsys.readouterr().err
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["runs/a:b", "a:b/c", "./s3", "/s3:/a", "C/:/x", "a$", "5$"])
 def test_a_colon_is_no_address(home, given):
     assert JobConfig().parse_args(["--job.dump_folder", given], 1).job.dump_folder == given
 

@@ -122,6 +122,18 @@ def test_each_is_read_alone_too(tmp_path, name):
     assert read(tmp_path) == read(tmp_path / name) == read(tmp_path, "mixed")
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.ndjson.zst", "a.log"])
+@pytest.mark.parametrize("content", [lines("one", "two"), b"\xef\xbb\xbf \n" + array("one", "two")])
+def test_what_is_compressed_is_seen_by_its_content(tmp_path, name, compress, content):
+    """As where a download has decompressed a file, and left its name."""
+    if b"[" in content:
+        name = name.replace("jsonl", "json").replace("ndjson", "json").replace("log", "json")
+    write(tmp_path, {name: compress(content)})
+    documents = open_corpus("jsonl", str(tmp_path / name), "text").documents()
+    assert [document.text for document in documents] == ["one", "two"]
+
+
 def test_the_ending_of_parquet_in_any_case(tmp_path):
     write(tmp_path, {"x.PARQUET": b"no table"})
     assert "the parquet data is broken" in fault(tmp_path, "parquet")

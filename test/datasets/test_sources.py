@@ -191,7 +191,7 @@ HOSTILE = {
         ":",
         "the gzip data is broken",
     ),
-    "no gzip": ("x.jsonl.gz", FINE, "broken gzip", ":1", "the rest is not read"),
+    "no gzip": ("x.jsonl.gz", b"hello", "broken gzip", ":1", "the rest is not read"),
     "cut zstd": (
         "x.jsonl.zst",
         zstd(MANY)[:-20_000],
@@ -199,7 +199,7 @@ HOSTILE = {
         ":",
         "the zstd data is broken",
     ),
-    "no zstd": ("x.jsonl.zst", FINE, "broken zstd", ":1", "the zstd data is broken"),
+    "no zstd": ("x.jsonl.zst", b"hello", "broken zstd", ":1", "the zstd data is broken"),
     "text in latin-1": ("x.txt", b"caf\xe9", "invalid UTF-8", "", "0xe9 in byte 4;"),
     "picture": ("x.png", b"\x89PNG\r\n\x1a\n", "invalid UTF-8", "", "or remove it"),
     "no parquet": ("x.parquet", b"hello", "broken parquet", ":1", "the parquet data is broken"),

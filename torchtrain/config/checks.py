@@ -1,6 +1,5 @@
 """What is wrong with keys together: one function per subject, each yielding its faults."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +17,10 @@ from torchtrain.config.schema import Checkpoint, Config
 from torchtrain.config.sources import DataSource, plan_sources
 from torchtrain.config.toml import quoted
 from torchtrain.errors import UserError
-from torchtrain.utils import expand_user
+from torchtrain.utils import describe_no_folder, expand_user
 
 # What a pipeline's stages and microbatches depend on.
 PIPELINE_KEYS = (*layout.DEGREE_KEYS, *layout.PIPELINE_KEYS)
-
-# How the address of another storage begins: s3://, gs://, hf://, file:// and so on.
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 # What the user's own code may add names to.
 NAMED_BY_USERS = (
@@ -265,11 +261,8 @@ def _check_folders(config: Config) -> Faults:
         ("profiling.save_memory_snapshot_folder", config.profiling.save_memory_snapshot_folder),
         ("data.cache_folder", config.data.cache_folder or ""),
     ):
-        if ADDRESS.match(given):
-            yield Fault(
-                f"{key} = {quoted(given)} is an address, and a run writes to folders alone: name "
-                "one, for example where that storage is mounted, or copy what the run has written"
-            )
+        if fault := describe_no_folder(given):
+            yield Fault(f"{key} = {quoted(given)} {fault}")
     for key, folder in list_output_folders(config).items():
         inside = folder.parts and ".." not in folder.parts
         if not folder.is_absolute() and not inside:

@@ -53,6 +53,27 @@ MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 FAULTS = (zlib.error, zstandard.ZstdError)
 
 
+def find_format(path: Path, plain: re.Pattern[bytes]) -> str:
+    """Return the ending in FORMATS of a file's format, whatever it is called; empty if plain.
+
+    A tool may have decompressed a file on its way, or compressed one, and left its name.
+
+    Args:
+        path: of the file.
+        plain: what it begins with if it is not compressed; else a name of FORMATS is believed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        beginning = file.read(PIECE)
+    for ending, (_, _, begins) in FORMATS.items():
+        if begins.match(beginning):
+            return ending
+    named = path.suffix.lower()
+    return named if named in FORMATS and not plain.match(beginning) else ""
+
+
 class CompressedFile:
     """The content of a file of gzip members or zstd frames, one after the other.
 
@@ -60,12 +81,13 @@ class CompressedFile:
     a warning anything else, as gzip does.
 
     Args:
-        path: whose ending, in any case, is one of FORMATS.
+        path: of the file.
+        ending: of FORMATS, what its format's files are called.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ending: str) -> None:
         self.path = path
-        self.format, self._new, self._beginning = FORMATS[path.suffix.lower()]
+        self.format, self._new, self._beginning = FORMATS[ending]
         self.fault = ""
         """What is broken, once all that comes before the break has been read."""
 

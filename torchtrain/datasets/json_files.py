@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from torchtrain.datasets.compressed import FORMATS, CompressedFile, split_lines
+from torchtrain.datasets.compressed import CompressedFile, find_format, split_lines
 from torchtrain.datasets.corpora import (
     KINDS_OF_VALUES,
     BadRow,
@@ -24,6 +24,8 @@ MAY_BE_WHOLE = re.compile(r"\.json(\.gz|\.zst)?$", re.IGNORECASE)
 """And of those that may hold one value on several lines, an array or an object."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some editors add one."""
+BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\s*[{\[]")
+"""How a plain file begins."""
 PIECE = 1 << 16
 """Bytes of a plain file that are read at a time."""
 OF_A_CUT_ROW = frozenset({"broken JSON", "invalid UTF-8", "not an object"})
@@ -35,12 +37,16 @@ SPACE = re.compile(r"[ \t\r\n]*")
 def read_json(file: Path, text_key: str) -> Rows:
     """Read the rows of a file: its lines or, by its name and content, the elements of an array.
 
+    Whether it is compressed its content says first, and then its name.
+
     Blank lines do not count. An array is read as a whole before its first row.
 
     Raises:
         UserError: the file cannot be read.
     """
-    compressed = CompressedFile(file) if file.suffix.lower() in FORMATS else None
+    with user_errors(f"cannot read {str(file)!r}", OSError):
+        ending = find_format(file, BEGINNING)
+    compressed = CompressedFile(file, ending) if ending else None
     last = 0
     held: Row | None = None
     for number, row in _read_rows(file, compressed, text_key):

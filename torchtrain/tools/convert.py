@@ -43,7 +43,7 @@ from torchtrain.orphans import end_with_rank
 from torchtrain.tools.hf_export import Export, write_hf_folder
 from torchtrain.tools.hf_tokenizer import write_tokenizer
 from torchtrain.tools.trained_model import find_trained
-from torchtrain.utils import expand_user, plural, user_errors
+from torchtrain.utils import expand_user, output_path, plural, user_errors
 
 
 def to_hf(
@@ -216,13 +216,13 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("to-hf", help="from a checkpoint to a Hugging Face folder")
     out.add_argument("checkpoint", help="folder of a run, or of one of its checkpoints")
-    out.add_argument("output", type=expand_user, metavar="folder", help="folder to make")
+    out.add_argument("output", type=output_path, metavar="folder", help="folder to make")
     out.add_argument("--dtype", choices=DTYPES, help="type of the weights (as they are)")
     out.add_argument("--shard-size", type=float, default=5.0, help="GB of one file (%(default)s)")
     out.add_argument("--tokenizer", help="its file or folder (the run's)")
     back = commands.add_parser("from-hf", help="from a Hugging Face folder to a checkpoint")
     back.add_argument("source", type=expand_user, help="the folder, or one safetensors file in it")
-    back.add_argument("output", type=expand_user, help="folder of the checkpoint to make")
+    back.add_argument("output", type=output_path, help="folder of the checkpoint to make")
     given = parser.parse_args(arguments)
     if given.command == "to-hf" and not given.shard_size > 0:
         parser.error(f"--shard-size {given.shard_size}: must be above 0")

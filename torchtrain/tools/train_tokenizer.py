@@ -10,7 +10,6 @@ import argparse
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import sentencepiece
 
@@ -20,6 +19,7 @@ from torchtrain.config.sources import DataSource
 from torchtrain.datasets.open import open_source
 from torchtrain.datasets.tokenizer import LONG_TEXT, SentencePieceTokenizer
 from torchtrain.errors import UserError
+from torchtrain.utils import output_path
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
@@ -74,20 +74,20 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _train(options: argparse.Namespace) -> None:
-    output = Path(options.output)
+    output = options.output
     if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {options.output!r} must be a file name in a folder that exists")
+        raise UserError(f"--output {str(output)!r} must be a file name in a folder that exists")
     if options.custom_import:
         import_custom(options.custom_import)
     data = Data()
     data.text_key = options.text_key
     corpus = open_source(DataSource(options.dataset, options.dataset_path), data)
     model = train_tokenizer((document.text for document in corpus.documents()), options.vocab_size)
-    tokenizer = SentencePieceTokenizer(model, options.output)
+    tokenizer = SentencePieceTokenizer(model, str(output))
     try:
         output.write_bytes(model)
     except OSError as error:
-        raise UserError(f"cannot write --output {options.output!r}: {error.strerror}") from error
+        raise UserError(f"cannot write --output {str(output)!r}: {error.strerror}") from error
     size = f"{tokenizer.vocab_size:,} tokens"
     print(f"{output}: {size} from {corpus.name}, sha256 {tokenizer.fingerprint}")
 
@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Train a lossless byte-fallback BPE model.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
+    parser.add_argument(
+        "--output", required=True, type=output_path, metavar="FILE", help="the model file to write"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=2048, help="number of tokens (default: %(default)s)"
     )
