@@ -3,6 +3,7 @@
 No GPU is needed: the checks are functions of facts about one.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ from torchtrain.tools import parity_ranks
 from torchtrain.tools.layouts import LAYOUTS
 from torchtrain.tools.parity_plan import make_plan
 
-H100 = DeviceFacts(type="cuda", name="NVIDIA H100 80GB HBM3", has_bf16=True)
+H100 = DeviceFacts(type="cuda", name="NVIDIA H100 80GB HBM3", has_bf16=True, has_float8=True)
+A100 = DeviceFacts(type="cuda", name="NVIDIA A100", has_bf16=True)
 T4 = DeviceFacts(type="cuda", name="Tesla T4", has_bf16=False)
 CPU = DeviceFacts(type="cpu", name="CPU", has_bf16=True)
 
@@ -26,6 +28,8 @@ RING = {"parallelism.context_parallel_degree": 2}
 ULYSSES = RING | {"parallelism.context_parallel_method": "ulysses"}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 COMPILED = {"compile.enable": True}
+FLOAT8 = {"model.converters": "quantize.linear.float8"}
+EMULATED = FLOAT8 | {"quantize.linear.float8.emulate": True}
 
 
 def wide(width):
@@ -77,6 +81,17 @@ CASES = {
         'which parallelism.context_parallel_method = "ring" needs; set',
     ),
     "fp32, compiled, in a ring": (COMPILED | RING, T4, ""),
+    "float8": (FLOAT8 | COMPILED, H100, ""),
+    "float8 where there is none": (
+        FLOAT8,
+        A100,
+        'model.converters = ["quantize.linear.float8"]: NVIDIA A100 has no float8, which NVIDIA\'s '
+        "cards have from compute capability 8.9 on, AMD's from 9.4 on; set model.converters = [], "
+        "or, to try it out, quantize.linear.float8.emulate = true",
+    ),
+    "float8 on a CPU": (FLOAT8, CPU, "CPU has no float8"),
+    "float8 emulated": (EMULATED, CPU, ""),
+    "float8 emulated on a card": (EMULATED, T4, ""),
     "all on a CPU": (MASKS | BF16 | COMPILED, CPU, ""),
     "a ring on a CPU": (RING | BF16 | wide(10), CPU, ""),
 }
@@ -122,14 +137,39 @@ def test_bf16_that_is_emulated_is_warned_of(given, facts, caplog, monkeypatch):
 
 def test_the_facts_are_those_of_the_ranks_own_device(monkeypatch):
     device = torch.device("cuda", 1)
+    capability = (8, 6)
     module = SimpleNamespace(
         get_device_name=lambda asked: f"card {asked.index}",
+        get_device_capability=lambda asked: capability,
         # PyTorch says that each has it, if emulation counts.
         is_bf16_supported=lambda including_emulation=True: including_emulation,
     )
     monkeypatch.setattr(torch, "get_device_module", lambda asked: module)
     assert find_device_facts(device) == DeviceFacts(type="cuda", name="card 1", has_bf16=False)
+    capability = (8, 9)
+    assert find_device_facts(device).has_float8
     assert find_device_facts(torch.device("cpu")).type == "cpu"
+
+
+def test_float8_by_itself_is_slower_which_is_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(train.logger, "propagate", True)
+    monkeypatch.setattr(train.logger, "handlers", [])
+    check(FLOAT8 | COMPILED, H100)
+    check(EMULATED, H100)
+    assert not caplog.records
+    for given in ({}, COMPILED | {"compile.components": "loss"}):
+        caplog.clear()
+        check(FLOAT8 | given, H100)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("float8 without compile.enable: casts to float8 run")
+
+
+def test_float8_without_torchao_is_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(
+        UserError, match=r"float8\"\] needs the package torchao: pip install torchao$"
+    ):
+        check(EMULATED, CPU)
 
 
 @pytest.mark.usefixtures("alone")

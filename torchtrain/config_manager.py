@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from pydantic import PrivateAttr
 
 from torchtrain.config.reading import Source, read_config
-from torchtrain.config.schema import SECTIONS, Config
+from torchtrain.config.schema import Config
 from torchtrain.errors import ConfigError, UserError
 from torchtrain.launch_variables import check_place
 
@@ -40,8 +40,8 @@ class JobConfig(Config):
     ) -> "JobConfig":
         """Fill the sections in place, as `read_config` reads them, and return the config."""
         config, self._notes = read_config(args_list, world_size, beneath)
-        for section in SECTIONS:
-            setattr(self, section, getattr(config, section))
+        for field in Config.model_fields:
+            setattr(self, field, getattr(config, field))
         return self
 
 

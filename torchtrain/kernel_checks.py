@@ -3,11 +3,13 @@
 The limits are those of PyTorch's kernels for GPUs: FlexAttention's, in
 torch/_inductor/kernel/flex/flex_attention.py; flash attention's and memory-efficient attention's,
 in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; the compiler's, in
-torch/_inductor/compile_fx.py.
+torch/_inductor/compile_fx.py; float8's, in aten/src/ATen/native/cuda/ScaledBlas.cpp.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,9 +18,11 @@ from torchtrain.config.plans import plan_shape
 from torchtrain.config.schema import Config
 from torchtrain.errors import UserError
 from torchtrain.logging_utils import logger
+from torchtrain.utils import import_package, require_package
 
 LEAST_MASKED_WIDTH = 16
 LARGEST_FLASH_WIDTH = 256
+ASKS_FOR_FLOAT8 = 'model.converters = ["quantize.linear.float8"]'
 RING_MULTIPLES = {"bfloat16": 8, "float32": 4}
 """What a head width must be a multiple of, by compute precision."""
 
@@ -33,6 +37,8 @@ class DeviceFacts:
     """The maker's."""
     has_bf16: bool
     """Whether it computes in bf16 by itself; else PyTorch emulates some of it."""
+    has_float8: bool = False
+    """Whether it multiplies matrices in float8."""
 
 
 def find_device_facts(device: torch.device) -> DeviceFacts:
@@ -41,10 +47,12 @@ def find_device_facts(device: torch.device) -> DeviceFacts:
         name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
         return DeviceFacts(type="cpu", name=name, has_bf16=True)  # see emulated_bf16.py
     module = torch.get_device_module(device)
+    least = (9, 4) if torch.version.hip else (8, 9)
     return DeviceFacts(
         type=device.type,
         name=module.get_device_name(device),
         has_bf16=module.is_bf16_supported(including_emulation=False),
+        has_float8=device.type == "cuda" and module.get_device_capability(device) >= least,
     )
 
 
@@ -54,15 +62,53 @@ def check_kernels(config: Config, facts: DeviceFacts) -> None:
     Raises:
         UserError: it lacks some; all of them, one per line.
     """
-    if facts.type == "cpu":
-        return
-    faults = [
+    faults = list(_check_float8(config, facts))
+    if facts.type != "cpu":
+        faults += _check_gpu_kernels(config, facts)
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _check_gpu_kernels(config: Config, facts: DeviceFacts) -> list[str]:
+    return [
         *_check_masks(config, facts),
         *_check_ring(config, facts),
         *_check_precision(config, facts),
     ]
-    if faults:
-        raise UserError("\n".join(faults))
+
+
+def import_float8() -> Any:
+    """Return torchao's module for float8.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    # Each is a warning as it is imported: that kernels do not load which training does not use,
+    # and what it should no longer call.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    require_package("torchao", ASKS_FOR_FLOAT8)
+    return import_package("torchao.float8", ASKS_FOR_FLOAT8)
+
+
+def _check_float8(config: Config, facts: DeviceFacts) -> Iterator[str]:
+    """Yield why linear layers cannot compute in float8; warn where they are slower for it."""
+    if not config.model.converters:
+        return
+    import_float8()
+    if config.quantize_linear_float8.emulate:
+        return
+    if not facts.has_float8:
+        yield (
+            f"{ASKS_FOR_FLOAT8}: {facts.name} has no float8, which "
+            "NVIDIA's cards have from compute capability 8.9 on, AMD's from 9.4 on; set "
+            "model.converters = [], or, to try it out, quantize.linear.float8.emulate = true"
+        )
+    elif not (config.compile.enable and "model" in config.compile.components):
+        logger.warning(
+            "float8 without compile.enable: casts to float8 run by themselves, and cost more time "
+            "than the products save"
+        )
 
 
 def _check_masks(config: Config, facts: DeviceFacts) -> Iterator[str]:

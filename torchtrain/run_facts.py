@@ -15,8 +15,9 @@ from torchtrain.dtypes import DTYPES
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import describe as describe_schedule
 from torchtrain.metrics import MetricsLogger, find_peak_flops
-from torchtrain.models.decoder import load_decoder
+from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.models.moe import SparseFeedForward
+from torchtrain.parallelisms.float8 import describe_float8
 from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import Trainer
 from torchtrain.utils import plural
@@ -92,6 +93,10 @@ def describe(trainer: Trainer) -> RunFacts:
         f"reductions {training.mixed_precision_reduce}"
         f"{f', optimizer states {states}' if states else ''}"
     )
+    if config.model.converters:
+        whole = build_whole(trainer)
+        text = describe_float8(whole, config.quantize_linear_float8, plan.degrees.tp)
+        logger.info(f"float8     {text}")
     if plan.length.source:
         logger.info(f"length     {plural(plan.steps, 'step')}: {plan.length.source}")
     logger.info(f"data       {trainer.loader.describe(plan.steps)}")
@@ -104,11 +109,16 @@ def describe(trainer: Trainer) -> RunFacts:
     return facts
 
 
+def build_whole(trainer: Trainer) -> Decoder:
+    """Build the whole model on the meta device, as one process has it."""
+    with torch.device("meta"):
+        return load_decoder(trainer.config.model.name)(trainer.plan.shape)
+
+
 def find_facts(trainer: Trainer) -> RunFacts:
     """Return the facts for run.json."""
     plan = trainer.plan
-    with torch.device("meta"):
-        whole = load_decoder(trainer.config.model.name)(plan.shape)
+    whole = build_whole(trainer)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     sparse = [module for module in whole.modules() if isinstance(module, SparseFeedForward)]
     idle = sum(module.idle_parameters for module in sparse)

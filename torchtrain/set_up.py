@@ -337,6 +337,7 @@ def build_model(
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
+        float8=config.quantize_linear_float8 if config.model.converters else None,
         fsdp=fsdp,
     )
     parts = build_parts(model_class, plan.shape, stages, mesh, techniques)

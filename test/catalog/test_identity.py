@@ -327,7 +327,7 @@ def changes(saved_overrides, overrides):
     def dump(given):
         sections = JobConfig().model_dump(mode="json")
         for name, value in given.items():
-            section, _, key = name.partition(".")
+            section, _, key = name.rpartition(".")
             sections[section][key] = value
         return sections
 

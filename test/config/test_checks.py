@@ -28,6 +28,15 @@ BAD_COMBINATIONS = {
         '[optimizer]\nstate_dtype = "float32"\n[training]\ndtype = "bfloat16"',
         ['optimizer.state_dtype = "float32": with training.dtype = "bfloat16"', "or leave it out"],
     ),
+    "sequences whose tokens float8 cannot multiply": (
+        '[model]\nconverters = ["quantize.linear.float8"]\n[training]\nseq_len = 100',
+        ["training.seq_len = 100: with float8 (model.converters)", "a multiple of 16 tokens"],
+    ),
+    "small layers left out by torchtitan's own rule": (
+        '[model]\nconverters = ["quantize.linear.float8"]\n'
+        '[quantize.linear.float8]\nfilter_fqns = ["output", "auto_filter_small_kn"]',
+        ['"auto_filter_small_kn", by which torchtitan leaves small layers out', "name them"],
+    ),
     "output folder that is the run's": (
         '[checkpoint]\nfolder = "."',
         ["checkpoint.folder", "inside job.dump_folder"],

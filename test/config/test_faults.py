@@ -43,6 +43,14 @@ BAD_NAMES = {
         '[job]\nconfig_file = "a"',
         ["job.config_file", "command line only"],
     ),
+    "misspelt key of a section in a section": (
+        "[quantize.linear.float8]\nemulat = true",
+        ["quantize.linear.float8.emulat = true", "did you mean quantize.linear.float8.emulate?"],
+    ),
+    "section in a section that nobody knows": (
+        "[quantize.linear]\nfloat4 = {}",
+        ["the sections are job"],
+    ),
     "another trainer's name": (
         "[optimizer]\nlearning_rate = 1e-3",
         ["optimizer.learning_rate = 0.001: unknown; did you mean optimizer.lr?"],
@@ -87,6 +95,10 @@ BAD_VALUES = {
     "string for list": (
         '[compile]\ncomponents = "model"',
         ['compile.components = "model"', "a list with", "loss"],
+    ),
+    "converter that is not there": (
+        '[model]\nconverters = ["quantize.linear.mx"]',
+        ["a list with any of quantize.linear.float8"],
     ),
     "bad list item": (
         '[compile]\ncomponents = ["model", "los"]',
@@ -238,7 +250,7 @@ def test_every_number_has_its_bounds_here():
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_number_is_taken_at_its_bounds_and_refused_beyond(name):
     taken, refused = BOUNDS[name]
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".")
     for value in taken:
         assert value_fault(name, value) is None, value
     for value in refused:

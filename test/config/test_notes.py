@@ -42,6 +42,10 @@ IDLE = {
         "[checkpoint]\naccept_changed_data = true",
         ["accept_changed_data", "enable = false"],
     ),
+    "recipe of no converter": (
+        '[quantize.linear.float8]\nrecipe_name = "rowwise"',
+        ['float8.recipe_name = "rowwise" has no effect while model.converters = []'],
+    ),
     "momentum of AdamW": (
         "[optimizer]\nmuon_momentum = 0.9",
         ['optimizer.muon_momentum = 0.9 has no effect while optimizer.name = "AdamW"'],

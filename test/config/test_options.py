@@ -140,6 +140,11 @@ SHOWN_BY = {
     ),
     "lr_scheduler.log_schedule": "test_schedule_line_can_be_turned_off",
     "lr_scheduler.log_lr": "test_log_lr_prints_step_and_rate_between_full_lines",
+    "model.converters": "test_a_checkpoint_goes_between_runs_with_and_without",
+    **dict.fromkeys(
+        (f"quantize.linear.float8.{key}" for key in ("recipe_name", "filter_fqns", "emulate")),
+        "test_names_and_initial_weights_stay_and_every_option_changes_the_gradient",
+    ),
     "router.bias_update_rate": "test_metrics_and_biases_are_those_by_hand",
     "router.balance_loss_weight": "test_metrics_and_biases_are_those_by_hand",
     "router.z_loss_weight": "test_metrics_and_biases_are_those_by_hand",

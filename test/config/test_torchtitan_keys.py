@@ -13,7 +13,6 @@ ASKING = {
     "job.save_config_file": ('"all.json"', '""'),
     "job.custom_config_module": ('"my.config"', '""'),
     "metrics.save_for_all_ranks": ("true", "false"),
-    "model.converters": ('["quantize.linear.float8"]', "[]"),
     "model.print_after_conversion": ("true", "false"),
     "optimizer.early_step_in_backward": ("true", "false"),
     "training.dataloader": (None, "{ num_workers = 4, pin_memory = true }"),
@@ -38,7 +37,10 @@ ASKING = {
     "comm.save_traces_file_prefix": (None, '"rank_"'),
     "comm.mode": ('"fake_backend"', '"default"'),
     "experimental.custom_args_module": ('"my.config"', '""'),
-    "quantize": (None, "{ linear = { float8 = { emulate = true } } }"),
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": ("true", "false"),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": (None, "true"),
+    "quantize.linear.mx": (None, '{ recipe_name = "mxfp8_cublas" }'),
+    "quantize.grouped_mm": (None, '{ float8 = { fqns = ["experts"] } }'),
     "memory_estimation": (None, "{ disable_fake_mode = true }"),
     "memory_estimation.enable": ("true", "false"),
     "fault_tolerance": (None, '{ process_group = "gloo", group_size = 2 }'),
@@ -47,7 +49,7 @@ ASKING = {
 
 
 def as_toml(name, value):
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".") if "." in name else (name, "", "")
     return f"[{section}]\n{key} = {value}" if key else f"{section} = {value}"
 
 
@@ -82,8 +84,10 @@ def test_an_idle_value_is_one_of_the_right_type():
 
 
 def test_on_the_command_line_too():
-    config = parse("", "--parallelism.expert_tensor_parallel_degree", "1", "--model.converters=[]")
-    assert "parallelism.expert_tensor_parallel_degree, model.converters" in config.notes[0]
+    config = parse(
+        "", "--parallelism.expert_tensor_parallel_degree", "1", "--quantize.linear.mx.a=[]"
+    )
+    assert "parallelism.expert_tensor_parallel_degree, quantize.linear.mx.a" in config.notes[0]
     said = report("", "--activation_checkpoint.determinism_check=none")
     assert 'determinism_check = "none": is a torchtitan v0.2.2 option' in said
     assert "activation_checkpoint.debug = true" in report("", "--activation_checkpoint.debug")
@@ -212,13 +216,15 @@ def test_a_llama3_file_starts(flavor):
     assert (config.model.flavor, config.training.steps) == (flavor, 1000)
     assert config.notes == [
         "torchtitan options that have no effect here: job.custom_config_module, "
-        "model.converters, training.dataloader, "
-        "parallelism.expert_tensor_parallel_degree, quantize.linear, validation.dataloader",
+        "training.dataloader, parallelism.expert_tensor_parallel_degree, "
+        "quantize.linear.float8.enable_fsdp_float8_all_gather, "
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp, validation.dataloader",
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '
         "parallelism.pipeline_parallel_degree = 1",
         "checkpoint.last_save_model_only = true has no effect while checkpoint.enable = false",
         'checkpoint.async_mode = "disabled" has no effect while checkpoint.enable = false',
         'checkpoint.export_dtype = "float32" has no effect while checkpoint.enable = false',
+        'quantize.linear.float8.filter_fqns = ["output"] has no effect while model.converters = []',
     ]
 
 

@@ -26,6 +26,9 @@ RESULTS = (
     "optimizer.muon_ns_steps",
     "optimizer.muon_ns_dtype",
     "optimizer.muon_adamw_lr",
+    "model.converters",
+    "quantize.linear.float8.recipe_name",
+    "quantize.linear.float8.filter_fqns",
     "router.bias_update_rate",
     "router.balance_loss_weight",
     "router.z_loss_weight",
@@ -68,6 +71,7 @@ ROUNDING = (
     "compile.enable",
     "compile.components",
     "compile.backend",
+    "quantize.linear.float8.emulate",
     "debug.deterministic",
 )
 """Keys that change the order of operations, so the last bits of results: stated as that."""
@@ -244,7 +248,7 @@ def _list_changes(
 ) -> list[str]:
     changes = []
     for name in names:
-        section, _, key = name.partition(".")
+        section, _, key = name.rpartition(".")
         before = saved.get(section, {}).get(key, defaults[section][key])
         now = current[section][key]
         if before != now:

@@ -41,6 +41,7 @@ def check(config: Config, world_size: int | None) -> list[Fault]:
         *_check_groups(config),
         *_check_rules(config),
         *_check_state_dtype(config),
+        *_check_float8(config),
         *_check_data(config),
         *_check_validation(config),
         *_check_degrees(config, world_size),
@@ -106,6 +107,27 @@ def _check_state_dtype(config: Config) -> Faults:
         yield Fault(
             'optimizer.state_dtype = "float32": with training.dtype = "bfloat16" an optimizer\'s '
             'states are bfloat16 too; set training.dtype = "float32", or leave it out'
+        )
+
+
+def _check_float8(config: Config) -> Faults:
+    if not config.model.converters:
+        return
+    key = "quantize.linear.float8.filter_fqns"
+    if "auto_filter_small_kn" in config.quantize_linear_float8.filter_fqns:
+        yield Fault(
+            f'{key}: "auto_filter_small_kn", by which torchtitan leaves small layers out, is not '
+            "supported; name them"
+        )
+    shape = plan_shape(config.model)
+    shards = config.parallelism.context_parallel_degree
+    if shape.n_shared_experts:  # which compute a shard of the sequence
+        shards *= layout.count_sequence_shards(config.parallelism)
+    if config.training.seq_len % (layout.FLOAT8_MULTIPLE * shards):
+        yield Fault(
+            f"training.seq_len = {config.training.seq_len}: with float8 (model.converters) each "
+            f"rank's part of a sequence must be a multiple of {layout.FLOAT8_MULTIPLE} tokens"
+            + (f", and {shards} ranks share one" if shards > 1 else "")
         )
 
 

@@ -27,7 +27,7 @@ SYNONYMS = {
     "output_dir": "dump_folder",
 }
 
-OPTION_NAME = re.compile(r"\b[a-z_]+\.[a-z0-9_]+\b")
+OPTION_NAME = re.compile(r"\b[a-z_]+(?:\.[a-z0-9_]+)+\b")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def value_fault(name: str, value: Any) -> Fault | None:
         return Fault(f"{given}: {NOT_YET}; {advice}")
     if value in torchtitan_keys.UNSUPPORTED_VALUES.get(name, ()):
         return Fault(f"{given}: this value {NOT_YET}; it must be {option.allowed}")
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".")
     try:
         SECTIONS[section].model_validate({key: value})
     except ValidationError:
@@ -74,7 +74,7 @@ def unknown_key(name: str, given: str, prefix: str = "") -> Fault:
         given: the key as it was given, with its value.
         prefix: written before each suggestion.
     """
-    section, _, key = name.partition(".") if "." in name else ("", "", name)
+    section, _, key = name.rpartition(".")
     close = _suggestions(section, key)
     if close:
         hint = "did you mean " + " or ".join(prefix + other for other in close) + "?"
@@ -105,7 +105,7 @@ def _suggestions(section: str, key: str) -> list[str]:
     key = SYNONYMS.get(key, key)
     by_key: dict[str, list[str]] = {}
     for name in options():
-        by_key.setdefault(name.partition(".")[2], []).append(name)
+        by_key.setdefault(name.rpartition(".")[2], []).append(name)
     if f"{section}.{key}" in options():
         return [f"{section}.{key}"]
     if key not in by_key and section in SECTIONS:

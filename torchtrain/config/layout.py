@@ -18,6 +18,9 @@ DEGREE_KEYS = (
 )
 
 
+FLOAT8_MULTIPLE = 16
+"""Rows, columns and tokens that kernels for float8 multiply are multiples of this."""
+
 # How a pipeline is split and run.
 PIPELINE_KEYS = (
     "parallelism.pipeline_parallel_schedule",

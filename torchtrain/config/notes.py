@@ -98,12 +98,7 @@ def find_idle_options(config: Config) -> list[str]:
     may_skip = training.on_nonfinite == "skip" or training.spike_deviations is not None
     if not may_skip and training.max_skips != options()["training.max_skips"].default:
         found["training.max_skips"] = "has no effect: no step is skipped"
-    if config.optimizer.name != "Muon":
-        for name, option in options().items():
-            if name.startswith("optimizer.muon_") and get_value(config, name) != option.default:
-                found[name] = (
-                    f"has no effect while optimizer.name = {quoted(config.optimizer.name)}"
-                )
+    found.update(_find_idle_families(config))
     own_code = find_optimizer(config.optimizer.name)
     if config.optimizer.state_dtype is not None and not own_code.startswith("torchtrain."):
         text = f"has an effect only if {own_code} reads it"
@@ -123,6 +118,21 @@ def find_idle_options(config: Config) -> list[str]:
     found.update(_find_idle_balance(config, shape))
     found.update(_find_idle_widths(config, shape))
     return [f"{key} = {quoted(get_value(config, key))} {text}" for key, text in found.items()]
+
+
+def _find_idle_families(config: Config) -> dict[str, str]:
+    """Return why options that are all for one thing have no effect, by their names."""
+    reasons = {}
+    if config.optimizer.name != "Muon":
+        reasons["optimizer.muon_"] = f"optimizer.name = {quoted(config.optimizer.name)}"
+    if not config.model.converters:
+        reasons["quantize."] = "model.converters = []"
+    return {
+        name: f"has no effect while {reason}"
+        for beginning, reason in reasons.items()
+        for name, option in options().items()
+        if name.startswith(beginning) and get_value(config, name) != option.default
+    }
 
 
 def _find_idle_balance(config: Config, shape: ModelShape) -> dict[str, str]:
@@ -156,5 +166,5 @@ def _find_idle_widths(config: Config, shape: ModelShape) -> dict[str, str]:
 
 def get_value(config: Config, name: str) -> Any:
     """Return the value of an option by its full name, `section.key`."""
-    section, _, key = name.partition(".")
-    return getattr(getattr(config, section), key)
+    section, _, key = name.rpartition(".")
+    return getattr(getattr(config, section.replace(".", "_")), key)

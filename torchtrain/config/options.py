@@ -81,9 +81,9 @@ def _in_words(schema: dict[str, Any], tables: dict[str, Any]) -> str:
                 for key, value in keys.items()
             ]
             return f"a list of tables with {', '.join(described)}"
-        if "enum" in items:
+        if "enum" in items or "const" in items:
             some = "at least one" if "minItems" in schema else "any"
-            return f"a list with {some} of " + ", ".join(items["enum"])
+            return f"a list with {some} of " + ", ".join(items.get("enum") or [items["const"]])
         what = "lists of names" if items["type"] == "array" else "texts"
         return f"a list of {what}, none empty"
     words = TYPES[schema["type"]]

@@ -136,7 +136,7 @@ def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str
     for source in sources:
         for name, value in source.values.items():
             if name in options() and name not in report.unreliable:
-                section, _, key = name.partition(".")
+                section, _, key = name.rpartition(".")
                 merged.setdefault(section, {})[key] = value
                 origin[name] = source.name
                 other = EITHER_OR.get(name)
@@ -218,8 +218,7 @@ def read_toml(path: str) -> Source:
         if section not in SECTIONS and section not in torchtitan_keys.SECTIONS:
             source.faults.append(unknown_section(section, table))
         elif isinstance(table, dict):
-            for key, value in table.items():
-                source.values[f"{section}.{key}"] = value
+            source.values.update(_flatten(section, table))
         else:
             given = f"{section} = {quoted(table)}"
             text = f"{given}: this is a section; write [{section}] and its keys"
@@ -242,6 +241,17 @@ def find_config(path: str) -> Path:
     if not file.exists() and path in names and file.name in list_configs():
         return PROGRAM / CONFIGS / file.name
     return file
+
+
+def _flatten(section: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a section by full name; [quantize] holds sections of its own."""
+    values = {}
+    for key, value in table.items():
+        name = f"{section}.{key}"
+        is_table = isinstance(value, dict) and name.startswith("quantize.")
+        holds_keys = is_table and (value or name in SECTIONS)
+        values.update(_flatten(name, value) if holds_keys else {name: value})
+    return values
 
 
 def _load_tables(path: str) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Model(Section):
     """Tokenizer file, or the folder that holds it; unset: the small tokenizer of the debug runs."""
     hf_assets_path: Name | None = None
     """torchtitan's name for tokenizer_path; give only one of the two."""
+    converters: list[Literal["quantize.linear.float8"]] = []
+    """With "quantize.linear.float8", linear layers compute in float8, as that section says."""
     dim: Count | None = None
     """Model width, in features."""
     n_layers: Count | None = None
@@ -420,6 +422,17 @@ class Compile(Section):
     """Backend of torch.compile."""
 
 
+class Float8Linear(Section):
+    """Linear layers in float8, where model.converters asks for it (needs the package torchao)."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """What has a scale of its own: a tensor (unset), a row; or that, weight gradients in bf16."""
+    filter_fqns: list[Name] = []
+    """Layers to leave out: those whose names contain one of these texts, such as "output"."""
+    emulate: bool = False
+    """Multiply the float8 values in fp32, on any device and slowly: to try it out."""
+
+
 class Comm(Section):
     """Communication between ranks."""
 
@@ -490,7 +503,7 @@ class Experimental(Section):
 class Config(BaseModel):
     """All sections, with their defaults."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(serialize_by_alias=True, extra="forbid", strict=True)
 
     job: Job = Job()
     profiling: Profiling = Profiling()
@@ -505,6 +518,9 @@ class Config(BaseModel):
     checkpoint: Checkpoint = Checkpoint()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     compile: Compile = Compile()
+    quantize_linear_float8: Float8Linear = Field(
+        default=Float8Linear(), alias="quantize.linear.float8"
+    )
     comm: Comm = Comm()
     validation: Validation = Validation()
     text_samples: TextSamples = TextSamples()
@@ -513,6 +529,6 @@ class Config(BaseModel):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    name: get_type_hints(Config)[name] for name in Config.model_fields
+    field.alias or name: get_type_hints(Config)[name] for name, field in Config.model_fields.items()
 }
 """The sections by name, in the order of declaration."""

@@ -13,7 +13,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "job.save_config_file": ("",),
     "job.custom_config_module": ("",),
     "metrics.save_for_all_ranks": (False,),
-    "model.converters": ([],),
     "model.print_after_conversion": (False,),
     "optimizer.early_step_in_backward": (False,),
     "training.dataloader": ANY_VALUE,  # no process reads ahead here, so none is to be set up
@@ -38,7 +37,10 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "comm.save_traces_file_prefix": ANY_VALUE,
     "comm.mode": ("default",),
     "experimental.custom_args_module": ("",),
-    "quantize": ANY_VALUE,  # needs model.converters
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": (False,),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": ANY_VALUE,  # needs that
+    "quantize.linear.mx": ANY_VALUE,  # needs model.converters
+    "quantize.grouped_mm": ANY_VALUE,
     "memory_estimation": ANY_VALUE,
     "memory_estimation.enable": (False,),
     "fault_tolerance": ANY_VALUE,

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.catalog.schedules import stages_of
-from torchtrain.config.schema import ActivationCheckpoint, Compile, Parallelism, Training
+from torchtrain.config.schema import (
+    ActivationCheckpoint,
+    Compile,
+    Float8Linear,
+    Parallelism,
+    Training,
+)
 from torchtrain.dtypes import DTYPES
 from torchtrain.logging_utils import logger
 from torchtrain.models.decoder import Decoder
@@ -17,6 +23,7 @@ from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.expert_parallel import apply_expert_parallel
+from torchtrain.parallelisms.float8 import apply_float8
 from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
@@ -32,6 +39,8 @@ class Techniques:
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint
     compile: Compile
+    float8: Float8Linear | None = None
+    """None: linear layers multiply in the compute precision."""
     fsdp: bool = True
     """Whether FSDP is applied, which training needs also on one rank."""
 
@@ -88,6 +97,8 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
     if mesh.has("cp"):
         ring = Ring.of(mesh.get("cp"), parallelism)
         apply_context_parallel(model, ring, parallelism.context_parallel_method)
+    if techniques.float8 is not None:
+        apply_float8(model, techniques.float8, mesh.degrees.tp)
     if needs_emulation(mesh.device_type, DTYPES[training.mixed_precision_param]):
         logger.info(
             "bf16: no native support on this CPU; emulated by fp32 products rounded to bf16"

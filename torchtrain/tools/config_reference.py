@@ -33,7 +33,7 @@ def reference() -> str:
 
 def _row(name: str) -> str:
     option = options()[name]
-    key = name.partition(".")[2]
+    key = name.rpartition(".")[2]
     cells = [f"`{key}`", option.allowed, f"`{quoted(option.default)}`", option.doc]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
