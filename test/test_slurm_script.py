@@ -1,6 +1,7 @@
 """slurm/train.sbatch under a stand-in for Slurm: what each node gets, and what is queued again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,10 +138,21 @@ def test_a_signal_to_the_shell_lets_the_run_save_and_the_shell_outlives_it(
     assert [job.log(node).splitlines()[-1] for node in (0, 1)] == ["saved", "saved"]
 
 
+def test_slurm_reads_all_of_its_options():
+    """It stops at the first command."""
+    lines = SCRIPT.read_text().splitlines()
+    first = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
+    found = [n for n, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert max(found) < first
+    options = {lines[n].removeprefix("#SBATCH ") for n in found}
+    assert {"--requeue", "--signal=B:USR2@300", "--ntasks-per-node=1"} <= options
+
+
 def test_shell_scripts_have_no_known_mistakes():
     scripts = [SCRIPT, ROOT / ".ci" / "run", *ROOT.glob("*.sh"), *ROOT.glob("test/*.sh")]
     scripts.append(ROOT / "torchtrain" / "tools" / "environment.sh")
-    shellcheck = Path(sys.executable).parent / "shellcheck"
+    beside = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     checked = subprocess.run(
         [shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
