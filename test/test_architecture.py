@@ -93,10 +93,10 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_616
+LIMIT_CORE = 12_628
 FOLDER_LIMITS = {
     "config": 1_880,
-    "datasets": 2_558,
+    "datasets": 2_570,
     "parallelisms": 1800,
     "checkpoint": 1_288,
     "models": 800,

@@ -360,11 +360,9 @@ def test_saved_dataset_is_read(tmp_path):
     assert texts(open_corpus(f"{tmp_path}/two::test", None, "text")) == ["b"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_where_the_packages_cache_cannot_be_written_files_are_read_where_they_are(
-    local, monkeypatch, streaming
-):
-    """As with a shared HF_HOME; root, as tests run, could write in any."""
+@pytest.fixture
+def closed_cache(monkeypatch):
+    """The package's cache as one that may only be read; root, as tests run, could write in any."""
     import datasets
 
     load, said = datasets.load_dataset, []
@@ -374,11 +372,41 @@ def test_where_the_packages_cache_cannot_be_written_files_are_read_where_they_ar
             raise PermissionError(errno.EACCES, "Permission denied", "/shared/hf/a.lock")
         return load(*given, cache_dir=cache_dir, **named)
 
-    before = texts(open_corpus(str(local), None, "text"))
     monkeypatch.setattr(datasets, "load_dataset", load_unless_closed)
     monkeypatch.setattr(hub.logger, "warning", said.append)
-    assert texts(open_corpus(str(local), None, "text", streaming=streaming)) == before
+    yield load
     assert "cannot be written (Permission denied: /shared/hf/a.lock). So the" in said[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_the_packages_cache_cannot_be_written_files_are_read_where_they_are(
+    local, closed_cache, streaming
+):
+    corpus = open_corpus(str(local), None, "text", streaming=streaming)
+    assert texts(corpus) == ["one", "two"]
+
+
+def test_what_was_downloaded_is_used_from_a_cache_that_cannot_be_written(
+    local, closed_cache, tmp_path, monkeypatch
+):
+    """Offline; a dataset of the hub is in the cache by its name."""
+    cache = tmp_path / "cache"
+    closed_cache(str(local), split="train", cache_dir=str(cache))
+    (cache / "set").rename(cache / "someone___something")
+    for arrow in (cache / "someone___something").rglob("set-*.arrow"):
+        arrow.rename(arrow.with_name(arrow.name.replace("set-", "something-")))
+    for info in (cache / "someone___something").rglob("dataset_info.json"):
+        facts = json.loads(info.read_text()) | {"dataset_name": "something"}
+        info.write_text(json.dumps(facts))
+    before = {path: path.stat() for path in cache.rglob("*")}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    for _ in range(2):
+        assert texts(open_corpus("someone/something", None, "text")) == ["one", "two"]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == {
+        path: stat.st_mtime_ns for path, stat in before.items()
+    }
 
 
 def test_changed_local_folder_gives_its_new_documents(local):

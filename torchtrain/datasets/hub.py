@@ -4,6 +4,7 @@ https://huggingface.co/docs/datasets/package_reference/loading_methods
 """
 
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -143,8 +144,22 @@ def _load(table: _Table) -> Any:
             f"({describe_os_error(error)}: {error.filename}). So the dataset is read where it is, "
             "without a copy there; HF_HOME can name another folder"
         )
-    with TemporaryDirectory() as other:  # for a lock, and nothing else
+    with TemporaryDirectory() as other:  # for its locks
+        if datasets.config.HF_HUB_OFFLINE and not folder.is_dir():
+            _link_files(Path(datasets.config.HF_DATASETS_CACHE), Path(other))
+            return load(streaming=table.streaming, cache_dir=other)
         return load(streaming=True, cache_dir=other)
+
+
+def _link_files(cache: Path, other: Path) -> None:
+    """Make the folders of the package's cache anew, with links to what it has prepared."""
+    for folder, subfolders, names in os.walk(cache):
+        there = other / Path(folder).relative_to(cache)
+        there.mkdir(exist_ok=True)
+        subfolders[:] = [name for name in subfolders if name != "downloads"]
+        for name in names:
+            if not name.endswith(".lock"):
+                (there / name).symlink_to(Path(folder, name).absolute())
 
 
 def _find_revision(source: HubSource, option: str) -> str | None:
