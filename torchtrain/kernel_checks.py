@@ -100,9 +100,9 @@ def _check_float8(config: Config, facts: DeviceFacts) -> Iterator[str]:
         return
     if not facts.has_float8:
         yield (
-            f"{ASKS_FOR_FLOAT8}: {facts.name} has no float8, which "
-            "NVIDIA's cards have from compute capability 8.9 on, AMD's from 9.4 on; set "
-            "model.converters = [], or, to try it out, quantize.linear.float8.emulate = true"
+            f"{ASKS_FOR_FLOAT8}: {facts.name} has no float8, which NVIDIA's cards have from "
+            "compute capability 8.9 on, AMD's from 9.4 on; set model.converters = [], or, to try "
+            "it out, quantize.linear.float8.emulate = true"
         )
     elif not (config.compile.enable and "model" in config.compile.components):
         logger.warning(
