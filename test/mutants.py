@@ -45,6 +45,70 @@ MUTANTS = {
             "",
         ),
     ],
+    "torchtrain/tools/sweep/__main__.py": [
+        (
+            "a run that failed stays so",
+            "ending is not None and ending.is_final",
+            "ending is not None",
+        ),
+        (
+            "a run that is under way elsewhere is begun once more",
+            "elif not is_free:",
+            "elif ending is not None and not is_free:",
+        ),
+        (
+            "a sweep that is stopped goes on with the next run",
+            "return 128 + runner.stopped_by",
+            "pass",
+        ),
+        (
+            "runs that are to go on count as done",
+            "return TRY_AGAIN if None in endings else 0",
+            "return 0",
+        ),
+    ],
+    "torchtrain/tools/sweep/plan.py": [
+        (
+            "a changed option of a run that has begun is not noticed",
+            "if before.get(key) != now.get(key)",
+            "if key not in before",
+        ),
+        (
+            "a fault is told of the first run that has it",
+            "reports.setdefault(text, []).append(name)",
+            "reports.setdefault(text, [name])",
+        ),
+        (
+            "two runs have one folder",
+            'name if taken[name] == 1 else f"{name},{taken[name]}"',
+            "name",
+        ),
+    ],
+    "torchtrain/tools/sweep/running.py": [
+        (
+            "a run that is stopped counts as failed",
+            "if self.stopped_by and status != 0:",
+            "if self.stopped_by and status == 0:",
+        ),
+        ("a log of an earlier start tells how a run has ended", "        file.seek(begin)\n", ""),
+        (
+            "a signal reaches the sweep alone",
+            "            self._process.send_signal(number)\n",
+            "            pass\n",
+        ),
+    ],
+    "torchtrain/tools/sweep/table.py": [
+        (
+            "a run that is not done can be the best",
+            'if row.state == "done" and row.loss is not None',
+            "if row.loss is not None",
+        ),
+        (
+            "validation decides where not all have one",
+            "if done and len(by_validation) == len(done):",
+            "if done and by_validation:",
+        ),
+    ],
     "torchtrain/tools/launch.py": [
         (
             "the older name of the allocator's settings is passed over",

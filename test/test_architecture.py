@@ -93,9 +93,9 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_628
+LIMIT_CORE = 12_632
 FOLDER_LIMITS = {
-    "config": 1_880,
+    "config": 1_883,
     "datasets": 2_570,
     "parallelisms": 1800,
     "checkpoint": 1_288,

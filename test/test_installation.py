@@ -100,5 +100,5 @@ def test_the_installed_command_finds_configs_by_name_and_lists_them(installed, t
     assert "sharded over 8 ranks" in checked.stdout
     refused = run(installed, tmp_path / "empty", "--job.config_file", "llama8b.toml")
     assert (refused.returncode, refused.stdout) == (2, "")
-    names = ", ".join(sorted(file.name for file in (ROOT / "train_configs").iterdir()))
+    names = ", ".join(sorted(file.name for file in (ROOT / "train_configs").glob("*.toml")))
     assert refused.stderr.rstrip().endswith(f"; those that come with torchtrain are {names}")

@@ -37,9 +37,10 @@ class JobConfig(Config):
         args_list: list[str] | None = None,
         world_size: int | None = None,
         beneath: Source | None = None,
+        above: Source | None = None,
     ) -> "JobConfig":
         """Fill the sections in place, as `read_config` reads them, and return the config."""
-        config, self._notes = read_config(args_list, world_size, beneath)
+        config, self._notes = read_config(args_list, world_size, beneath, above)
         for field in Config.model_fields:
             setattr(self, field, getattr(config, field))
         return self

@@ -612,6 +612,16 @@ def test_tokens_and_the_automatic_rate_of_a_run_and_of_a_longer_one(run, tmp_pat
         assert f"the learning-rate schedule differs from the checkpoint's: {change}" in printed
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_the_automatic_rate_is_the_main_one_and_leaves_the_others(data, device, name):
+    groups = {"optimizer.groups": '{ pattern = "norm.weight", lr = 1e-2 }'}
+    trainer = setting_up(data, device, **groups, **{"optimizer.name": name, "optimizer.lr": "auto"})
+    rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    assert rates[0] == trainer.plan.rate.lr
+    assert set(rates) == {rates[0], 1e-2}
+    assert trainer.config.optimizer.lr == "auto"
+
+
 def test_schedule_line_can_be_turned_off(run):
     assert "warm-up" in run("on")[1]
     assert "warm-up" not in run("off", **{"lr_scheduler.log_schedule": False})[1]

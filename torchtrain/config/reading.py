@@ -61,6 +61,7 @@ def read_config(
     args_list: list[str] | None = None,
     world_size: int | None = None,
     beneath: Source | None = None,
+    above: Source | None = None,
 ) -> tuple[Config, list[str]]:
     """Read default < TOML < command line. `-h` or `--help` prints every option and exits with 0.
 
@@ -69,6 +70,7 @@ def read_config(
         world_size: ranks of the run; by default WORLD_SIZE, torchrun's variable, or 1. 0: not
             known, so no layout is checked.
         beneath: what has been read already, and counts where the others give nothing.
+        above: what has been read already, and takes precedence over the others.
 
     Returns:
         The config, and the options that have no effect, a sentence each.
@@ -86,6 +88,8 @@ def read_config(
         sources.insert(0, read_toml(config_file))
     if beneath is not None:
         sources.insert(0, beneath)
+    if above is not None:
+        sources.append(above)
 
     report = Report()
     for source in sources:
@@ -210,7 +214,7 @@ def read_toml(path: str) -> Source:
     """Read a config file; its values are checked later, by `value_fault`."""
     source = Source(path)
     try:
-        tables = _load_tables(path)
+        tables = load_tables(path)
     except UserError as fault:
         source.faults.append(Fault(str(fault), depends_on=tuple(options())))
         return source
@@ -218,7 +222,7 @@ def read_toml(path: str) -> Source:
         if section not in SECTIONS and section not in torchtitan_keys.SECTIONS:
             source.faults.append(unknown_section(section, table))
         elif isinstance(table, dict):
-            source.values.update(_flatten(section, table))
+            source.values.update(flatten_section(section, table))
         else:
             given = f"{section} = {quoted(table)}"
             text = f"{given}: this is a section; write [{section}] and its keys"
@@ -243,18 +247,18 @@ def find_config(path: str) -> Path:
     return file
 
 
-def _flatten(section: str, table: dict[str, Any]) -> dict[str, Any]:
+def flatten_section(section: str, table: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a section by full name; [quantize] holds sections of its own."""
     values = {}
     for key, value in table.items():
         name = f"{section}.{key}"
         is_table = isinstance(value, dict) and name.startswith("quantize.")
         holds_keys = is_table and (value or name in SECTIONS)
-        values.update(_flatten(name, value) if holds_keys else {name: value})
+        values.update(flatten_section(name, value) if holds_keys else {name: value})
     return values
 
 
-def _load_tables(path: str) -> dict[str, Any]:
+def load_tables(path: str) -> dict[str, Any]:
     """Return what the file holds.
 
     Raises:

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, Command] = {
     "train-tokenizer": Command(
         "torchtrain.tools.train_tokenizer", "train a tokenizer on documents of your own"
     ),
+    "sweep": Command("torchtrain.tools.sweep", "train a grid or a list of runs, and compare them"),
     "report": Command("torchtrain.tools.report", "show runs as one page of curves, or compare two"),
     "generate": Command("torchtrain.tools.generate", "let a trained model write"),
     "evaluate": Command("torchtrain.tools.evaluate", "measure a trained model on a dataset"),

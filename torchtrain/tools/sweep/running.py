@@ -1,0 +1,193 @@
+"""Running the runs of a sweep, one after the other, each through the launcher."""
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torchtrain
+from torchtrain.config.toml import to_toml
+from torchtrain.errors import TRY_AGAIN
+from torchtrain.tools.sweep.plan import Sweep, SweepRun
+from torchtrain.utils import make_folder, user_errors, write_durably, writing
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""What is passed on to the run that is under way, and ends the sweep once that has ended."""
+NOT_FINITE = re.compile(r"step \d+: loss \S+, gradient norm \S+, on .*")
+"""What a run says that ends since a loss or a gradient is not finite (`bad_numbers`)."""
+SHOWN_LINES = 12
+"""How much of the log of a run that failed is shown."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run has ended for good; in a file beside its folder."""
+
+    state: Literal["done", "not finite", "failed"]
+    status: int
+    """The launcher's exit status."""
+    seconds: float
+
+    @property
+    def is_final(self) -> bool:
+        """Whether running it again would give the same."""
+        return self.state != "failed"
+
+
+def read_ending(sweep: Sweep, run: SweepRun) -> Ending | None:
+    """Return how a run has ended; None: it has not begun, or is to go on.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    file = sweep.path(run, ".ended.json")
+    if not file.exists():
+        return None
+    with user_errors(f"{file} cannot be read; remove it to run this again", OSError, ValueError):
+        known = json.loads(file.read_text("utf-8"))
+        if not isinstance(known, dict) or known.keys() != Ending.__annotations__.keys():
+            raise ValueError("it is not what a sweep writes")
+        return Ending(**known)
+
+
+@contextmanager
+def holding(sweep: Sweep, run: SweepRun) -> Iterator[bool]:
+    """Hold a run, so that no other sweep starts it meanwhile; yield whether it could be had."""
+    with writing(sweep.folder):
+        make_folder(sweep.folder)
+        descriptor = os.open(sweep.folder / f".{run.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+class Runner:
+    """Runs one run at a time, and passes on the signals that come meanwhile."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.stopped_by = 0
+        """The signal that has asked for the end of the sweep, or 0."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals, but for SIGHUP where this process ignores it, as under `nohup`."""
+        heard = set(SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            heard.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = self.stopped_by or number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def run(self, run: SweepRun, say: Callable[[str], None]) -> int:
+        """Run it, or go on with it, to its end; return the launcher's exit status.
+
+        What the run prints goes to a file beside its folder.
+
+        Raises:
+            UserError: the sweep's folder cannot be written.
+        """
+        config_file, log = self.sweep.path(run, ".toml"), self.sweep.path(run, ".log")
+        with writing(self.sweep.folder):
+            self.sweep.path(run, ".ended.json").unlink(missing_ok=True)
+            write_durably(config_file, to_toml(run.config))
+            started, begin = time.monotonic(), log.stat().st_size if log.exists() else 0
+            with open(log, "ab") as output:
+                status = self._launch(config_file, output.fileno())
+        if self.stopped_by and status != 0:
+            return status
+        lines = _read_from(log, begin)
+        ending = self._judge(status, lines, time.monotonic() - started)
+        if ending is not None:
+            text = json.dumps(asdict(ending)) + "\n"
+            with writing(self.sweep.folder):
+                write_durably(self.sweep.path(run, ".ended.json"), text)
+        self._tell(ending, status, lines, say)
+        return status
+
+    def _launch(self, config_file: Path, output: int) -> int:
+        """Start the launcher, wait for it, and return its exit status."""
+        package = str(Path(torchtrain.__file__).parents[1])
+        paths = [package, os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, "-m", "torchtrain.tools.launch", "--job.config_file"]
+        self._process = subprocess.Popen(
+            [*command, str(config_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            start_new_session=True,  # Ctrl-C comes to the sweep alone, which passes it on once
+            preexec_fn=_end_with_parent(),
+        )
+        if self.stopped_by:  # just before it was there
+            self._process.send_signal(self.stopped_by)
+        status = self._process.wait()
+        self._process = None
+        return status if status >= 0 else 128 - status
+
+    @staticmethod
+    def _judge(status: int, lines: list[str], seconds: float) -> Ending | None:
+        """Return how a run has ended; None where it is to go on another time."""
+        if status == TRY_AGAIN:
+            return None
+        if status == 0:
+            return Ending("done", status, seconds)
+        is_finite = not any(NOT_FINITE.search(line) for line in lines)
+        return Ending("failed" if is_finite else "not finite", status, seconds)
+
+    @staticmethod
+    def _tell(
+        ending: Ending | None, status: int, lines: list[str], say: Callable[[str], None]
+    ) -> None:
+        """Say how a run has ended, and of one that failed what it said last."""
+        if ending is None:
+            say(f"  has come to the end of its time (status {status}), and can go on")
+            return
+        shown = [line for line in lines if NOT_FINITE.search(line)][-1:]
+        if ending.state == "failed":
+            shown = lines[-SHOWN_LINES:]
+        say("\n".join([f"  {ending.state} after {ending.seconds:,.0f} s", *shown]))
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """Return what a new process calls to be ended by the kernel (Linux) when its parent dies.
+
+    The launcher then stops its ranks, as by a scheduler's SIGTERM.
+    """
+    if sys.platform != "linux":
+        return None
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    return partial(ctypes.CDLL(None).prctl, set_parent_death_signal, int(signal.SIGTERM))
+
+
+def _read_from(log: Path, begin: int) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(begin)
+        return file.read().decode("utf-8", "replace").splitlines()

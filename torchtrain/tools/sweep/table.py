@@ -1,0 +1,122 @@
+"""What has become of a sweep: a table of its runs, the best marked, and a page of their curves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from torchtrain.errors import UserError
+from torchtrain.tools import report
+from torchtrain.tools.report_data import Run, read_runs
+from torchtrain.tools.sweep.plan import Sweep, SweepRun
+from torchtrain.tools.sweep.running import holding, read_ending
+from torchtrain.utils import METRICS_FILE
+
+TITLES = ("run", "state", "step", "loss", "val. loss", "tokens/s", "folder")
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a run."""
+
+    name: str
+    state: str
+    """done, not finite, failed, begun, under way, or not begun."""
+    step: str
+    loss: float | None
+    """The last that was logged."""
+    val_loss: float | None
+    tokens_per_second: float | None
+    """The median."""
+    folder: str
+
+    def cells(self, mark: str) -> list[str]:
+        """Return the columns as text."""
+        losses = [f"{x:.4f}" if x is not None else UNKNOWN for x in (self.loss, self.val_loss)]
+        speed = f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else UNKNOWN
+        return [f"{mark} {self.name}", self.state, self.step, *losses, speed, self.folder]
+
+
+def make_rows(sweep: Sweep) -> list[Row]:
+    """Return a row for each run of the sweep."""
+    return [_make_row(sweep, run) for run in sweep.runs]
+
+
+def _make_row(sweep: Sweep, run: SweepRun) -> Row:
+    found = _read_run(sweep, run)
+    ending = read_ending(sweep, run)
+    state = "not begun" if found is None else "begun"
+    if ending is not None:
+        state = ending.state
+    elif sweep.path(run, ".toml").exists():
+        with holding(sweep, run) as is_free:
+            state = state if is_free else "under way"
+    if found is None:
+        folder = str(sweep.path(run))
+        return Row(run.name, state, UNKNOWN, None, None, None, folder)
+    speeds = found.series("tokens_per_second")[1]
+    step = f"{found.records[-1]['step']:,}"
+    if isinstance(found.facts.get("steps"), int):
+        step += f" of {found.facts['steps']:,}"
+    return Row(
+        name=run.name,
+        state=state,
+        step=step,
+        loss=_last(found, "loss"),
+        val_loss=_last(found, "val_loss"),
+        tokens_per_second=median(speeds) if speeds else None,
+        folder=str(sweep.path(run)),
+    )
+
+
+def _read_run(sweep: Sweep, run: SweepRun) -> Run | None:
+    """Return what a run has logged; None before its first step."""
+    try:
+        return read_runs([sweep.path(run)])[0]
+    except UserError:
+        return None
+
+
+def _last(run: Run, key: str) -> float | None:
+    return next(iter(run.series(key)[1][-1:]), None)
+
+
+def find_best(rows: Sequence[Row]) -> tuple[Row | None, str]:
+    """Return the best of the runs that are done, and by what: the validation, if all have one."""
+    done = [row for row in rows if row.state == "done" and row.loss is not None]
+    by_validation = {row.name: row.val_loss for row in done if row.val_loss is not None}
+    if done and len(by_validation) == len(done):
+        return min(done, key=lambda row: by_validation[row.name]), "lowest validation loss"
+    by_loss = {row.name: row.loss for row in done if row.loss is not None}
+    return min(done, key=lambda row: by_loss[row.name], default=None), "lowest last loss"
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Return the table as text; names and folders to the left, numbers to the right."""
+    best, reason = find_best(rows)
+    lines = [list(TITLES)] + [row.cells("*" if row is best else " ") for row in rows]
+    lines[0][0] = f"  {TITLES[0]}"
+    widths = [max(len(line[column]) for line in lines) for column in range(len(TITLES))]
+    is_text = (True, True, False, False, False, False, True)
+    text = []
+    for line in lines:
+        columns = zip(line, widths, is_text, strict=True)
+        cells = [cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns]
+        text.append("  ".join(cells).rstrip())
+    if best is not None:
+        text.append(f"* {reason} of the runs that are done")
+    return "\n".join(text)
+
+
+def show(sweep: Sweep) -> None:
+    """Print the table, and write the page of curves where that can be done."""
+    rows = make_rows(sweep)
+    print(f"\n{format_table(rows)}\n", flush=True)
+    folders = [sweep.path(run) for run in sweep.runs if _read_run(sweep, run) is not None]
+    if not folders:
+        print(f"no page of curves: no run has a {METRICS_FILE} yet")
+        return
+    try:
+        report.draw(folders, sweep.folder / "report.html")
+    except UserError as fault:
+        print(f"no page of curves: {fault}")
