@@ -116,6 +116,25 @@ MUTANTS = {
             "ALLOCATOR_VARIABLES[0] not in environment",
         ),
     ],
+    "torchtrain/bf16_states.py": [
+        (
+            "means are rounded towards 0",
+            "rounded = (bits & half).add_(",
+            "rounded = (bits & 0).add_(",
+        ),
+        (
+            "an element's place in this rank's part decides, not in the whole",
+            "torch.arange(start, start + length,",
+            "torch.arange(0, length,",
+        ),
+    ],
+    "torchtrain/parallelisms/float8.py": [
+        (
+            "a share of columns is taken for whole",
+            'tensor_ranks if role == "rows" else 1',
+            "1",
+        ),
+    ],
     "torchtrain/kernel_checks.py": [
         (
             "heads of 16 are refused under masks",

@@ -63,6 +63,15 @@ def test_a_product_is_that_of_numbers_rounded_by_a_scale_of_the_whole_tensor():
     assert 0.01 < (result - exact).norm() / exact.norm() < 0.06  # four bits hold 3 % on average
 
 
+def test_compiled_programs_round_as_eager_ones_with_scales_of_rows(monkeypatch):
+    from torch._inductor import config as settings
+
+    monkeypatch.setattr(settings, "emulate_precision_casts", False)
+    for recipe in ("tensorwise", "rowwise"):
+        apply_float8(Transformer(SHAPE), Float8Linear(recipe_name=recipe, emulate=True), 1)
+        assert settings.emulate_precision_casts == (recipe == "rowwise")
+
+
 def test_layers_whose_shares_no_kernel_multiplies_are_left_out_and_named():
     shape = ModelShape(48, 2, 2, 2, 64, 2048)
     with torch.device("meta"):

@@ -42,6 +42,12 @@ def apply_float8(model: Decoder, section: Float8Linear, tensor_ranks: int) -> No
         config=replace(recipe, emulate=section.emulate),
         module_filter_fn=lambda module, name: type(module) is nn.Linear and name not in left_out,
     )
+    if section.recipe_name == "rowwise":
+        # Else compiled programs, which leave out roundings to bf16, recompute other numbers in the
+        # backward: NaN after tens of steps (https://github.com/pytorch/pytorch/issues/150859).
+        from torch._inductor import config as compiler
+
+        compiler.emulate_precision_casts = True
     if model.keeps("output") and "output" not in left_out:
         # The product, and not a view of it, which FSDP warns of.
         model.output.register_forward_hook(
