@@ -76,7 +76,8 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
         with suppress(futures.TimeoutError):
             return others.result(min(PATIENCE_S, timeout.total_seconds()))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if _is_silent(address, port):
+        # Where they have failed meanwhile, the store that this rank kept is gone with them.
+        if _is_silent(address, port) and not others.done():
             raise UserError(
                 f"MASTER_ADDR:MASTER_PORT = {address}:{port}: what listens there is another "
                 "program, which does not answer. Set a port that is free on that node, the same "

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from torchtrain.attempts import STEP
 from torchtrain.errors import PeerFault, UserError
+from torchtrain.logging_utils import logger
 from torchtrain.tools import elastic, launch
 from torchtrain.tools.elastic import ElasticMeeting, RunOver
 from torchtrain.tools.nodes import Nodes
@@ -332,8 +333,10 @@ def test_the_loss_of_node_0_ends_the_run_with_a_line(tmp_path, data, free_port):
     ],
 )
 def test_too_few_nodes_end_with_one_message(
-    capfd, tmp_path, data, free_port, given, overrides, status, text
+    capfd, monkeypatch, tmp_path, data, free_port, given, overrides, status, text
 ):
+    monkeypatch.setattr(logger, "propagate", logger.propagate)  # which a launcher turns off
+    monkeypatch.setattr(logger, "handlers", logger.handlers.copy())
     variables = environment(1) | node(0, free_port) | given
     handlers = rendezvous_handler_registry._registry  # that of this process, not a launcher's
     with patch.dict(os.environ, variables, clear=True), patch.dict(handlers):

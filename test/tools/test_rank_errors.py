@@ -33,6 +33,17 @@ def speak(errors, code, *arguments):
     errors.drain()
 
 
+def read_all(reader, writer):
+    """What has been written, at once or bit by bit, to a pipe or a terminal; closes both."""
+    os.write(writer, b"END")
+    text = b""
+    while not text.endswith(b"END"):
+        text += os.read(reader, 1000)
+    os.close(reader)
+    os.close(writer)
+    return text.decode().removesuffix("END")
+
+
 @pytest.mark.parametrize("make", [os.pipe, os.openpty], ids=["pipe", "terminal"])
 def test_what_a_rank_writes_is_passed_on_as_it_is(make):
     reader, writer = make()
@@ -40,9 +51,7 @@ def test_what_a_rank_writes_is_passed_on_as_it_is(make):
     if is_terminal:
         tty.setraw(writer)
     speak(RankErrors(writer), SPEAK)
-    assert os.read(reader, 1000).decode() == f"{is_terminal}\nhalf a line, and its end\n"
-    os.close(reader)
-    os.close(writer)
+    assert read_all(reader, writer) == f"{is_terminal}\nhalf a line, and its end\n"
 
 
 def test_timeouts_are_heard_by_their_ranks():
@@ -83,9 +92,7 @@ def test_ranks_get_a_pipe_where_no_terminal_can_be_had(monkeypatch):
 
     monkeypatch.setattr(os, "openpty", refuse)
     speak(RankErrors(writer), SPEAK)
-    assert os.read(reader, 1000).decode() == "False\nhalf a line, and its end\n"
-    os.close(reader)
-    os.close(writer)
+    assert read_all(reader, writer) == "False\nhalf a line, and its end\n"
 
 
 def test_all_comes_through_an_output_that_does_not_block():
