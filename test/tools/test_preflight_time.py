@@ -273,7 +273,7 @@ def test_recomputation_costs_what_it_computes_again():
     ("key", "value", "term"),
     [
         ("parallelism__tensor_parallel_degree", 8, "tensor-parallel exchanges"),
-        ("parallelism__context_parallel_degree", 8, "context-parallel exchanges"),
+        ("parallelism__context_parallel_degree", 8, "context-parallel exchanges and sums"),
         ("training__enable_cpu_offload", True, "copies to and from host memory"),
         ("training__mixed_precision_param", "float32", None),
         ("compile__enable", False, None),

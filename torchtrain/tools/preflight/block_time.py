@@ -16,7 +16,7 @@ POINTWISE = "norms, rotations, SwiGLU"
 RECOMPUTED = "recomputation"
 LOSS = "output and loss"
 TENSOR = "tensor-parallel exchanges"
-CONTEXT = "context-parallel exchanges"
+CONTEXT = "context-parallel exchanges and sums"
 EXPERTS = "expert-parallel exchanges"
 SHARDS = "FSDP: gathers and reductions not hidden"
 BUBBLE = "pipeline bubble"
@@ -55,6 +55,10 @@ its own result, norms in fp32."""
 LOSS_BYTES_EAGER = 42
 """Per logit: widened, log-softmax, and all of it again with the gradient (loss.py)."""
 LOSS_BYTES_COMPILED = 20
+RING_BYTES_EAGER = 46
+"""Per element of a ring's result and rank of the ring: a part is widened, weighed and added to the
+result so far in fp32 (ring_attention.py), each operation reading and writing what it makes."""
+RING_BYTES_FUSED = 10
 LAUNCH_S = 6e-6
 """The host's time per kernel, with FSDP's and DTensor's share."""
 KERNELS_FORWARD = 60
@@ -183,7 +187,12 @@ def _time_context(
     if unit.ulysses:
         return forward, backward
     hiding = attention if unit.rotates else attention / group.size
-    return max(0.0, forward - hiding), max(0.0, backward - ATTENTION_BACKWARD * hiding)
+    added = unit.query_elements * group.size / speeds.memory
+    joined = added * (RING_BYTES_FUSED if speeds.fused else RING_BYTES_EAGER)
+    return (
+        max(0.0, forward - hiding) + joined,
+        max(0.0, backward - ATTENTION_BACKWARD * hiding) + added * RING_BYTES_FUSED,
+    )
 
 
 def _wait_for_launches(terms: Terms, kernels: float, speeds: Speeds) -> None:

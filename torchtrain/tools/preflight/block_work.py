@@ -79,6 +79,12 @@ class Unit:
         return self.tokens * self.shape.dim * self.compute_bytes
 
     @property
+    def query_elements(self) -> float:
+        """Elements of the queries of all tokens, [T, H, C], as many as of attention's result."""
+        shape = self.shape
+        return self.tokens * shape.n_heads * shape.width_per_head / self.degrees.tp
+
+    @property
     def row_bytes(self) -> float:
         """Bytes of the rows [N, D] that a rank sends to experts, those of its share of tokens."""
         return self.hidden_bytes / self.degrees.tp * self.shape.experts_per_token

@@ -56,7 +56,8 @@ def find_orders(
 def _order_single(schedule: str, ranks: int, microbatches: int) -> dict[int, list[_Action | None]]:
     """Return GPipe's order, or that of 1F1B: as many forwards first as there are stages from here.
 
-    They are PyTorch's, which for these two runs them from loops that nothing can be asked of.
+    They are PyTorch's, which for these two runs loops that nothing can be asked of: what it says of
+    1F1B's last rank (torch 2.13) numbers the forwards from 1.
     """
     orders: dict[int, list[_Action | None]] = {}
     for rank in range(ranks):
@@ -97,6 +98,11 @@ def _order_several(
     return orders
 
 
+def list_parts(action: _Action) -> tuple[_Action, ...]:
+    """Return the forward and the backward of a pair that overlaps; of another action itself."""
+    return action.sub_actions or (action,)
+
+
 @dataclass(frozen=True)
 class StageTime:
     """How long a stage takes for a microbatch, in seconds."""
@@ -130,6 +136,11 @@ class PipelineTime:
     def bubble(self) -> float:
         """For how long the busiest rank waits."""
         return self.seconds - max(self.busy)
+
+    def repeat(self, times: float) -> "PipelineTime":
+        """Return the time for so many times the microbatches, which wait no longer."""
+        busy = tuple(times * seconds for seconds in self.busy)
+        return PipelineTime(self.bubble + max(busy), busy)
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ def _list_parts(
     rank_of = [0] * stages
     for rank, order in orders.items():
         for action in order:
-            for part in action.sub_actions or (action,):
+            for part in list_parts(action):
                 rank_of[part.stage_index] = rank
 
     def describe(action: _Action) -> Part:
@@ -213,9 +224,6 @@ def _list_parts(
         )
 
     return {
-        rank: [
-            [describe(part) for part in action.sub_actions or (action,)]
-            for action in reversed(order)
-        ]
+        rank: [[describe(part) for part in list_parts(action)] for action in reversed(order)]
         for rank, order in orders.items()
     }

@@ -41,6 +41,9 @@ from torchtrain.tools.preflight.pipeline_order import (
 )
 from torchtrain.tools.preflight.sharding import Sharding, Stage, time_offload, time_update
 
+MOST_PER_RANK = 4
+"""Microbatches per pipeline rank that are simulated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -273,11 +276,13 @@ def time_pipeline(
     """Return how long the pipeline takes for a batch, in the order of its schedule."""
     pipeline = plan.pipeline
     assert pipeline is not None
+    # Once it is full a pipeline repeats itself, so that a few microbatches tell the time of many.
+    simulated = min(pipeline.microbatches, MOST_PER_RANK * plan.degrees.pp)
     orders = find_orders(
         pipeline.schedule,
         plan.degrees.pp,
         pipeline.stages,
-        pipeline.microbatches,
+        simulated,
         whole_backward=pipeline.whole_backward,
     )
     times = []
@@ -295,4 +300,5 @@ def time_pipeline(
     handed = pipeline.microbatch_size * pipeline.activation_len * plan.shape.dim
     exchange = Exchange("send", handed * parts.sharding.unit.compute_bytes)
     links = parts.sharding.speeds.links
-    return time_orders(orders, times, links.seconds(exchange, parts.sharding.groups.pp))
+    timed = time_orders(orders, times, links.seconds(exchange, parts.sharding.groups.pp))
+    return timed.repeat(pipeline.microbatches / simulated)
