@@ -100,6 +100,12 @@ class Candidate:
         modes = list(RECOMPUTATIONS)
         return (*sizes, modes.index(self.recomputation), self.sequences, -self.batch_size, *rest)
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What activations are kept for how long depends on, beside sizes."""
+        schedule = "" if self.pipeline is None else self.pipeline.schedule
+        return self.recomputation, schedule
+
     def needs_more(self, other: "Candidate") -> bool:
         """Return whether this takes at least as much memory as the other for certain.
 

@@ -116,8 +116,8 @@ def predict_step(
         config: a checked config.
         plan: what follows from it for a world size; its shape has a vocabulary.
         device: the kind of all ranks' devices.
-        float8: whether matrix products compute in float8, as in some of the published runs that
-            predictions are held against.
+        float8: whether matrix products compute in float8 even where the config does not say so, as
+            in some of the published runs that predictions are held against.
     """
     terms = time_step(config, plan, device, TYPICAL, float8=float8)
     degrees = plan.degrees
@@ -164,7 +164,7 @@ def find_speeds(
     products = device.product_flops * assumed.products
     if config.training.mixed_precision_param == "float32":
         products *= device.fp32_share
-    elif float8:
+    elif float8 or "quantize.linear.float8" in config.model.converters:
         products *= device.float8_gain
     compiled = config.compile.components if config.compile.enable else []
     parallelism = config.parallelism

@@ -44,10 +44,12 @@ from torchtrain.tools.preflight.time_report import describe_seconds
 
 BEST = 10
 """How many are named."""
-MOST_MEASURED = 60
+MOST_MEASURED = 100
 """How many are asked whether they fit, which takes seconds for each."""
 UNEVEN = 0.8
 """The least share of the bubble of equal stages that unequal ones can have."""
+LEARNED = 0.9
+"""What one candidate takes beyond its bound, so much of it others of its kind are taken to, too."""
 SAME = 0.01
 """Times that differ by less count as equal: the simpler layout comes first."""
 
@@ -104,13 +106,22 @@ class Search:
         return found
 
     def _find_all(self, count: int) -> list[Suggestion]:
-        queue = [(rank_of(bound), each.order, False, each) for bound, each in self._list_bounded()]
+        bounds = {
+            degrees: Bounds(self.config, degrees, self.device)
+            for degrees in list_degrees(self.config, self.world_size)
+        }
+        queue = [(rank_of(time), each.order, False, each) for time, each in self._list(bounds)]
         heapq.heapify(queue)
         found: list[Suggestion] = []
         too_large: list[Candidate] = []
+        learned: dict[tuple[str, ...], float] = {}
         measured = 0
         while queue and len(found) < count and measured < MOST_MEASURED:
             _, order, is_timed, candidate = heapq.heappop(queue)
+            bound = bounds[candidate.degrees]
+            factor = learned.get(candidate.kind, 1.0)
+            if bound.memory(candidate, factor) > self.limit:
+                continue
             if any(candidate.needs_more(each) for each in too_large):
                 continue
             if not is_timed:
@@ -120,19 +131,20 @@ class Search:
                 continue
             measured += 1
             suggestion = self._judge(candidate)
-            if suggestion is None:
-                too_large.append(candidate)
-            else:
+            if suggestion.memory <= self.limit:
                 found.append(suggestion)
+                continue
+            too_large.append(candidate)
+            seen = LEARNED * bound.find_factor(candidate, suggestion.memory)
+            learned[candidate.kind] = max(1.0, min(seen, learned.get(candidate.kind, seen)))
         return found
 
-    def _list_bounded(self) -> Iterator[tuple[float, Candidate]]:
+    def _list(self, bounds: Mapping[Degrees, "Bounds"]) -> Iterator[tuple[float, Candidate]]:
         """Yield the candidates that may fit, with a time that they take at least."""
-        for degrees in list_degrees(self.config, self.world_size):
-            bounds = Bounds(self.config, degrees, self.device)
+        for degrees, bound in bounds.items():
             for candidate in list_candidates(self.config, degrees):
-                if bounds.memory(candidate) < self.limit:
-                    yield bounds.seconds(candidate), candidate
+                if bound.memory(candidate) < self.limit:
+                    yield bound.seconds(candidate), candidate
 
     def _time(self, candidate: Candidate) -> float | None:
         """Return the seconds of a step; None where the layout is not allowed."""
@@ -142,16 +154,13 @@ class Search:
             return None
         return time_step(config, plan, self.device, TYPICAL).total()
 
-    def _judge(self, candidate: Candidate) -> Suggestion | None:
-        """Return the candidate with what it takes; None where that does not fit."""
+    def _judge(self, candidate: Candidate) -> Suggestion:
+        """Return the candidate with what it takes."""
         config = apply_options(self.config, candidate.options)
-        memory = self.measure(config)
-        if memory > self.limit:
-            return None
         plan = plan_candidate(self.config, candidate, self.world_size)
         assert plan is not None
         terms = time_step(config, plan, self.device, TYPICAL)
-        return Suggestion(candidate.options, config, plan, terms, memory)
+        return Suggestion(candidate.options, config, plan, terms, self.measure(config))
 
 
 def rank_of(seconds: float) -> int:
@@ -174,6 +183,8 @@ class Bounds:
         parts = Parts.of(config, unit, self.speeds, self.groups)
         self.own = parts.sharding.count_own(self.whole) / degrees.pp
         self.gathered = self.own * self.groups.fsdp.size * unit.compute_bytes
+        # A pipeline's gradients stay whole until the last microbatch.
+        self.gradients = self.own * self.groups.fsdp.size * parts.sharding.reduce_bytes
         self.activations = self._count_activations(unit)
         self.passed = unit.hidden_bytes / unit.sequence_shards
         self.logits = self._count_logits(unit) if degrees.pp == 1 else 0.0
@@ -208,25 +219,37 @@ class Bounds:
             self._passes[key] = passed.forward.total(), passed.backward.total()
         return self._passes[key]
 
-    def memory(self, candidate: Candidate) -> float:
-        """Return what a rank takes at least: states, gathered weights, activations."""
+    def memory(self, candidate: Candidate, factor: float = 1.0) -> float:
+        """Return what a rank takes at least; `factor` multiplies the bound of activations."""
+        return self._count_fixed(candidate) + factor * self._count_kept(candidate)
+
+    def find_factor(self, candidate: Candidate, memory: float) -> float:
+        """Return the factor that explains what a candidate was found to take."""
+        return (memory - self._count_fixed(candidate)) / self._count_kept(candidate)
+
+    def _count_fixed(self, candidate: Candidate) -> float:
+        """Return what states, gathered weights, whole gradients and buffers take at least."""
         training = self.config.training
         stored = DTYPES[training.dtype].itemsize
         states = 0.0 if training.enable_cpu_offload else self.own * 4 * stored
         if self.config.optimizer.name == "Muon":
             states *= 3 / 4
-        if candidate.pipeline is not None and keeps_gathered(
-            apply_options(self.config, candidate.options)
-        ):
-            states += self.gathered
-        live = 1
         if candidate.pipeline is not None:
             states += self._count_buffers(candidate.pipeline, candidate.sequences)
+            states += self.gradients
+            if keeps_gathered(apply_options(self.config, candidate.options)):
+                states += self.gathered
+        return states
+
+    def _count_kept(self, candidate: Candidate) -> float:
+        """Return what the forwards of all live microbatches keep at least."""
+        live = 1
+        if candidate.pipeline is not None:
             microbatches = candidate.pipeline.microbatches
             is_gpipe = candidate.pipeline.schedule == "GPipe"
             live = microbatches if is_gpipe else min(self.degrees.pp, microbatches)
         kept = self.activations[candidate.recomputation] * live / self.degrees.pp
-        return states + (kept + self.logits) * candidate.sequences
+        return (kept + self.logits) * candidate.sequences
 
     def _count_buffers(self, pipeline: Pipeline, sequences: int) -> float:
         """Return what a rank in the middle receives into: a buffer for each microbatch, both ways.
