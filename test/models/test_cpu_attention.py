@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torchtrain.models import cpu_attention
 from torchtrain.models.attention import CausalAttention
 from torchtrain.models.decoder import Decoder
+from torchtrain.models.document_masking import build_document_mask
 from torchtrain.parallelisms.activation_checkpoint import save_only
 
 BATCH, HEADS, WIDTH = 2, 4, 16
@@ -33,9 +34,9 @@ def draw(length, kv_heads=HEADS, dtype=torch.float64):
     return [x.to(dtype) for x in (3 * q, 3 * k, v, grad)]
 
 
-def result_and_gradients(attend, q, k, v, grad):
+def result_and_gradients(attend, q, k, v, grad, mask=None):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    result = attend(*leaves)
+    result = attend(*leaves, mask)
     return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
 
 
@@ -47,10 +48,17 @@ def relative_error(value, reference):
     return float((value.double() - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize(
+    ("kv_heads", "documents"),
+    [(1, False), (HEADS, False), (1, True)],
+    ids=["shared", "own", "documents"],
+)
 @pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 4 * BLOCK + 1])
-def test_result_is_the_kernels_and_gradients_agree(length, kv_heads):
+def test_result_is_the_kernels_and_gradients_agree(length, kv_heads, documents):
     inputs = draw(length, kv_heads)
+    if documents:  # of different lengths in each sequence, one of them over a block's edge
+        starts = [[(i // 5) * 5 for i in range(length)], [(i // 13) * 13 for i in range(length)]]
+        inputs.append(build_document_mask(torch.tensor(starts)))
     kernel = result_and_gradients(CausalAttention(), *inputs)
     ours = result_and_gradients(compiled(CausalAttention()), *inputs)
     assert torch.equal(ours[0], kernel[0])
@@ -59,7 +67,7 @@ def test_result_is_the_kernels_and_gradients_agree(length, kv_heads):
 
 
 def test_it_is_of_compiled_blocks_alone(monkeypatch):
-    def no_gradients(grad, q, k, v, lse):
+    def no_gradients(grad, q, k, v, lse, mask):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
     monkeypatch.setattr(cpu_attention, "compute_gradients", no_gradients)
@@ -87,9 +95,9 @@ def test_recomputed_it_gives_the_same(saves_operations):
 
     options = {"context_fn": contexts} if saves_operations else {}
 
-    def attend(q, k, v):
+    def attend(q, k, v, mask):
         scaled = (q * 2, k * 0.5, v + 1)
-        return checkpoint(CausalAttention(), *scaled, use_reentrant=False, **options)
+        return checkpoint(CausalAttention(), *scaled, mask, use_reentrant=False, **options)
 
     inputs = draw(BLOCK + 9, kv_heads=2)
     kernel = result_and_gradients(attend, *inputs)

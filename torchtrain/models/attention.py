@@ -51,10 +51,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
+        if q.device.type == "cpu" and torch.compiler.is_compiling():
+            return BlockwiseCausalAttention.apply(q, *repeat_heads(q, k, v), mask)
         if mask is not None:
             return attend_masked(q, k, v, mask)
-        if q.device.type == "cpu" and torch.compiler.is_compiling():
-            return BlockwiseCausalAttention.apply(q, *repeat_heads(q, k, v))
         if not kernel_shares_heads(q):
             k, v = repeat_heads(q, k, v)
         # Asked for only where heads are shared: not every CUDA kernel of PyTorch knows the flag.

@@ -20,23 +20,31 @@ MOST_BLOCKS = 16
 
 
 class BlockwiseCausalAttention(torch.autograd.Function):
-    """Causal attention of q, k, v, each [B, H, S, C], to [B, H, S, C]."""
+    """Causal attention of q, k, v, each [B, H, S, C], to [B, H, S, C].
+
+    A mask, boolean [B, 1, S, S], narrows the past that each query sees.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
         result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=True
+            q, k, v, is_causal=mask is None, attn_mask=bias
         )
-        ctx.save_for_backward(q, k, v, lse)
+        ctx.save_for_backward(q, k, v, lse, mask)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        return compute_gradients(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        return *compute_gradients(grad, *ctx.saved_tensors), None
 
 
 def compute_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, a block of queries at a time.
 
@@ -49,6 +57,7 @@ def compute_gradients(
         k: the keys.
         v: the values.
         lse: [B, H, S], fp32, the log-sum-exps of the scores.
+        mask: boolean [B, 1, S, S], what each query sees of its past; None: all of it.
     """
     length, scale = q.shape[2], q.shape[3] ** -0.5
     block = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
@@ -60,7 +69,10 @@ def compute_gradients(
     for start in range(0, length, block):
         end = min(start + block, length)
         queries, keys = slice(start, end), slice(0, end)  # later keys are not seen
-        is_seen = positions[queries, None] >= positions[None, keys]
+        if mask is None:
+            is_seen = positions[queries, None] >= positions[None, keys]
+        else:
+            is_seen = mask[:, :, queries, keys]
         scores = scaled_q[:, :, queries] @ wide_k[:, :, keys].mT
         weights = torch.where(is_seen, torch.exp(scores - lse[:, :, queries]), 0.0)
         grad_weights = (grad[:, :, queries] @ v[:, :, keys].mT).to(wide)
