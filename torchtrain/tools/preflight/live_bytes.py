@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -49,7 +49,15 @@ class LiveBytes(TorchDispatchMode):
                 self._add(storage)
         return result
 
-    def _add(self, storage: Any) -> None:
+    def resize(self, storage: UntypedStorage) -> None:
+        """Take note that a storage has another size than it had, if it is counted."""
+        key = id(storage)
+        if key in self._sizes:
+            self.now += storage.nbytes() - self._sizes[key]
+            self._sizes[key] = storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _add(self, storage: UntypedStorage) -> None:
         key = id(storage)
         self._sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
