@@ -1,6 +1,6 @@
 """Compare what preflight predicts with what the trainer's tensors take: the table of preflight.md.
 
-    PYTHONPATH=.:test python test/measure_memory.py [words of a case's name]
+PYTHONPATH=.:test python test/measure_memory.py [words of a case's name]
 """
 
 import sys

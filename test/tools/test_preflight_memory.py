@@ -1,13 +1,17 @@
 """What a rank's memory is predicted to be, against what FSDP and a step really take."""
 
+import json
+
 import pytest
 from helpers.launching import ROOT
+from helpers.measured import compare
 
 from torchtrain.config_manager import JobConfig
 from torchtrain.models.decoder import load_decoder
 from torchtrain.parallelisms.apply import Techniques, build_parts
 from torchtrain.parallelisms.fsdp import find_fsdp_modules
 from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.tools.preflight import __main__ as preflight
 from torchtrain.tools.preflight.memory import estimate_memory, make_plan
 from torchtrain.tools.preflight.specimen import fake_ranks
 
@@ -67,3 +71,31 @@ def test_a_rank_of_fewer_layers_holds_less():
     assert last.total > 0
     shards = first.parameters + last.parameters
     assert shards == pytest.approx(2 * alone.parameters, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("debug_model", ["--parallelism.pipeline_parallel_degree=2"]),
+        ("debug_moe", []),
+    ],
+)
+def test_the_prediction_is_what_the_tensors_of_a_run_take(tmp_path, file, options):
+    predicted, measured = compare(file, 2, options, tmp_path)
+    assert predicted.total == pytest.approx(measured, rel=0.05)
+
+
+def test_the_command_prints_parts_and_verdict(capsys):
+    toml = str(ROOT / "train_configs" / "llama3_8b.toml")
+    options = ["--job.config_file", toml, "--training.dataset=c4", "--world-size", "8"]
+    assert preflight.main([*options, "--device", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "optimizer states" in said
+    assert said.splitlines()[-1].startswith("fits: ")
+    batch = "--training.local_batch_size=64"
+    assert preflight.main([*options, batch, "--device", "h100", "--json"]) == 3
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["verdict"] == "does not fit"
+    (rank,) = printed["ranks"]
+    assert rank["total"] > 79 * 2**30

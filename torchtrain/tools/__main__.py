@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
     "check-config": Command(
         "torchtrain.tools.check_config", "check a config for any number of ranks, print its plan"
     ),
+    "preflight": Command(
+        "torchtrain.tools.preflight", "predict what memory a run takes, and whether it fits"
+    ),
     "prepare": Command(
         "torchtrain.tools.prepare", "tokenize a corpus ahead of the run, into its cache"
     ),

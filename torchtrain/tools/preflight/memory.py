@@ -86,13 +86,14 @@ class Run:
         ledger = Ledger(rank)
         ledger.hold(parameters=weights.parameters, inputs=self.count_inputs())
         ledger.hold(optimizer_states=self.count_states(numbers))
+        several = plan.batch.accumulation_steps > 1
         if plan.pipeline is None:
             reshard = Resharding.of(self.config.parallelism.fsdp_reshard_after_forward)
-            several = plan.batch.accumulation_steps > 1
             Step(stages[0], root, reshard, several).walk(ledger)
         else:
             ledger.hold(communication=self.count_passed_on(plan.pipeline, numbers))
-            walk_pipeline(ledger, stages, list_actions(plan.pipeline, plan.degrees.pp)[rank])
+            actions = list_actions(plan.pipeline, plan.degrees.pp)[rank]
+            walk_pipeline(ledger, stages, actions, accumulates=several)
         ledger.look("optimizer step", working=round(self.optimizer.temporary * weights.parameters))
         assert ledger.worst is not None
         return ledger.worst

@@ -284,14 +284,19 @@ class Step:
         ledger.hold(communication=weights.ends_held)
 
 
-def walk_pipeline(ledger: Ledger, stages: dict[int, Stage], actions: list[_Action]) -> None:
+def walk_pipeline(
+    ledger: Ledger, stages: dict[int, Stage], actions: list[_Action], *, accumulates: bool
+) -> None:
     """Walk through the forwards and backwards of all microbatches through a rank's stages.
 
     Args:
         ledger: holds what lives all the time.
         stages: of the rank, by number.
         actions: forwards and backwards in turn.
+        accumulates: whether gradients of an earlier pass through the pipeline are there.
     """
+    if accumulates:
+        ledger.hold(gradients=sum(stage.weights.parameters for stage in stages.values()))
     left = Counter(
         action.stage_index
         for action in actions
@@ -321,6 +326,7 @@ def walk_pipeline(ledger: Ledger, stages: dict[int, Stage], actions: list[_Actio
         left[number] -= 1
         if left[number] == 0:
             _reduce(ledger, stage, number)
+            ledger.hold(gradients=0 if accumulates else stage.weights.parameters)
 
 
 def _reduce(ledger: Ledger, stage: Stage, number: int) -> None:
@@ -331,4 +337,3 @@ def _reduce(ledger: Ledger, stage: Stage, number: int) -> None:
         communication=largest.reduce_buffer + largest.reduced,
     )
     ledger.free(unsharded_gradients=weights.accumulated, gathered_parameters=weights.gathered)
-    ledger.hold(gradients=weights.parameters)
