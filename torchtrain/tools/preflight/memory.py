@@ -13,7 +13,7 @@ compiled block is taken for what it is without the compiler, which keeps less.
 
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import PipelinePlan, RunPlan, find_tokenizer, plan_run, plan_shape
-from torchtrain.config_manager import JobConfig
+from torchtrain.config.schema import Config
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.tools.preflight.activations import Traces, trace_layers
 from torchtrain.tools.preflight.live_microbatches import list_actions
@@ -34,9 +34,7 @@ INTEGER = 8
 """Bytes of a token."""
 
 
-def estimate_memory(
-    config: JobConfig, world_size: int, device_type: str = "cuda"
-) -> list[RankMemory]:
+def estimate_memory(config: Config, world_size: int, device_type: str = "cuda") -> list[RankMemory]:
     """Return what one rank of each pipeline stage takes, the one that has the most.
 
     The first call for a kind of layer takes some seconds, others milliseconds.
@@ -56,7 +54,7 @@ def estimate_memory(
     return [run.walk(rank) for rank in range(plan.degrees.pp)]
 
 
-def make_plan(config: JobConfig, world_size: int) -> RunPlan:
+def make_plan(config: Config, world_size: int) -> RunPlan:
     """Return the plan of the run; the tokenizer is opened where its size is the vocabulary's."""
     size = None
     if plan_shape(config.model).vocab_size == 0:
@@ -67,7 +65,7 @@ def make_plan(config: JobConfig, world_size: int) -> RunPlan:
 class Run:
     """What all ranks of a run have in common."""
 
-    def __init__(self, config: JobConfig, plan: RunPlan, request: Request, traces: Traces) -> None:
+    def __init__(self, config: Config, plan: RunPlan, request: Request, traces: Traces) -> None:
         self.config = config
         self.plan = plan
         self.request = request

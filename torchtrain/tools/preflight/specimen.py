@@ -22,8 +22,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config.layout import Degrees
 from torchtrain.config.plans import RunPlan
-from torchtrain.config.schema import ActivationCheckpoint, Compile, Parallelism, Router, Training
-from torchtrain.config_manager import JobConfig
+from torchtrain.config.schema import (
+    ActivationCheckpoint,
+    Compile,
+    Config,
+    Parallelism,
+    Router,
+    Training,
+)
 from torchtrain.models.decoder import Decoder, load_decoder
 from torchtrain.parallelisms.apply import Techniques, build_parts
 from torchtrain.parallelisms.expert_parallel import find_sparse
@@ -72,7 +78,7 @@ class Request:
     compiles_loss: bool
 
     @classmethod
-    def of(cls, config: JobConfig, plan: RunPlan, device_type: str) -> "Request":
+    def of(cls, config: Config, plan: RunPlan, device_type: str) -> "Request":
         """Return what a run's layers depend on."""
         degrees = plan.degrees
         shares = degrees.cp * degrees.tp
