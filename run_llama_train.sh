@@ -4,8 +4,8 @@
 #   ./run_llama_train.sh [trainer options]          e.g. ./run_llama_train.sh --training.steps 20
 #
 # Environment: NGPU (processes on this node), CONFIG_FILE (default train_configs/debug_model.toml), LOG_RANK (default 0),
-# MAX_RESTARTS (default 0); for several nodes torchrun's variables, NNODES=MIN:MAX where they may come and go, see
-# torchtrain/tools/launch.py. The exit status is that of the run.
+# MAX_RESTARTS (default 0), CHECK_MEMORY (0: start also what does not fit into GPUs); for several nodes torchrun's
+# variables, NNODES=MIN:MAX where they may come and go, see torchtrain/tools/launch.py. The exit status is that of the run.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -116,6 +116,38 @@ MUTANTS = {
             "ALLOCATOR_VARIABLES[0] not in environment",
         ),
     ],
+    "torchtrain/tools/memory_check.py": [
+        (
+            "preflight finds torchtrain in the working directory first",
+            'program = [sys.executable, str(package / "tools" / "preflight" / "__main__.py")]',
+            'program = [sys.executable, "-m", "torchtrain.tools.preflight"]',
+        ),
+        (
+            "the smallest card decides, which the worst rank may not have",
+            "return max(map(int, sizes)) * 2**20",
+            "return min(map(int, sizes)) * 2**20",
+        ),
+        (
+            "gradients are not among what surely lives",
+            "(2 * stored + means * mean)",
+            "(stored + means * mean)",
+        ),
+        (
+            "states in host memory are looked for on the card",
+            "if config.training.enable_cpu_offload or not count",
+            "if not count",
+        ),
+        (
+            "a compiled block is taken to keep what another does",
+            'doubtful += (1 - KEPT_COMPILED) * rank["activations"]',
+            'doubtful += 0 * rank["activations"]',
+        ),
+        (
+            "the first pipeline rank decides, not the one with the most",
+            "if max(count_sure(config, rank) for rank in ranks) > memory:",
+            "if count_sure(config, ranks[0]) > memory:",
+        ),
+    ],
     "torchtrain/bf16_states.py": [
         (
             "means are rounded towards 0",

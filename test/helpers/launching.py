@@ -88,6 +88,7 @@ def environment(ranks: int, **extra: str) -> dict[str, str]:
         "NNODES",
         "CONFIG_FILE",
         "LOG_RANK",
+        "CHECK_MEMORY",
         "PYTHONDONTWRITEBYTECODE",
     ):
         kept.pop(name, None)

@@ -11,6 +11,7 @@ from torchtrain.models.decoder import load_decoder
 from torchtrain.parallelisms.apply import Techniques, build_parts
 from torchtrain.parallelisms.fsdp import find_fsdp_modules
 from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.tools.memory_check import count_least
 from torchtrain.tools.preflight import __main__ as preflight
 from torchtrain.tools.preflight.memory import estimate_memory, make_plan
 from torchtrain.tools.preflight.specimen import fake_ranks
@@ -59,6 +60,7 @@ def test_shards_are_those_of_fsdp(file, ranks, options):
     config = read(file, ranks, *options)
     (rank,) = estimate_memory(config, ranks)
     assert rank.parameters == shards_of_fsdp(config, ranks)
+    assert 0.7 < count_least(config, ranks) / (2 * rank.parameters + rank.optimizer_states) <= 1
 
 
 def test_a_rank_of_fewer_layers_holds_less():

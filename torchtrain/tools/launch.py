@@ -4,7 +4,8 @@
 
 Environment: NGPU (processes per node; default every visible GPU, or 2 on a machine without),
 CONFIG_FILE (default train_configs/debug_model.toml), LOG_RANK (ranks whose lines are shown, default
-0), MAX_RESTARTS (how often the ranks are started again after one has died, default 0). For several
+0), MAX_RESTARTS (how often the ranks are started again after one has died, default 0), CHECK_MEMORY
+(0: start also what surely does not fit into the memory of NVIDIA's GPUs, default 1). For several
 nodes set torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT (or
 PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, PET_RDZV_ID), or the same names without PET_:
 https://docs.pytorch.org/docs/stable/elastic/run.html
@@ -102,8 +103,9 @@ def main(trainer_args: list[str]) -> int:
         processes = count_processes(gpus)
         with silent_torch():  # a module of the user's own may import it
             usable = find_usable(trainer_args, nodes, processes)
-            check_log_rank(processes * usable[-1])
-            config = check_config(trainer_args, processes * usable[-1], nodes, restarts)
+            world_size = processes * usable[-1]
+            check_log_rank(world_size)
+            config = check_config(trainer_args, world_size, nodes, restarts, on_gpus=gpus > 0)
         choose_interface(nodes, os.environ)
         set_up_environment(processes, os.environ, on_cpu=gpus == 0)
         return launch(config, trainer_args, nodes, usable, processes, restarts)
@@ -177,14 +179,14 @@ def find_usable(trainer_args: list[str], nodes: Nodes, processes: int) -> list[i
 
 
 def check_config(
-    trainer_args: list[str], world_size: int, nodes: Nodes, restarts: int
+    trainer_args: list[str], world_size: int, nodes: Nodes, restarts: int, *, on_gpus: bool
 ) -> JobConfig:
     """Read the config. A refused one ends this process, after a word to the nodes that wait.
 
     Raises:
         UserError: restarts are wanted, but there will be no checkpoints to go on from; or nodes may
             come and go, which takes restarts and one global batch size; or too few files may be
-            open for so many ranks.
+            open for so many ranks; or the run surely does not fit into the memory of the GPUs.
     """
     try:
         config = parse_or_exit(trainer_args, world_size)
@@ -203,6 +205,11 @@ def check_config(
         # The ranks inherit it; and all of them connect to the launcher of node 0.
         if warning := allow_open_files(world_size):
             print(f"warning: {warning}", file=sys.stderr)
+        # Not under WSL, where a GPU's tensors may go on in the host's memory.
+        if on_gpus and Path(NVIDIA).exists():
+            from torchtrain.tools.memory_check import check_memory
+
+            check_memory(config, trainer_args, world_size)
         return config
     except (SystemExit, UserError):
         if nodes.meet_here:

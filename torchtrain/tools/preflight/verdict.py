@@ -1,10 +1,12 @@
 """Whether what a rank takes fits into a device's memory."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torchtrain.metrics import GIB
-from torchtrain.tools.preflight.walk import RankMemory
+
+if TYPE_CHECKING:  # the launcher needs this file, and not what that one imports
+    from torchtrain.tools.preflight.walk import RankMemory
 
 ALLOCATOR_SHARE = 0.05
 """What PyTorch's allocator reserves beyond the tensors, as a share of them. An assumption: joining
@@ -26,7 +28,7 @@ class Verdict:
     """The device's, in bytes."""
 
     @classmethod
-    def of(cls, rank: RankMemory, memory_gib: float) -> "Verdict":
+    def of(cls, rank: "RankMemory", memory_gib: float) -> "Verdict":
         """Judge the worst moment of a rank."""
         return cls(rank.total * (1 + ALLOCATOR_SHARE), memory_gib * GIB)
 
