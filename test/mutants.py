@@ -1227,8 +1227,8 @@ MUTANTS = {
         ),
         (
             "the keys' gradient is of the last block alone",
-            "grad_k[:, :, keys] +=",
-            "grad_k[:, :, keys] =",
+            "grad_k = grad_k + F.pad",
+            "grad_k = F.pad",
         ),
         (
             "the scale is left out of the gradient",

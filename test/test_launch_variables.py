@@ -1,6 +1,7 @@
 """What launchers leave in the environment: a rank, a process on its own, or a message."""
 
 import socket
+import threading
 from datetime import timedelta
 
 import pytest
@@ -138,40 +139,57 @@ def test_a_taken_port_is_one_message(setting, taken_port):
     assert str(caught.value) == f"{expected}Set another, the same for all ranks"
 
 
-def test_a_port_of_a_program_that_never_answers_is_one_message(setting, monkeypatch):
-    monkeypatch.setattr(attempts, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(attempts, "ANSWER_S", 0.2)
+def test_a_port_of_a_program_that_never_answers_is_told_and_given_up(setting, monkeypatch, caplog):
+    monkeypatch.setattr(attempts, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(attempts, "ANSWER_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        place = f"127.0.0.1:{silent.getsockname()[1]}"
-        address, _, port = place.partition(":")
-        setting({**ONE_OF_FOUR, "MASTER_ADDR": address, "MASTER_PORT": port})
-        with pytest.raises(UserError) as caught:
-            attempts.meet(timedelta(seconds=300))
-    assert str(caught.value) == (
-        f"MASTER_ADDR:MASTER_PORT = {place}: what listens there is another program, which does "
-        "not answer. Set a port that is free on that node, the same for all ranks"
-    )
+        port = silent.getsockname()[1]
+        setting({**ONE_OF_FOUR, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        with pytest.raises(PeerFault) as caught:
+            attempts.meet(timedelta(seconds=1))
+    assert not caught.value.is_user_error  # a node that stands still looks the same
+    place = f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}"
+    assert caplog.messages == [
+        f"{place}: what listens there does not answer. If it is another program, set a port that "
+        "is free on that node, the same for all ranks",
+        f"the ranks did not meet at {place}: what listens there never answered",
+    ]
 
 
 def test_ranks_that_come_late_are_waited_for(setting, monkeypatch):
-    """The first looks again and again, and finds its own store; so does one whose first is late."""
+    """The first finds its own store, as often as it looks, and the next one that store."""
+    monkeypatch.setattr(attempts, "PATIENCE_S", 0.05)
     looks = []
+    both_looked = threading.Event()
+
+    def rendezvous(url, timeout):
+        assert both_looked.wait(timeout=60)
+        yield "store", 0, 4
+
     is_silent = attempts._is_silent
 
     def look(address, port):
         looks.append(is_silent(address, port))
+        if len(looks) == 2:
+            both_looked.set()
         return looks[-1]
 
-    monkeypatch.setattr(attempts, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(attempts.dist, "rendezvous", rendezvous)
     monkeypatch.setattr(attempts, "_is_silent", look)
-    setting({**ONE_OF_FOUR, "RANK": "0", "MASTER_PORT": str(find_free_port())})
-    for rank in ("0", "1"):
-        setting({"RANK": rank})
-        looks.clear()
-        with pytest.raises(PeerFault):
-            attempts.meet(timedelta(milliseconds=400))
-        assert looks
-        assert not any(looks)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    setting({**ONE_OF_FOUR, "RANK": "0", "MASTER_PORT": str(store.port)})
+    assert attempts._rendezvous(timedelta(seconds=60)) == ("store", 0, 4)
+    assert looks == [False, False]
+
+
+def test_a_timeout_of_the_rendezvous_itself_ends_it(setting, monkeypatch):
+    def rendezvous(url, timeout):
+        raise TimeoutError("as of a socket")
+
+    monkeypatch.setattr(attempts.dist, "rendezvous", rendezvous)
+    setting({**ONE_OF_FOUR, "RANK": "0", "MASTER_PORT": "1"})
+    with pytest.raises(TimeoutError, match="as of a socket"):
+        attempts._rendezvous(timedelta(seconds=60))
 
 
 def test_ranks_that_do_not_come_are_one_message(setting, caplog):

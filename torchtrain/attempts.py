@@ -7,6 +7,7 @@ Without torchrun there is one attempt, and nothing to tell.
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
@@ -46,7 +47,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the store in which the ranks of this attempt meet, this rank and the world size.
 
     Raises:
-        UserError: MASTER_PORT is taken, or something else listens there, in silence.
+        UserError: MASTER_PORT is taken.
         PeerFault: the ranks did not meet, which is said; or an earlier attempt has ended for good,
             and torchrun started one more all the same (our launcher does not).
     """
@@ -66,23 +67,28 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Meet the others, in a thread: PyTorch waits for ever for a program that never answers.
+    """Meet the others, in a thread: PyTorch waits for ever for what listens and never answers.
 
     Raises:
-        UserError: one listens at MASTER_ADDR:MASTER_PORT.
+        PeerFault: it has not answered in all that time. A node that stands still looks the same, so
+            a further attempt may mend it.
     """
     others = _in_thread(lambda: next(dist.rendezvous("env://", timeout=timeout)))
-    while True:
-        with suppress(futures.TimeoutError):
-            return others.result(min(PATIENCE_S, timeout.total_seconds()))
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Where they have failed meanwhile, the store that this rank kept is gone with them.
-        if _is_silent(address, port) and not others.done():
-            raise UserError(
-                f"MASTER_ADDR:MASTER_PORT = {address}:{port}: what listens there is another "
-                "program, which does not answer. Set a port that is free on that node, the same "
-                "for all ranks"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    place = f"MASTER_ADDR:MASTER_PORT = {address}:{port}"
+    is_told = False
+    deadline = time.monotonic() + timeout.total_seconds() + PATIENCE_S  # PyTorch's own comes first
+    while not futures.wait([others], PATIENCE_S).done:
+        if time.monotonic() > deadline:
+            logger.error(f"the ranks did not meet at {place}: what listens there never answered")
+            raise PeerFault(f"the ranks did not meet at {address}:{port}")
+        if not is_told and _is_silent(address, port) and not others.done():
+            logger.error(
+                f"{place}: what listens there does not answer. If it is another program, set a "
+                "port that is free on that node, the same for all ranks"
             )
+            is_told = True
+    return others.result()
 
 
 def _is_silent(address: str, port: int) -> bool:

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from torchtrain.models import cpu_attention
 from torchtrain.models.attention import CausalAttention
+from torchtrain.models.cpu_attention import BlockwiseAttention
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.document_masking import build_document_mask
 from torchtrain.parallelisms.activation_checkpoint import save_only
@@ -18,7 +19,7 @@ BLOCK, BLOCKS = 8, 3
 def few_small_blocks(monkeypatch):
     """What takes long is to trace many blocks."""
     monkeypatch.setattr(cpu_attention, "SMALLEST_BLOCK", BLOCK)
-    monkeypatch.setattr(cpu_attention, "MOST_BLOCKS", BLOCKS)
+    monkeypatch.setattr(cpu_attention, "BLOCKS", BLOCKS)
     yield
     torch.compiler.reset()
 
@@ -60,29 +61,34 @@ def test_result_is_the_kernels_and_gradients_agree(length, kv_heads, documents):
         starts = [[(i // 5) * 5 for i in range(length)], [(i // 13) * 13 for i in range(length)]]
         inputs.append(build_document_mask(torch.tensor(starts)))
     kernel = result_and_gradients(CausalAttention(), *inputs)
-    ours = result_and_gradients(compiled(CausalAttention()), *inputs)
+    ours = result_and_gradients(compiled(BlockwiseAttention(CausalAttention())), *inputs)
     assert torch.equal(ours[0], kernel[0])
     for value, reference in zip(ours, kernel, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
 
 
-def test_it_is_of_compiled_blocks_alone(monkeypatch):
-    def no_gradients(grad, q, k, v, lse, mask):
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+def no_gradients(grad, q, k, v, lse, mask):
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
+
+def test_it_is_of_compiled_and_not_too_long_sequences_alone(monkeypatch):
     monkeypatch.setattr(cpu_attention, "compute_gradients", no_gradients)
     inputs = draw(BLOCK)
-    assert all(x.any() for x in result_and_gradients(CausalAttention(), *inputs))
-    result, *gradients = result_and_gradients(compiled(CausalAttention()), *inputs)
+    kernel = BlockwiseAttention(CausalAttention())
+    assert all(x.any() for x in result_and_gradients(kernel, *inputs))
+    result, *gradients = result_and_gradients(compiled(kernel), *inputs)
     assert result.any()
     assert not any(x.any() for x in gradients)
+    monkeypatch.setattr(cpu_attention, "LONGEST", BLOCK - 1)
+    torch.compiler.reset()
+    assert all(x.any() for x in result_and_gradients(compiled(kernel), *inputs))
 
 
 def test_in_bf16_it_is_as_close_to_the_formula_as_pytorchs_kernel():
     inputs = draw(23, dtype=torch.bfloat16)
     exact = result_and_gradients(CausalAttention(), *(x.double() for x in inputs))
     kernel = result_and_gradients(CausalAttention(), *inputs)
-    ours = result_and_gradients(compiled(CausalAttention()), *inputs)
+    ours = result_and_gradients(compiled(BlockwiseAttention(CausalAttention())), *inputs)
     for value, other, reference in zip(ours, kernel, exact, strict=True):
         assert value.dtype == torch.bfloat16
         assert relative_error(value, reference) < 1.5 * relative_error(other, reference)
@@ -97,7 +103,9 @@ def test_recomputed_it_gives_the_same(saves_operations):
 
     def attend(q, k, v, mask):
         scaled = (q * 2, k * 0.5, v + 1)
-        return checkpoint(CausalAttention(), *scaled, mask, use_reentrant=False, **options)
+        return checkpoint(
+            BlockwiseAttention(CausalAttention()), *scaled, mask, use_reentrant=False, **options
+        )
 
     inputs = draw(BLOCK + 9, kv_heads=2)
     kernel = result_and_gradients(attend, *inputs)

@@ -1,11 +1,21 @@
-"""What the compiler says of itself on every rank."""
+"""What compiling changes of a model and of the process."""
 
 import warnings
-from types import SimpleNamespace
 
+import pytest
+import torch
 from torch._inductor.lowering import _warn_complex_not_supported
 
+from torchtrain.catalog.models import ModelShape
+from torchtrain.models.attention import CausalAttention
+from torchtrain.models.cpu_attention import BlockwiseAttention
+from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.compile import apply_compile, silence_compiler
+
+
+def build_model():
+    with torch.device("meta"):
+        return Transformer(ModelShape(32, 2, 4, 2, 64, 50))
 
 
 def test_the_compiler_does_not_warn_of_complex_numbers():
@@ -24,5 +34,15 @@ def test_the_compiler_does_not_warn_of_complex_numbers():
 def test_what_is_compiled_leaves_the_process_as_it_was():
     with warnings.catch_warnings():
         warnings.resetwarnings()
-        apply_compile(SimpleNamespace(layers={}), "inductor")
+        apply_compile(build_model(), "inductor")
         assert warnings.filters == []
+
+
+@pytest.mark.parametrize(("backend", "is_used"), [("inductor", True), ("aot_eager", False)])
+def test_attention_has_its_own_backward_where_it_is_fused(backend, is_used):
+    model = build_model()
+    names = list(model.state_dict())
+    apply_compile(model, backend)
+    kernels = [type(block.attention.inner_attention) for block in model.layers.values()]
+    assert kernels == [BlockwiseAttention if is_used else CausalAttention] * 2
+    assert list(model.state_dict()) == names

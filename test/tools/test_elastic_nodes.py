@@ -1,6 +1,7 @@
 """Nodes that come and go: they meet in node 0's store, and the run goes on with those there are."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -335,7 +336,9 @@ def test_the_loss_of_node_0_ends_the_run_with_a_line(tmp_path, data, free_port):
 def test_too_few_nodes_end_with_one_message(
     capfd, monkeypatch, tmp_path, data, free_port, given, overrides, status, text
 ):
-    monkeypatch.setattr(logger, "propagate", logger.propagate)  # which a launcher turns off
+    # A launcher silences torchrun's log, and has its own handlers.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
     monkeypatch.setattr(logger, "handlers", logger.handlers.copy())
     variables = environment(1) | node(0, free_port) | given
     handlers = rendezvous_handler_registry._registry  # that of this process, not a launcher's

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtrain.catalog.models import ModelShape
-from torchtrain.models.cpu_attention import BlockwiseCausalAttention
 from torchtrain.models.document_masking import Mask, attend_masked
 from torchtrain.models.rotary import rotate
 
@@ -51,8 +50,6 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]; a mask narrows the past."""
-        if q.device.type == "cpu" and torch.compiler.is_compiling():
-            return BlockwiseCausalAttention.apply(q, *repeat_heads(q, k, v), mask)
         if mask is not None:
             return attend_masked(q, k, v, mask)
         if not kernel_shares_heads(q):

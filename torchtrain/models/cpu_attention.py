@@ -1,22 +1,44 @@
-"""Causal attention inside torch.compile on a CPU: PyTorch's forward, and a faster backward.
+"""Causal attention for torch.compile on a CPU: PyTorch's forward, and a faster backward.
 
 The backward of PyTorch's kernel for the CPU multiplies in pieces too small for the matrix units,
 and takes a fifth of a compiled step. Here it is the same formulas (Dao et al. 2022,
 arXiv:2205.14135, algorithm 4) in batched products that are large, and pointwise operations that the
 compiler fuses. Without a compiler these would take longer than PyTorch's kernel.
 
-Letters: B batch, S sequence, H heads, C head width.
+Letters: B batch, S sequence, H query heads, K key/value heads, C head width.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from torchtrain.models.attention import repeat_heads
+from torchtrain.models.document_masking import Mask
+
+BLOCKS = 4
+"""Of queries. They are unrolled in the program, which takes long to compile with many, and each
+holds its scores in fp32."""
 SMALLEST_BLOCK = 128
-"""Queries per block. Fewer would skip more of what is masked, in less efficient products."""
-MOST_BLOCKS = 16
-"""The blocks are unrolled in the program: what it takes to compile is bounded."""
+"""Queries per block; with fewer the products are less efficient."""
+LONGEST = 2048
+"""Positions; with more, the scores of a block would take much memory."""
+
+
+class BlockwiseAttention(nn.Module):
+    """A kernel that is `kernel`, but for the backward where it is compiled on a CPU."""
+
+    def __init__(self, kernel: nn.Module) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
+        """Take q [B, H, S, C] and k, v [B, K, S, C] to [B, H, S, C]."""
+        is_compiled = q.device.type == "cpu" and torch.compiler.is_compiling()
+        if not is_compiled or q.shape[2] > LONGEST:
+            return self.kernel(q, k, v, mask)
+        return BlockwiseCausalAttention.apply(q, *repeat_heads(q, k, v), mask)
 
 
 class BlockwiseCausalAttention(torch.autograd.Function):
@@ -60,7 +82,7 @@ def compute_gradients(
         mask: boolean [B, 1, S, S], what each query sees of its past; None: all of it.
     """
     length, scale = q.shape[2], q.shape[3] ** -0.5
-    block = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    block = max(SMALLEST_BLOCK, -(-length // BLOCKS))
     wide = lse.dtype  # fp32, or fp64 if all is
     scaled_q, wide_k = q.to(wide) * scale, k.to(wide)
     lse = lse.unsqueeze(-1)
@@ -81,6 +103,7 @@ def compute_gradients(
         mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
         grad_scores = (weights * (grad_weights - mean) * scale).to(q.dtype)
         grads_q.append(grad_scores @ k[:, :, keys])
-        grad_k[:, :, keys] += grad_scores.mT @ q[:, :, queries]
-        grad_v[:, :, keys] += weights.to(q.dtype).mT @ grad[:, :, queries]
+        unseen = (0, 0, 0, length - end)  # rows of zeros for later keys
+        grad_k = grad_k + F.pad(grad_scores.mT @ q[:, :, queries], unseen)
+        grad_v = grad_v + F.pad(weights.to(q.dtype).mT @ grad[:, :, queries], unseen)
     return torch.cat(grads_q, dim=2), grad_k.to(q.dtype), grad_v.to(q.dtype)

@@ -10,6 +10,8 @@ import warnings
 import torch
 from torch import nn
 
+from torchtrain.models.attention import CausalAttention
+from torchtrain.models.cpu_attention import BlockwiseAttention
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.moe import SparseFeedForward
 
@@ -29,11 +31,18 @@ def apply_compile(model: Decoder, backend: str) -> None:
 
     FSDP's hooks run around it, outside the graph; parameter names are unchanged.
     """
+    if backend == "inductor":  # others fuse nothing
+        model.replace_attention_kernels(choose_kernel)
     for block in model.layers.values():
         for module in find_compilable(block):
             module.forward = torch.compile(  # type: ignore[method-assign]
                 module.forward, backend=backend, fullgraph=True, dynamic=False
             )
+
+
+def choose_kernel(kernel: nn.Module) -> nn.Module:
+    """Return the kernel of plain attention with the backward for a CPU; any other as it is."""
+    return BlockwiseAttention(kernel) if type(kernel) is CausalAttention else kernel
 
 
 def find_compilable(module: nn.Module) -> list[nn.Module]:
