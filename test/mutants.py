@@ -63,25 +63,44 @@ MUTANTS = {
         ),
         (
             "runs that are to go on count as done",
-            "return TRY_AGAIN if None in endings else 0",
+            "return ELSEWHERE if without <= elsewhere else TRY_AGAIN",
             "return 0",
         ),
+        (
+            "a job waits in a loop for a run that is under way elsewhere",
+            "return ELSEWHERE if without <= elsewhere else TRY_AGAIN",
+            "return TRY_AGAIN",
+        ),
     ],
-    "torchtrain/tools/sweep/plan.py": [
+    "torchtrain/tools/sweep/kept.py": [
         (
             "a changed option of a run that has begun is not noticed",
             "if before.get(key) != now.get(key)",
             "if key not in before",
         ),
         (
+            "an option that an older run's file lacks counts as changed",
+            "before = defaults | flat(",
+            "before = flat(",
+        ),
+    ],
+    "torchtrain/tools/sweep/naming.py": [
+        (
+            "two runs have one folder",
+            "if is_whole and times[name.casefold()] == 1",
+            "if times",
+        ),
+    ],
+    "torchtrain/tools/sweep/plan.py": [
+        (
+            "all runs write one folder of checkpoints",
+            "        if len(by_run) > 1:\n",
+            "        if len(by_run) > len(runs):\n",
+        ),
+        (
             "a fault is told of the first run that has it",
             "reports.setdefault(text, []).append(name)",
             "reports.setdefault(text, [name])",
-        ),
-        (
-            "two runs have one folder",
-            'name if taken[name] == 1 else f"{name},{taken[name]}"',
-            "name",
         ),
     ],
     "torchtrain/tools/sweep/running.py": [
@@ -91,6 +110,21 @@ MUTANTS = {
             "if self.stopped_by and status == 0:",
         ),
         ("a log of an earlier start tells how a run has ended", "        file.seek(begin)\n", ""),
+        (
+            "a run that has not trained is done",
+            'Ending("done" if has_logged else "failed", status, seconds)',
+            'Ending("done", status, seconds)',
+        ),
+        (
+            "a spike is listed as not finite",
+            "if numbers is None or all(math.isfinite(float(number)) for number in numbers.groups()):",
+            "if numbers is None:",
+        ),
+        (
+            "a table keeps a run from starting",
+            "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+            "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        ),
         (
             "a signal reaches the sweep alone",
             "            self._process.send_signal(number)\n",

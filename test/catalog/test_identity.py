@@ -20,6 +20,7 @@ from torchtrain.catalog.models import EXPERT_DETAILS, FAMILIES, ModelShape, regi
 from torchtrain.config.options import options
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
+from torchtrain.tools.sweep.kept import WHERE_IT_BEGINS, list_compared
 
 SHAPE = ModelShape(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, ffn_hidden_dim=96, vocab_size=128)
 
@@ -137,6 +138,12 @@ def test_every_key_is_compared_or_stated_or_changes_no_result():
     assert [name for name, times in listed.items() if times > 1] == []
     assert set(listed) - set(options()) == set(), "a key that no longer exists"
     assert set(options()) - set(listed) == set(), "decide what becomes of the new key on resume"
+
+
+def test_a_sweep_compares_every_key_but_those_that_change_no_result():
+    assert set(WHERE_IT_BEGINS) <= set(CHANGES_NO_RESULT), "of a run that goes on, not of a new one"
+    idle = set(CHANGES_NO_RESULT) - set(WHERE_IT_BEGINS)
+    assert set(list_compared()) == set(options()) - idle
 
 
 # Models

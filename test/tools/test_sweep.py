@@ -1,5 +1,6 @@
 """Sweeps: which runs a file asks for, what becomes of them, how a sweep goes on."""
 
+import fcntl
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from helpers.launching import ROOT, TINY
 from torchtrain.errors import UserError
 from torchtrain.tools.sweep import running, table
 from torchtrain.tools.sweep.__main__ import main
+from torchtrain.tools.sweep.kept import find_others
+from torchtrain.tools.sweep.naming import name_runs
 from torchtrain.tools.sweep.plan import read_sweep
 
 HEAD = 'config_file = "debug_model.toml"\nfolder = "out"\n'
@@ -76,10 +79,73 @@ def test_names_are_those_of_folders_and_differ():
     )
     for folder in ("a/b c", "a/b-c"):
         Path(folder).mkdir(parents=True)
-    assert [run.name for run in planned(text).runs] == [
-        "dataset_path=a-b-c,dataset=text,training.seq_len=32,validation.seq_len=64",
-        "dataset_path=a-b-c,dataset=text,training.seq_len=32,validation.seq_len=64,2",
-    ]
+    first, second = (run.name for run in planned(text).runs)
+    name = "dataset_path=a-b-c,dataset=text,training.seq_len=32,validation.seq_len=64"
+    assert re.fullmatch(f"{name},[0-9a-f]{{8}}", first)
+    assert re.fullmatch(f"{name},[0-9a-f]{{8}}", second)
+    assert first != second
+
+
+def test_a_name_is_of_its_options_alone_whatever_other_runs_there_are():
+    paths = ["a/b", "a-b", "a b", "A-B", "", "x" * 200, "x" * 200 + "y", "a", "b"]
+    varied = [{"training.dataset_path": path} for path in paths]
+    names = name_runs(varied)
+    assert len({name.casefold() for name in names}) == len(paths)
+    assert names[-2:] == ["dataset_path=a", "dataset_path=b"]
+    assert max(map(len, names)) == 120
+    assert name_runs(varied[::-1]) == names[::-1]
+    assert name_runs(varied[:1] + varied[2:3]) == [names[0], names[2]]
+
+
+def test_the_same_run_twice_is_refused():
+    assert "two runs have the same options: lr=0.001" in refused(
+        "[grid]\noptimizer.lr=[1e-3, 1e-3]"
+    )
+    assert "two runs have the same options: as-set" in refused(
+        "[[runs]]\n[[runs]]\n[[runs]]\nmodel.dim = 64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("enable = true", "checkpoint.folder"),
+        ("enable_tensorboard = true", "metrics.save_tb_folder"),
+        ("enable_profiling = true", "profiling.save_traces_folder"),
+        ("enable_memory_snapshot = true", "profiling.save_memory_snapshot_folder"),
+    ],
+)
+def test_runs_that_would_write_one_folder_are_refused(tmp_path, option, key):
+    """With one folder of checkpoints, the second run would find itself done."""
+    shared = str(tmp_path / "shared")
+    section = key.partition(".")[0]
+    given = f'{GRID}[set]\n{key} = "{shared}"\n'
+    said = refused(f"{given}{section}.{option}\n")
+    assert said.splitlines()[1].startswith(f'  {key} = "{shared}": more than one run would write')
+    assert len(planned(f"{given}{section}.{option.replace('true', 'false')}\n").runs) == 4
+    apart = f'[[runs]]\n{key} = "{shared}/a"\n[[runs]]\n{key} = "{shared}/b"\n'
+    assert len(planned(f"{apart}[set]\n{section}.{option}\n").runs) == 2
+
+
+def test_runs_that_only_load_may_share_their_checkpoints(tmp_path):
+    text = f'[set]\ncheckpoint = {{ enable = true, load_only = true, folder = "{tmp_path}" }}\n'
+    assert len(planned(text + GRID).runs) == 4
+
+
+def test_the_sweeps_folder_is_refused_by_its_own_name():
+    head = 'config_file = "debug_model.toml"\nfolder = "s3://bucket/out"\n'
+    said = refused(GRID, head=head)
+    assert said.startswith('sweep.toml has 1 fault:\n  folder = "s3://bucket/out" is an address')
+
+
+def test_a_sweeps_file_may_lie_in_its_folder_but_under_no_runs_name(tmp_path):
+    Path("out").mkdir()
+    text = HEAD + "[grid]\noptimizer.lr = [1, 2]\n"
+    for name in ("all.toml", "lr=1.toml"):
+        Path("out", name).write_text(text, encoding="utf-8")
+    assert find_others(read_sweep(Path("out/all.toml"), 1)) == []
+    with pytest.raises(UserError, match=r"the run lr=1 would write its config over out/lr=1\.toml"):
+        read_sweep(Path("out/lr=1.toml"), 1)
 
 
 def test_a_sign_is_part_of_a_name():
@@ -119,6 +185,7 @@ def test_every_fault_of_every_run_is_found_before_one_starts():
     ("text", "fragment"),
     [
         ("", "nothing varies: give [grid], [[runs]] or both"),
+        ("[grid]\nquantize = {}", "nothing varies: give [grid], [[runs]] or both"),
         ("[gird]\n", "gird: unknown; a sweep's file holds config_file (the config file"),
         ("[grid]\noptimizer.lr = 1", "grid: optimizer.lr = 1: must be a list of values"),
         ("[grid]\noptimizer.lr = []", "grid: optimizer.lr = []: must be a list of values"),
@@ -176,13 +243,15 @@ if lr == 7:
     pathlib.Path('waits').touch()
     time.sleep(600)
 if lr == 3:
-    print('step 2: loss nan, gradient norm nan, on global samples 8 to 15; and so on')
+    print('error: step 2: loss nan, gradient norm nan, on global samples 8 to 15; and so on')
     sys.exit(1)
 if lr == 4:
     print('no room')
     sys.exit(1)
 if lr == 5:
     sys.exit(75)
+if lr == 8:
+    sys.exit(0)
 records = [dict(step=step, loss=lr + 1 / step, tokens_per_second=100.0 * step) for step in (1, 2)]
 records[-1]['val_loss'] = 10 - lr
 (run / 'metrics.jsonl').write_text('\\n'.join(map(json.dumps, records)))
@@ -228,7 +297,7 @@ def test_runs_go_one_by_one_and_the_best_is_marked(sweep):
 
 def test_failures_end_no_sweep_and_are_told_apart(sweep):
     Path("out").mkdir()
-    earlier = "step 2: loss nan, gradient norm nan, on global samples 8 to 15\n"
+    earlier = "error: step 2: loss nan, gradient norm nan, on global samples 8 to 15\n"
     Path("out/lr=4.log").write_text(earlier)  # of another start
     status, printed = sweep([1, 3, 4, 5, 2])
     assert status == 1
@@ -248,6 +317,38 @@ def test_failures_end_no_sweep_and_are_told_apart(sweep):
     assert "[2/5] lr=3: is not finite already" in printed
 
 
+def test_a_run_that_diverged_has_a_result(sweep):
+    assert sweep([1, 3])[0] == 0
+    assert sweep([1, 3], "--table")[0] == 0
+    assert sweep([1, 3], "--only", "1")[0] == 0
+
+
+def test_a_run_without_a_step_of_its_own_is_not_done(sweep):
+    status, printed = sweep([8, 1])
+    assert status == 1
+    assert "its status is 0, but it has not logged a single step" in printed
+    assert re.search("^  lr=8  failed ", printed, re.M)
+    assert sweep([8, 1])[0] == 1
+    assert began() == ["lr=8", "lr=1", "lr=8"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_found"),
+    [
+        (["error: step 2: loss nan, gradient norm 1, on global samples 8 to 15; x"], True),
+        (["error: [rank 0] step 2: loss 3.4, gradient norm inf, on global samples 8; x"], True),
+        (["error: step 2: loss 9.1, gradient norm 2, on global samples 8; the loss lies"], False),
+        (["warning: step 2 is skipped: loss nan, gradient norm nan, on global samples"], False),
+        (["error: step 2: loss nan, gradient norm nan, on x", "error: no room"], False),
+        (["error: step 2: loss nan, gradient norm nan, on x", "the end"], True),
+        (["my own: step 2: loss nan, gradient norm nan, on x"], False),
+        ([], False),
+    ],
+)
+def test_not_finite_is_what_the_last_error_says_and_no_spike(lines, is_found):
+    assert (running.find_bad_numbers(lines) is not None) == is_found
+
+
 def test_what_is_to_go_on_is_status_75(sweep, monkeypatch):
     assert sweep([1, 5])[0] == 75
     assert sweep([1, 5], "--table")[0] == 75
@@ -264,10 +365,38 @@ def test_a_changed_file_is_noticed_before_anything_runs(sweep):
     assert "has changed since runs in out began" in printed
     assert "  lr=1: training.max_norm was 1.0, is 2.0\n" in printed
     assert not Path("began").exists()
+    status, printed = sweep([1, 6], "--table", more="[set]\ntraining.max_norm = 2.0\n")
+    assert status == 75
+    assert re.search("^! lr=1  done ", printed, re.M)
+    assert "! not as the file asks for now: lr=1: training.max_norm was 1.0, is 2.0\n" in printed
+    assert "* lowest" not in printed
     status, printed = sweep([1, 6])
     assert (status, began()) == (0, ["lr=6"])
     assert "not in sweep.toml any more, and left as they are: lr=2" in printed
     assert "lr=2 " not in printed.splitlines()[-1]
+
+
+def test_what_changes_no_result_may_change_and_an_older_file_lacks_keys(sweep):
+    assert sweep([1, 2])[0] == 0
+    file = Path("out/lr=1.toml")
+    text = file.read_text()
+    shorter = re.sub("^(max_norm|spike_window|beta1) = .*\n", "", text, flags=re.M)
+    file.write_text(shorter)
+    options = (
+        "comm.train_timeout_seconds = 7",
+        "job.max_minutes = 9",
+        "metrics.log_freq = 3",
+        "checkpoint.keep_latest_k = 4",
+        "profiling.profile_freq = 1000",
+    )
+    more = "\n".join(["[set]", *options, ""])
+    status, printed = sweep([1, 2], more=more)
+    assert (status, began()) == (0, ["lr=1", "lr=2"]), printed
+    status, printed = sweep([1, 2], more="[set]\ntraining.steps = 99999\n")
+    assert status == 2
+    assert "A run of another length is another run" in printed
+    file.write_text(text.replace("max_norm = 1.0", "max_norm = 3.0"))
+    assert "lr=1: training.max_norm was 3.0, is 1.0" in sweep([1, 2])[1]
 
 
 def test_one_run_by_name_or_number(sweep):
@@ -279,13 +408,38 @@ def test_one_run_by_name_or_number(sweep):
     assert "has no such run; did you mean lr=2? Its 2 runs are numbered from 0" in printed
 
 
-def test_a_run_that_is_under_way_elsewhere_is_left_alone(sweep):
+def test_a_run_that_is_under_way_elsewhere_is_left_alone(sweep, monkeypatch):
+    """Nor is it tried again, which status 75 would ask of Slurm."""
+    monkeypatch.setattr(running, "TRIES", 1)
     held = planned("[grid]\noptimizer.lr = [1, 2]\n")
     with running.holding(held, held.runs[0]) as is_free:
         assert is_free
         status, printed = sweep([1, 2])
-    assert (status, began()) == (75, ["lr=2"])
-    assert "[1/2] lr=1: is under way elsewhere" in printed
+        assert (status, began()) == (3, ["lr=2"])
+        assert "[1/2] lr=1: is under way elsewhere" in printed
+        assert sweep([1, 2], "--only", "0")[0] == 3
+        assert sweep([1, 2, 5])[0] == 75, "its own is to go on"
+        status, printed = sweep([1, 2], "--table")
+        assert status == 3
+        assert re.search("^  lr=1  under way ", printed, re.M)
+
+
+def test_a_table_makes_nothing_and_is_in_nobodys_way(sweep, monkeypatch):
+    assert sweep([1, 2], "--table")[0] == 75
+    assert not Path("out").exists()
+    made = planned("[grid]\noptimizer.lr = [1, 2]\n")
+    with running.holding(made, made.runs[0]):
+        pass
+    before = sorted(Path("out").iterdir())
+    assert sweep([1, 2], "--table")[0] == 75
+    assert sorted(Path("out").iterdir()) == before
+    # One who looks at the very moment only delays a start.
+    look = os.open("out/.lr=1.lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    assert not running.is_held(made, made.runs[0])
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: os.close(look))
+    with running.holding(made, made.runs[0]) as is_free:
+        assert is_free
 
 
 def test_ctrl_c_stops_the_run_under_way_and_says_how_to_go_on(sweep):
@@ -396,9 +550,9 @@ def test_a_real_run_whose_rate_is_too_high(data, capsys, monkeypatch):
     ]
     grid = "[grid]\noptimizer.lr = [1e30]\n"
     Path("sweep.toml").write_text("\n".join([HEAD, "[set]", *lines, grid]))
-    assert main(["sweep.toml"]) == 1
+    assert main(["sweep.toml"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"step \d: loss .*, gradient norm .* a lower optimizer.lr", printed)
     assert re.search(r"^  lr=1e\+30  not finite  \d of 4  ", printed, re.M)
-    assert main(["sweep.toml", "--only", "0"]) == 1
+    assert main(["sweep.toml", "--only", "0"]) == 0
     assert "[1/1] lr=1e+30: is not finite already" in capsys.readouterr().out

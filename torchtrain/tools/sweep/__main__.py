@@ -7,14 +7,16 @@
 
 All runs are checked before one starts. Given again, it goes on where it was: what is done stays,
 and what has failed is tried again. Environment: the launcher's, NGPU for example.
-Exit status: 0 all runs are done; 1 some have failed; 2 a user error; 75 some are to go on; 128 + n
-stopped by signal n.
+Exit status: 0 all runs have a result, be it that the loss is not finite; 1 some have failed; 2 a
+user error; 3 what has no result yet is under way elsewhere; 75 some are to go on; 128 + n stopped
+by signal n.
 """
 
 import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from torchtrain.errors import TRY_AGAIN, UserError
 from torchtrain.tools.launch import (
@@ -24,11 +26,15 @@ from torchtrain.tools.launch import (
     visible_gpus,
 )
 from torchtrain.tools.nodes import read_nodes
-from torchtrain.tools.sweep.plan import Sweep, SweepRun, check_unchanged, find_others, read_sweep
-from torchtrain.tools.sweep.running import Runner, holding, read_ending
+from torchtrain.tools.sweep.kept import check_unchanged, find_others
+from torchtrain.tools.sweep.plan import Sweep, SweepRun, read_sweep
+from torchtrain.tools.sweep.running import Runner, holding, is_held, read_ending
 from torchtrain.tools.sweep.slurm import write_script
 from torchtrain.tools.sweep.table import show
 from torchtrain.utils import expand_user, nearest, plural
+
+ELSEWHERE = 3
+"""The exit status where there is nothing to do but to wait for others."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,15 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
         processes = count_ranks(given)
         sweep = read_sweep(given.file, processes)
         check_launches(sweep)
+        if given.table:
+            show(sweep)
+            held = {run.name for run in sweep.runs if is_held(sweep, run)}
+            return find_status(sweep, sweep.runs, held)
         check_unchanged(sweep)
         if given.slurm:
             script = write_script(sweep, processes)
             print(f"{script}: {plural(len(sweep.runs), 'run')}. Submit it: sbatch {script}")
             print(f"Then show what has become of them: {again(sweep)} --table")
             return 0
-        if given.table:
-            show(sweep)
-            return find_status(sweep)
         if given.only is not None:
             return run_all(sweep, [choose(sweep, given.only)])
         tell_others(sweep)
@@ -134,6 +141,7 @@ def choose(sweep: Sweep, name: str) -> SweepRun:
 def run_all(sweep: Sweep, runs: list[SweepRun]) -> int:
     """Run what is not done yet, one after the other; return the exit status."""
     runner = Runner(sweep)
+    elsewhere = set()
     with runner.listening():
         for number, run in enumerate(runs, 1):
             with holding(sweep, run) as is_free:
@@ -143,21 +151,31 @@ def run_all(sweep: Sweep, runs: list[SweepRun]) -> int:
                     say(f"{place}: is {ending.state} already")
                 elif not is_free:
                     say(f"{place}: is under way elsewhere")
+                    elsewhere.add(run.name)
                 else:
                     say(f"{place}: its output goes to {sweep.path(run, '.log')}")
                     runner.run(run, say)
             if runner.stopped_by:
                 say(f"stopped in {run.name}. To go on: {again(sweep)}")
                 return 128 + runner.stopped_by
-    return find_status(sweep, runs)
+    return find_status(sweep, runs, elsewhere)
 
 
-def find_status(sweep: Sweep, runs: list[SweepRun] | None = None) -> int:
-    """Return the exit status by how the runs have ended; by default all of them."""
-    endings = [read_ending(sweep, run) for run in runs or sweep.runs]
-    if any(ending is not None and ending.status != 0 for ending in endings):
+def find_status(sweep: Sweep, runs: Sequence[SweepRun], elsewhere: set[str]) -> int:
+    """Return the exit status by how the runs have ended.
+
+    Args:
+        sweep: whose folder has their endings.
+        runs: those that count.
+        elsewhere: names of those that others are running, for which there is no need to try again.
+    """
+    endings = {run.name: read_ending(sweep, run) for run in runs}
+    if any(ending is not None and not ending.is_final for ending in endings.values()):
         return 1
-    return TRY_AGAIN if None in endings else 0
+    without = {name for name, ending in endings.items() if ending is None}
+    if not without:
+        return 0
+    return ELSEWHERE if without <= elsewhere else TRY_AGAIN
 
 
 def again(sweep: Sweep) -> str:

@@ -2,23 +2,20 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from torchtrain.config.options import options
+from torchtrain.config.plans import list_output_folders
 from torchtrain.config.reading import Source, flatten_section, load_tables
-from torchtrain.config.toml import quoted, to_toml
+from torchtrain.config.toml import quoted
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import ConfigError, UserError
 from torchtrain.installation import PROGRAM
-from torchtrain.utils import expand_user, plural
-
-Values = dict[str, Any]
-"""Values by full name, `section.key`."""
+from torchtrain.tools.sweep.naming import Values, name_runs
+from torchtrain.utils import describe_no_folder, expand_user, plural
 
 KEYS = {
     "config_file": 'the config file that the runs share, such as "debug_model.toml"',
@@ -33,8 +30,6 @@ OF_THE_SWEEP = {
     "job.dump_folder": "each run has a folder of its own in the sweep's",
 }
 MOST_RUNS = 1000
-LONGEST_NAME = 120
-ODD = re.compile(r"[^A-Za-z0-9.+-]+")
 # Between the faults in a report of the config check; code that they quote is further to the right.
 BETWEEN_FAULTS = re.compile(r"\n  (?! )")
 
@@ -85,11 +80,35 @@ def read_sweep(file: Path, world_size: int) -> Sweep:
     varied = _list_runs(tables)
     if len(varied) > MOST_RUNS:
         raise UserError(f"{file}: {len(varied):,} runs; a sweep has at most {MOST_RUNS:,}")
+    names = name_runs(varied)
+    folder = expand_user(tables["folder"])
+    faults = list(_check_names(file, folder, names, varied))
+    if faults:
+        _refuse(file, faults)
+    sweep = Sweep(file, folder, _check_runs(file, tables, names, varied, world_size))
+    faults = list(_check_own_folders(sweep.runs))
+    if faults:
+        _refuse(file, faults)
+    return sweep
+
+
+def _check_runs(
+    file: Path,
+    tables: Mapping[str, Any],
+    names: Sequence[str],
+    varied: Sequence[Values],
+    world_size: int,
+) -> list[SweepRun]:
+    """Return the runs, each with its checked config.
+
+    Raises:
+        UserError: all faults of all runs.
+    """
     folder = expand_user(tables["folder"])
     runs = []
     reports: dict[str, list[str]] = {}
-    for name, values in zip(_name_runs(varied), varied, strict=True):
-        given = _flat(tables.get("set", {})) | values | {"job.dump_folder": str(folder / name)}
+    for name, values in zip(names, varied, strict=True):
+        given = flat(tables.get("set", {})) | values | {"job.dump_folder": str(folder / name)}
         source = Source(str(file), {key: _unset(key, value) for key, value in given.items()})
         try:
             arguments = ["--job.config_file", tables["config_file"]]
@@ -100,7 +119,51 @@ def read_sweep(file: Path, world_size: int) -> Sweep:
                 reports.setdefault(text, []).append(name)
     if reports:
         _refuse(file, _name_culprits(reports, len(varied)))
-    return Sweep(file, folder, runs)
+    return runs
+
+
+def _check_names(
+    file: Path, folder: Path, names: Sequence[str], varied: Sequence[Values]
+) -> Iterator[str]:
+    """Yield the runs that are there twice, or whose files would replace the sweep's own."""
+    for number, (name, values) in enumerate(zip(names, varied, strict=True)):
+        if values in varied[:number]:
+            yield f"two runs have the same options: {name}"
+        if (folder / f"{name}.toml").resolve() == file.resolve():
+            yield f"the run {name} would write its config over {file}; give that another name"
+
+
+def _check_own_folders(runs: Sequence[SweepRun]) -> Iterator[str]:
+    """Yield the folders that more than one run would write: only one would train, or none alone."""
+    writers: dict[Path, dict[str, str]] = {}
+    for run in runs:
+        inside = expand_user(run.config.job.dump_folder)
+        for key, folder in _list_written(run.config).items():
+            writers.setdefault((inside / folder).resolve(), {})[run.name] = key
+    sharing: dict[str, list[str]] = {}
+    for folder, by_run in writers.items():
+        if len(by_run) > 1:
+            for name, key in by_run.items():
+                text = (
+                    f"{key} = {quoted(str(folder))}: more than one run would write there; a "
+                    "relative folder lies in the run's own"
+                )
+                sharing.setdefault(text, []).append(name)
+    yield from _name_culprits(sharing, len(runs))
+
+
+def _list_written(config: JobConfig) -> dict[str, Path]:
+    """Return the folders that a run writes beside its own, by key, without those it has no use for.
+
+    A run that only loads may share its checkpoints with others.
+    """
+    is_idle = {
+        "checkpoint.folder": not config.checkpoint.enable or config.checkpoint.load_only,
+        "metrics.save_tb_folder": not config.metrics.enable_tensorboard,
+        "profiling.save_traces_folder": not config.profiling.enable_profiling,
+        "profiling.save_memory_snapshot_folder": not config.profiling.enable_memory_snapshot,
+    }
+    return {key: path for key, path in list_output_folders(config).items() if not is_idle[key]}
 
 
 def _refuse(file: Path, faults: Iterable[str]) -> None:
@@ -124,6 +187,8 @@ def _check_file(tables: Mapping[str, Any]) -> Iterator[str]:
         given = tables.get(key)
         if not isinstance(given, str) or not given:
             yield f"{key} = {quoted(given)}: must be text: {KEYS[key]}"
+        elif key == "folder" and (fault := describe_no_folder(given)):
+            yield f"{key} = {quoted(given)} {fault}"
     tables_of_options = [("set", tables.get("set", {})), ("grid", tables.get("grid", {}))]
     runs = tables.get("runs", [])
     if isinstance(runs, list):
@@ -132,7 +197,7 @@ def _check_file(tables: Mapping[str, Any]) -> Iterator[str]:
         yield f"runs = {quoted(runs)}: must be {KEYS['runs']}; write [[runs]]"
     for place, table in tables_of_options:
         yield from _check_table(place, table)
-    if not tables.get("grid") and not runs:
+    if not any(flat(table) for place, table in tables_of_options if place != "set"):
         yield "nothing varies: give [grid], [[runs]] or both"
 
 
@@ -144,7 +209,7 @@ def _check_table(place: str, table: Any) -> Iterator[str]:
     for section, content in table.items():
         if not isinstance(content, dict):
             yield f"{place}: {section} = {quoted(content)}: write section.key = value"
-    for name, value in _flat(table).items():
+    for name, value in flat(table).items():
         if name in OF_THE_SWEEP:
             yield f"{place}: {name} cannot be given here: {OF_THE_SWEEP[name]}"
         elif place == "grid" and (not isinstance(value, list) or not value):
@@ -153,18 +218,18 @@ def _check_table(place: str, table: Any) -> Iterator[str]:
 
 def _check_overlap(tables: Mapping[str, Any]) -> Iterator[str]:
     """Yield the options that more than one part of the file gives."""
-    names = {part: set(_flat(tables.get(part, {}))) for part in ("set", "grid")}
-    names["runs"] = {name for run in tables.get("runs", []) for name in _flat(run)}
+    names = {part: set(flat(tables.get(part, {}))) for part in ("set", "grid")}
+    names["runs"] = {name for run in tables.get("runs", []) for name in flat(run)}
     for one, other in itertools.combinations(names, 2):
         for name in sorted(names[one] & names[other]):
             yield f"{name} is given in both {one} and {other}; give it in one of them"
 
 
-def _flat(table: Mapping[str, Any]) -> Values:
+def flat(table: Any) -> Values:
     """Return the values by full name; one that is itself a table stays one."""
     return {
         name: value
-        for section, content in table.items()
+        for section, content in (table.items() if isinstance(table, dict) else ())
         if isinstance(content, dict)
         for name, value in flatten_section(section, content).items()
     }
@@ -172,11 +237,11 @@ def _flat(table: Mapping[str, Any]) -> Values:
 
 def _list_runs(tables: Mapping[str, Any]) -> list[Values]:
     """Return what is varied in each run: every combination of the grid, in each run of the list."""
-    grid = _flat(tables.get("grid", {}))
+    grid = flat(tables.get("grid", {}))
     combinations = [
         dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
     ]
-    listed = [_flat(run) for run in tables.get("runs", [])] or [{}]
+    listed = [flat(run) for run in tables.get("runs", [])] or [{}]
     return [one | combination for one in listed for combination in combinations]
 
 
@@ -184,79 +249,3 @@ def _unset(name: str, value: Any) -> Any:
     """Return None for the text "none", which unsets an option as on the command line."""
     option = options().get(name)
     return None if value == "none" and option is not None and option.default is None else value
-
-
-def _name_runs(varied: Iterable[Values]) -> Iterator[str]:
-    """Yield a name for each run: its values by the last part of their keys, as a folder can have.
-
-    Where two runs have the same, the later ones are numbered.
-    """
-    varied = list(varied)
-    keys = dict.fromkeys(key for values in varied for key in values)
-    ends = [key.partition(".")[2] for key in keys]
-    taken: dict[str, int] = {}
-    for values in varied:
-        parts = []
-        for key, value in values.items():
-            end = key.partition(".")[2]
-            parts.append(f"{end if ends.count(end) == 1 else key}={_in_a_name(value)}")
-        name = ",".join(parts)[:LONGEST_NAME] or "as-set"
-        taken[name] = taken.get(name, 0) + 1
-        yield name if taken[name] == 1 else f"{name},{taken[name]}"
-
-
-def _in_a_name(value: Any) -> str:
-    if isinstance(value, str):
-        return ODD.sub("-", value).strip("-") or "empty"
-    return ODD.sub("-", quoted(value))
-
-
-# ---- what the sweep's folder holds of an earlier start ----
-
-
-def find_changes(sweep: Sweep) -> list[str]:
-    """Return which runs that have begun were asked for otherwise, and in which options.
-
-    Their results would stand in one table with those of other options.
-    """
-    changes = []
-    for run in sweep.runs:
-        file = sweep.path(run, ".toml")
-        if not file.exists() or not sweep.path(run).exists():
-            continue
-        now = _flat(tomli.loads(to_toml(run.config)))
-        try:
-            before = _flat(tomli.loads(file.read_text("utf-8")))
-        except (OSError, ValueError) as fault:
-            raise UserError(f"{file} cannot be read: {fault}") from fault
-        differing = [
-            f"{key} was {quoted(before.get(key))}, is {quoted(now.get(key))}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-        ]
-        if differing:
-            changes.append(f"{run.name}: {'; '.join(differing)}")
-    return changes
-
-
-def check_unchanged(sweep: Sweep) -> None:
-    """Check that what has run so far is what the sweep's file and its config file ask for now.
-
-    Raises:
-        UserError: names each run and option that differs.
-    """
-    changes = find_changes(sweep)
-    if changes:
-        lines = "\n  ".join(changes)
-        raise UserError(
-            f"{sweep.file}, or its config file, has changed since runs in {sweep.folder} began:\n"
-            f"  {lines}\nGive the sweep another folder, or move away what these runs have left: "
-            "all that begins with their names"
-        )
-
-
-def find_others(sweep: Sweep) -> list[str]:
-    """Return the names of runs in the folder that the sweep no longer has."""
-    names = {run.name for run in sweep.runs}
-    files = sorted(sweep.folder.glob("*.toml"))
-    return [file.stem for file in files if file.stem not in names]

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,20 @@ from typing import Literal
 
 import torchtrain
 from torchtrain.config.toml import to_toml
-from torchtrain.errors import TRY_AGAIN
+from torchtrain.errors import TRY_AGAIN, UserError
+from torchtrain.tools.report_data import Run, read_runs
 from torchtrain.tools.sweep.plan import Sweep, SweepRun
 from torchtrain.utils import make_folder, user_errors, write_durably, writing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """What is passed on to the run that is under way, and ends the sweep once that has ended."""
-NOT_FINITE = re.compile(r"step \d+: loss \S+, gradient norm \S+, on .*")
-"""What a run says that ends since a loss or a gradient is not finite (`bad_numbers`)."""
+ERROR = re.compile(r"error: (?:\[rank \d+\] )?(.*)")
+"""A line of the log with which an error begins."""
+NUMBERS = re.compile(r"step \d+: loss (\S+), gradient norm (\S+), on ")
+"""How an error begins that is about the numbers of a step (`bad_numbers`)."""
+TRIES = 10
+BETWEEN_TRIES_S = 0.05
+"""A look at whether a run is held takes less; another sweep that runs it takes longer."""
 SHOWN_LINES = 12
 """How much of the log of a run that failed is shown."""
 
@@ -62,21 +69,52 @@ def read_ending(sweep: Sweep, run: SweepRun) -> Ending | None:
         return Ending(**known)
 
 
+def read_run(sweep: Sweep, run: SweepRun) -> Run | None:
+    """Return what a run has logged; None before its first step."""
+    try:
+        return read_runs([sweep.path(run)])[0]
+    except UserError:
+        return None
+
+
 @contextmanager
 def holding(sweep: Sweep, run: SweepRun) -> Iterator[bool]:
     """Hold a run, so that no other sweep starts it meanwhile; yield whether it could be had."""
     with writing(sweep.folder):
         make_folder(sweep.folder)
-        descriptor = os.open(sweep.folder / f".{run.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(_lock_file(sweep, run), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield _try_to_hold(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _try_to_hold(descriptor: int) -> bool:
+    for _ in range(TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(BETWEEN_TRIES_S)
+    return False
+
+
+def is_held(sweep: Sweep, run: SweepRun) -> bool:
+    """Return whether a sweep is running this; nothing is made, and no other look is in the way."""
+    try:
+        descriptor = os.open(_lock_file(sweep, run), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_file(sweep: Sweep, run: SweepRun) -> Path:
+    return sweep.folder / f".{run.name}.lock"
 
 
 class Runner:
@@ -124,7 +162,7 @@ class Runner:
         if self.stopped_by and status != 0:
             return status
         lines = _read_from(log, begin)
-        ending = self._judge(status, lines, time.monotonic() - started)
+        ending = self._judge(run, status, lines, time.monotonic() - started)
         if ending is not None:
             text = json.dumps(asdict(ending)) + "\n"
             with writing(self.sweep.folder):
@@ -152,15 +190,14 @@ class Runner:
         self._process = None
         return status if status >= 0 else 128 - status
 
-    @staticmethod
-    def _judge(status: int, lines: list[str], seconds: float) -> Ending | None:
+    def _judge(self, run: SweepRun, status: int, lines: list[str], seconds: float) -> Ending | None:
         """Return how a run has ended; None where it is to go on another time."""
         if status == TRY_AGAIN:
             return None
         if status == 0:
-            return Ending("done", status, seconds)
-        is_finite = not any(NOT_FINITE.search(line) for line in lines)
-        return Ending("failed" if is_finite else "not finite", status, seconds)
+            has_logged = read_run(self.sweep, run) is not None
+            return Ending("done" if has_logged else "failed", status, seconds)
+        return Ending("not finite" if find_bad_numbers(lines) else "failed", status, seconds)
 
     @staticmethod
     def _tell(
@@ -170,10 +207,30 @@ class Runner:
         if ending is None:
             say(f"  has come to the end of its time (status {status}), and can go on")
             return
-        shown = [line for line in lines if NOT_FINITE.search(line)][-1:]
+        shown = []
+        if ending.state == "not finite":
+            shown = [str(find_bad_numbers(lines))]
         if ending.state == "failed":
             shown = lines[-SHOWN_LINES:]
+            if status == 0:
+                shown.append("  its status is 0, but it has not logged a single step")
         say("\n".join([f"  {ending.state} after {ending.seconds:,.0f} s", *shown]))
+
+
+def find_bad_numbers(lines: list[str]) -> str | None:
+    """Return a launch's last error if it says that a loss or a gradient is not finite, else None.
+
+    A step that was skipped is a warning; one that ends the run since its loss is far above the
+    last ones has finite numbers.
+    """
+    errors = [(line, found[1]) for line in lines if (found := ERROR.match(line))]
+    if not errors:
+        return None
+    line, text = errors[-1]
+    numbers = NUMBERS.match(text)
+    if numbers is None or all(math.isfinite(float(number)) for number in numbers.groups()):
+        return None
+    return line
 
 
 def _end_with_parent() -> Callable[[], object] | None:
