@@ -5,7 +5,7 @@ from dataclasses import asdict
 from unittest.mock import patch
 
 import pytest
-from helpers.launching import ROOT, environment
+from helpers.launching import ROOT, TIMEOUT_S, environment
 
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
@@ -174,6 +174,7 @@ def test_the_prediction_is_preflights_in_whatever_folder(monkeypatch, tmp_path):
     (tmp_path / "torchtrain").mkdir()
     (tmp_path / "torchtrain" / "__init__.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory_check, "PREDICTION_S", TIMEOUT_S)
     predicted = memory_check.predict(DEBUG, 2)
     expected = estimate_memory(read(DEBUG, 2), 2)
     assert predicted == [{**asdict(rank), "total": rank.total} for rank in expected]
