@@ -93,12 +93,12 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_666
+LIMIT_CORE = 12_678
 FOLDER_LIMITS = {
-    "config": 1_883,
+    "config": 1_895,
     "datasets": 2_570,
     "parallelisms": 1800,
-    "checkpoint": 1_288,
+    "checkpoint": 1_300,
     "models": 800,
     "optimizers": 413,
 }

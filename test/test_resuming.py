@@ -25,6 +25,9 @@ def test_changes_of_the_schedule_are_told_one_by_one():
     saved.config["training"]["steps"], saved.config["optimizer"]["lr"] = 10_000, "auto"
     saved.steps, saved.max_lr = 100, 0.001
     assert find_schedule_changes(trainer, saved) == changes
+    now.optimizer.lr = "auto"
+    changes[0] += ' by "auto"; to keep it, set optimizer.lr = 0.001'
+    assert find_schedule_changes(trainer, saved) == changes
 
 
 def test_the_steps_of_a_resumed_run_are_those_of_its_plan():

@@ -9,9 +9,11 @@ from helpers.configs import assert_one_fault, parse, report
 from torchtrain.catalog.models import FAMILIES, Family
 from torchtrain.catalog.parameters import ParameterCount, count_parameters
 from torchtrain.config.plans import plan_run, plan_shape
+from torchtrain.config.reading import Source, read_config
 from torchtrain.config.rules import plan_rate
 from torchtrain.config.schema import Optimizer
 from torchtrain.config.toml import to_toml
+from torchtrain.errors import UserError
 
 BATCH = "global_batch_size = 16\nlocal_batch_size = 4\nseq_len = 64"  # 1,024 tokens per step
 
@@ -78,6 +80,16 @@ def test_the_command_line_takes_precedence_whichever_it_gives():
     assert planned("steps = 5", "", "--training.tokens=none").steps == 5
 
 
+def test_tokens_that_are_unset_again_give_way_to_the_steps_that_they_displaced():
+    beneath, more = Source("beneath", {"training.steps": 100}), ["--training.tokens=20x"]
+    above = Source("above", {"training.tokens": None})
+    assert read_config(more, 1, beneath)[0].training.tokens == "20x"
+    config, _ = read_config(more, 1, beneath, above)
+    assert (config.training.steps, config.training.tokens) == (100, None)
+    config, _ = read_config(["--training.steps=5"], 1, Source("a", {"training.tokens": 9}), above)
+    assert (config.training.steps, config.training.tokens) == (5, None)
+
+
 def test_the_merged_config_keeps_what_was_given():
     config = parse('[training]\nsteps = 5\n[optimizer]\nlr = "auto"', "--training.tokens=20x")
     text = to_toml(config)
@@ -88,10 +100,30 @@ def test_the_merged_config_keeps_what_was_given():
     json.dumps(config.model_dump(mode="json"))
 
 
+@pytest.mark.parametrize("given", ["1000", "1_000", "1e3", "1000.0"])
+def test_a_whole_number_of_tokens_stays_one(given):
+    for config in (parse(f"[training]\ntokens = {given}"), parse("", f"--training.tokens={given}")):
+        assert "tokens = 1000\n" in to_toml(config)
+        assert "training.tokens = 1000: 1,000 tokens" in plan_run(config, 1).length.source
+    assert "tokens = 1000.5\n" in to_toml(parse("[training]\ntokens = 1000.5"))
+
+
 def test_tokens_out_of_bounds():
-    said = report('[training]\ntokens = "0x"')
-    assert_one_fault(said, "run.toml", ['"0x" is 0 tokens; it must be 1 to 1,000,000,000,000,000'])
-    assert '"1e16"' in report('[training]\ntokens = "1e16"')
+    """With no number: the check counts no vocabulary, which is the tokenizer's."""
+    for ratio, much in (("0x", "no"), ("10e9x", "too many")):
+        text = f'"{ratio}" is {much} tokens; it must be 1 to 1,000,000,000,000,000 of them'
+        assert_one_fault(report(f'[training]\ntokens = "{ratio}"'), "run.toml", [text])
+    for text in ("0.5", "0", "1e16"):
+        said = report(f'[training]\ntokens = "{text}"')
+        assert_one_fault(said, "run.toml", [f'"{text}": must be a finite number >= 1 and <= 1,'])
+    assert parse('[training]\ntokens = "1e15"').training.tokens == "1e15"
+
+
+def test_tokens_just_out_of_bounds_are_refused_in_the_same_words_with_the_vocabulary():
+    given = 10**15 // count_parameters("llama3", plan_shape(parse("").model)).active
+    config = parse(f'[training]\ntokens = "{given}x"')
+    with pytest.raises(UserError, match=r"is too many tokens; it must be 1 to 1,000,"):
+        plan_run(config, 1, tokenizer_size=1000)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torchtrain.utils import expand_user, plural
 
 STEPS = "training.steps"
 TOKENS = "training.tokens"
-EITHER_OR = {STEPS: TOKENS, TOKENS: STEPS}
+EITHER_OR = (STEPS, TOKENS)
 """Two ways to say the same: one that is given takes the place of the other of an earlier source."""
 
 # key = word, where the word is neither quoted nor a value of TOML's.
@@ -136,16 +136,18 @@ def _check_alone(source: Source, report: Report) -> None:
 def _merge(sources: list[Source], report: Report) -> tuple[Config, dict[str, str]]:
     """Return the values that are not in doubt, later sources first, and where each comes from."""
     merged: dict[str, dict[str, Any]] = {}
-    origin = {}
+    origin: dict[str, str] = {}
     for source in sources:
         for name, value in source.values.items():
             if name in options() and name not in report.unreliable:
                 section, _, key = name.rpartition(".")
                 merged.setdefault(section, {})[key] = value
-                origin[name] = source.name
-                other = EITHER_OR.get(name)
-                if other in origin and value is not None:
-                    del merged[section][other.partition(".")[2]], origin[other]
+                origin.pop(name, None)
+                origin[name] = source.name  # the last one given is the last one here
+    if merged.get("training", {}).get("tokens") is not None:
+        *earlier, _ = (name for name in origin if name in EITHER_OR)
+        for name in earlier:
+            del merged["training"][name.partition(".")[2]], origin[name]
     return Config.model_validate(merged), origin
 
 

@@ -65,7 +65,9 @@ def find_tokens(training: Training, count: ParameterCount | None) -> int:
         factor *= count.active
     tokens = math.ceil(factor)
     if not 1 <= tokens <= MOST_TOKENS:
-        raise UserError(f"{given} is {tokens:,} tokens; it must be 1 to {MOST_TOKENS:,}")
+        # Not how many: the config check, which knows no tokenizer, counts fewer parameters.
+        much = "too many" if tokens else "no"
+        raise UserError(f"{given} is {much} tokens; it must be 1 to {MOST_TOKENS:,} of them")
     return tokens
 
 

@@ -8,16 +8,33 @@ say is allowed.
 
 from typing import Annotated, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 CountOrAuto = Count | Literal[-1]
 MOST_TOKENS = 10**15
+
+
+def _keep_whole(number: float) -> int | float:
+    """Return a whole number as one, as which it was meant and is written."""
+    return int(number) if number.is_integer() else number
+
+
+def _check_number(text: str) -> str:
+    """Return the text; a number in it, without an "x", has the bounds of a number."""
+    if not text.endswith("x") and not 1 <= float(text) <= MOST_TOKENS:
+        raise ValueError
+    return text
+
+
 Tokens = (
-    Annotated[float, Field(ge=1, le=MOST_TOKENS)]
+    Annotated[float, Field(ge=1, le=MOST_TOKENS), AfterValidator(_keep_whole)]
+    | Annotated[int, Field(ge=1, le=MOST_TOKENS)]
     | Annotated[
-        str, Field(pattern=r"^[0-9]{1,18}(\.[0-9]{1,18})?(e[0-9]{1,2})?x?$", examples=["20x"])
+        str,
+        Field(pattern=r"^[0-9]{1,18}(\.[0-9]{1,18})?(e[0-9]{1,2})?x?$", examples=["20x"]),
+        AfterValidator(_check_number),
     ]
 )
 Positive = Annotated[float, Field(gt=0)]
