@@ -10,6 +10,7 @@ from torch import Tensor
 from torchtrain.catalog.identity import (
     ModelIdentity,
     describe_changes,
+    describe_state_dtype,
     find_saved_model,
     require_same_model,
 )
@@ -118,7 +119,9 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
         checkpointer.load(source, trainer.model_state, None)
         return
     resume_data(trainer, source)
-    checkpointer.load(source, trainer.model_state, trainer.optimizer)
+    now = config.model_dump(mode="json")
+    changed_states = describe_state_dtype(source.path, saved.config, now)
+    checkpointer.load(source, trainer.model_state, trainer.optimizer, changed_states)
     if "train_state" not in source.left_out:
         trainer.step = saved.step
         trainer.tokens_seen = saved.tokens_seen
@@ -129,7 +132,7 @@ def resume(trainer: Trainer, checkpointer: Checkpointer, source: Source | Foreig
     for change in find_schedule_changes(trainer, saved):
         logger.warning(f"the learning-rate schedule differs from the checkpoint's: {change}")
     changes, more_than_rounding = describe_changes(
-        saved.config, config.model_dump(mode="json"), JobConfig().model_dump(mode="json")
+        saved.config, now, JobConfig().model_dump(mode="json")
     )
     if changes:
         level = logging.WARNING if more_than_rounding else logging.INFO
@@ -168,7 +171,10 @@ def find_schedule_changes(trainer: Trainer, saved: Progress) -> list[str]:
     rate = saved.max_lr or saved.config["optimizer"]["lr"]
     now = trainer.plan.rate.lr
     if rate != now:
-        changes.insert(0, f"optimizer.lr was {rate}, is {now}")
+        hint = ""
+        if trainer.config.optimizer.lr == "auto":
+            hint = f' by "auto"; to keep it, set optimizer.lr = {rate}'
+        changes.insert(0, f"optimizer.lr was {rate}, is {now}{hint}")
     return changes
 
 

@@ -20,9 +20,13 @@ from helpers.checkpoints import (
 from helpers.forking import in_group
 from torch import nn
 
+from torchtrain.catalog.identity import describe_state_dtype
 from torchtrain.checkpoint import Checkpointer
 from torchtrain.checkpoint.state import has_states, make_states
+from torchtrain.config.schema import Optimizer
+from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
+from torchtrain.optimizers.build import build_optimizer
 
 # Any optimizer
 
@@ -274,6 +278,38 @@ def test_states_of_an_optimizer_that_kept_none_are_lacking(tmp_path, alone):
         checkpointer.load(
             checkpointer.find(), weights(model), torch.optim.AdamW(model.parameters())
         )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+@pytest.mark.parametrize("before", [None, "bfloat16"])
+def test_another_precision_of_the_states_is_refused_by_the_name_of_its_key(
+    tmp_path, alone, name, before
+):
+    """Also where Muon's count of steps, which bf16 alone needs, is lacking or too many."""
+
+    def make(state_dtype):
+        model = build_model(bias=False)
+        named = {f"layers.0.{name}": weight for name, weight in model.named_parameters()}
+        return weights(model), build_optimizer(named, Optimizer(name=name, state_dtype=state_dtype))
+
+    checkpointer = Checkpointer(section(), tmp_path)
+    checkpointer.prepare(*(saved := make(before)))
+    make_states(saved[1])
+    checkpointer.save(*saved, progress(1))
+    now = "bfloat16" if before is None else None
+    configs = [
+        JobConfig(optimizer=Optimizer(name=name, state_dtype=each)).model_dump(mode="json")
+        for each in (before, now)
+    ]
+    source = checkpointer.find()
+    why = describe_state_dtype(source.path, *configs)
+    with pytest.raises(UserError) as caught:
+        checkpointer.load(source, *make(now), why)
+    was, is_now = before or "float32", now or "float32"
+    assert f'optimizer.state_dtype was {was}, is {is_now}; set it to "{was}"' in str(caught.value)
+    assert f'checkpoint.initial_load_path = "{source.path}"' in str(caught.value)
+    assert "exp_avg" not in str(caught.value)
+    checkpointer.load(source, *make(was), describe_state_dtype(source.path, configs[0], configs[0]))
 
 
 def test_another_precision_is_refused_but_weights_alone_are_converted(load_into, log):

@@ -224,6 +224,32 @@ def require_same_model(
     )
 
 
+def describe_state_dtype(path: Path, saved: Sections, current: Sections) -> str:
+    """Say that the optimizer's states have another precision than saved, and the way out.
+
+    Args:
+        path: of the checkpoint.
+        saved: its config.
+        current: the config now.
+
+    Returns:
+        Empty where the precision is the same, or the weights' differs too.
+    """
+    if saved["training"].get("dtype", "float32") != current["training"]["dtype"]:
+        return ""
+    before, now = (
+        config["optimizer"].get("state_dtype") or current["training"]["dtype"]
+        for config in (saved, current)
+    )
+    if before == now:
+        return ""
+    return (
+        f"optimizer.state_dtype was {before}, is {now}; set it to {show(before)}, or, in another "
+        "job.dump_folder, take the weights alone by checkpoint.initial_load_path = "
+        f"{show(str(path))}"
+    )
+
+
 def describe_changes(saved: Sections, current: Sections, defaults: Sections) -> tuple[str, bool]:
     """Say which keys that are free to change differ from the checkpoint's.
 

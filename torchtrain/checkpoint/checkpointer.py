@@ -132,7 +132,13 @@ class Checkpointer(Saver):
         taken = source.load(weights, self.group)
         logger.info(f"loaded {source.path} in {time.monotonic() - started:.1f} s: {taken}")
 
-    def load(self, source: Source, weights: Weights, optimizer: Optimizer | None) -> None:
+    def load(
+        self,
+        source: Source,
+        weights: Weights,
+        optimizer: Optimizer | None,
+        changed_states: str = "",
+    ) -> None:
         """Fill the weights in place and, unless only they are wanted, the rest of the state.
 
         Learning rate and other settings are not in the file: they come from the config. Going back
@@ -143,6 +149,7 @@ class Checkpointer(Saver):
             source: from `find`.
             weights: this rank's, sharded and materialized; their values are overwritten.
             optimizer: over the same parameters; None loads only the weights.
+            changed_states: as in `check_tensors`.
 
         Raises:
             UserError: the checkpoint's tensors are not this model's, or its index is not what DCP
@@ -159,7 +166,9 @@ class Checkpointer(Saver):
         tensors = self._together(lambda: state.list_training_state(weights, stateful, entries))
         everyones: set[str] = set().union(*gathered(list(tensors), self.group))
         converted = self._together(
-            lambda: state.check_tensors(source, entries, tensors, everyones, optimizer)
+            lambda: state.check_tensors(
+                source, entries, tensors, everyones, optimizer, changed_states
+            )
         )
         random: dict[str, Tensor] = {}
         if optimizer is not None and source.marker.world_size == dist.get_world_size():

@@ -172,6 +172,7 @@ def check_tensors(
     tensors: dict[str, Tensor],
     everyones: set[str],
     optimizer: Optimizer | None,
+    changed_states: str = "",
 ) -> list[str]:
     """Check that checkpoint and model have the same tensors.
 
@@ -181,6 +182,7 @@ def check_tensors(
         tensors: this rank's, to be loaded.
         everyones: the names of all ranks' tensors.
         optimizer: None loads only the weights, which may be converted.
+        changed_states: why the optimizer's tensors differ if they alone do, where that is known.
 
     Returns:
         The tensors that will be converted to another dtype, in words.
@@ -206,6 +208,9 @@ def check_tensors(
         "has in another precision": converted if optimizer is not None else [],
     }
     found = describe_differences(differences)
+    names = [name for some in differences.values() for name in some]
+    if found and changed_states and all(name.startswith("optimizer/") for name in names):
+        raise UserError(f"{source.path} cannot be gone on with: {changed_states}")
     if found:
         raise UserError(
             f"{source.path} is not a checkpoint of this model: {found}. Compare "
