@@ -48,13 +48,20 @@ def read(file, ranks, options):
     return JobConfig().parse_args(["--job.config_file", toml, *options], ranks)
 
 
-def measure(file, ranks, options, folder):
-    """Train on so many ranks and return each one's peak, in bytes."""
-    in_group(ranks, measure_rank, file, options, str(folder), timeout_s=600)
-    return [json.loads((Path(folder) / f"{rank}").read_text()) for rank in range(ranks)]
+def measure(ranks, cases, folder):
+    """Train each case on so many ranks and return the largest peak of a rank, in bytes."""
+    in_group(ranks, measure_rank, cases, str(folder), timeout_s=600)
+    peaks = [json.loads((Path(folder) / f"{rank}").read_text()) for rank in range(ranks)]
+    return [max(of_a_case) for of_a_case in zip(*peaks, strict=True)]
 
 
-def measure_rank(file, options, folder):
+def measure_rank(cases, folder):
+    peaks = [train_and_count(*case) for case in cases]
+    (Path(folder) / str(dist.get_rank())).write_text(json.dumps(peaks))
+
+
+def train_and_count(file, options):
+    """Return this rank's peak, in bytes."""
     config = read(file, dist.get_world_size(), options)
     live = LiveStorages()
     with live:
@@ -64,12 +71,17 @@ def measure_rank(file, options, folder):
             trainer.forward_backward(run, run.loader.read(step))
             trainer.clip_gradients(run)
             trainer.optimizer_step(run)
-    (Path(folder) / str(dist.get_rank())).write_text(str(live.peak))
+    return live.peak
+
+
+def predict(file, ranks, options):
+    """Return what the rank that takes most is predicted to take, by parts."""
+    return max(
+        estimate_memory(read(file, ranks, options), ranks, "cpu"), key=lambda rank: rank.total
+    )
 
 
 def compare(file, ranks, options, folder):
     """Return the predicted and the measured peak of the rank that takes most, in bytes."""
-    predicted = max(
-        estimate_memory(read(file, ranks, options), ranks, "cpu"), key=lambda rank: rank.total
-    )
-    return predicted, max(measure(file, ranks, options, folder))
+    (measured,) = measure(ranks, [(file, options)], folder)
+    return predict(file, ranks, options), measured

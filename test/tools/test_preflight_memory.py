@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers.launching import ROOT
-from helpers.measured import compare
+from helpers.measured import measure, predict
 
 from torchtrain.config_manager import JobConfig
 from torchtrain.models.decoder import load_decoder
@@ -15,6 +15,14 @@ from torchtrain.tools.memory_check import count_least
 from torchtrain.tools.preflight import __main__ as preflight
 from torchtrain.tools.preflight.memory import estimate_memory, make_plan
 from torchtrain.tools.preflight.specimen import fake_ranks
+
+SMALL = [
+    "--model.dim=128",
+    "--model.n_layers=4",
+    "--training.seq_len=64",
+    "--training.global_batch_size=12",
+    "--training.local_batch_size=4",
+]
 
 
 def read(file, ranks, *options):
@@ -75,17 +83,34 @@ def test_a_rank_of_fewer_layers_holds_less():
     assert shards == pytest.approx(2 * alone.parameters, rel=0.01)
 
 
+def test_what_is_in_the_hosts_memory_is_not_counted():
+    held, offloaded = (
+        estimate_memory(read("debug_model", 4, *options), 4)[0]
+        for options in ([], ["--training.enable_cpu_offload"])
+    )
+    assert held.moment == offloaded.moment == "loss"
+    in_the_host = {"parameters": 0, "gradients": 0, "optimizer_states": 0}
+    assert offloaded.parts == held.parts | in_the_host
+    assert held.parameters > 0
+    assert held.optimizer_states == 2 * held.parameters
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "options"),
-    [
-        ("debug_model", ["--parallelism.pipeline_parallel_degree=2"]),
-        ("debug_moe", []),
-    ],
-)
-def test_the_prediction_is_what_the_tensors_of_a_run_take(tmp_path, file, options):
-    predicted, measured = compare(file, 2, options, tmp_path)
-    assert predicted.total == pytest.approx(measured, rel=0.05)
+def test_the_prediction_is_what_the_tensors_of_a_run_take(tmp_path):
+    """Three layouts with different worst moments, trained by one pair of ranks."""
+    cases = [
+        ("debug_model", [*SMALL, "--parallelism.pipeline_parallel_degree=2"]),
+        ("debug_model", [*SMALL, "--parallelism.tensor_parallel_degree=2"]),
+        ("debug_moe", SMALL),
+    ]
+    predicted = [predict(file, 2, options) for file, options in cases]
+    assert [rank.moment for rank in predicted] == [
+        "backward of block 1, stage 0",
+        "loss",
+        "reduction of the gradients of block 3",
+    ]
+    measured = measure(2, cases, tmp_path)
+    assert [rank.total for rank in predicted] == pytest.approx(measured, rel=0.05)
 
 
 def test_the_command_prints_parts_and_verdict(capsys):

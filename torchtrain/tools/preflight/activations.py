@@ -81,10 +81,6 @@ def trace_layers(request: Request) -> Traces:
         part, mesh = build_specimen(request)
         with fake_tensors(rows):
             make_fake(part)
-            if mesh.has("tp"):
-                # DTensor works out each operation's shapes once, on whole tensors, and these count.
-                _trace(part, mesh, request, length)
-                part.zero_grad()
             return _trace(part, mesh, request, length)
 
 

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config.layout import Degrees
@@ -165,7 +167,28 @@ def fake_tensors(rows: int) -> Iterator[None]:
         share, rest = divmod(rows, len(counts))
         return [share + 1 if index < rest else share for index in range(len(counts))]
 
-    with FakeTensorMode(), patch.object(FakeTensor, "tolist", share_rows):
+    with FakeTensorMode(), patch.object(FakeTensor, "tolist", share_rows), whole_shapes_unseen():
+        yield
+
+
+@contextmanager
+def whole_shapes_unseen() -> Iterator[None]:
+    """Let DTensor work out the shapes of whole tensors out of sight of what counts tensors.
+
+    It runs each operation once more on fake tensors that are whole. Among ours they would look like
+    tensors of the run. A torch that names the place otherwise is left as it is.
+    """
+    name = "_propagate_tensor_meta_non_cached"
+    work_out = vars(ShardingPropagator).get(name)
+    if work_out is None:
+        yield
+        return
+
+    def work_out_unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+        with _disable_current_modes():
+            return work_out(propagator, schema)
+
+    with patch.object(ShardingPropagator, name, work_out_unseen):
         yield
 
 

@@ -20,7 +20,8 @@ class Weights:
     """The bytes of one or several groups of weights on a rank."""
 
     parameters: int = 0
-    """Sharded: what the optimizer updates. Their gradients take as much."""
+    """Sharded: what the optimizer updates; 0 where that is in the host's memory. Their gradients
+    take as much."""
     gathered: int = 0
     """Whole, in the compute precision."""
     gradients: int = 0
@@ -78,7 +79,7 @@ def weigh_one(shape: torch.Size, ranks: int, replicas: int, training: Training) 
     padded = numbers // shape[0] * rows
     shard = padded // ranks
     return Weights(
-        parameters=shard * stored,
+        parameters=0 if training.enable_cpu_offload else shard * stored,
         gathered=padded * computed,
         gradients=numbers * computed,
         gather_buffer=padded * computed if ranks > 1 else 0,
