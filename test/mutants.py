@@ -24,6 +24,81 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/tools/preflight/walk.py": [
+        (
+            "preflight forgets the gradients of earlier microbatches",
+            "            ledger.hold(gradients=(root + stage.weights).parameters)\n",
+            "            ledger.hold(gradients=root.parameters)\n",
+        ),
+        (
+            "preflight forgets the gathered weights of the next block",
+            "coming = following.first_gather if following is not None and gathers else 0",
+            "coming = 0",
+        ),
+        (
+            "preflight forgets the gradients that are being reduced",
+            "communication=coming + reducing,",
+            "communication=coming,",
+        ),
+        (
+            "preflight takes the output to be freed after its forward",
+            "return self.resharding.output if is_output else self.resharding.blocks",
+            "return self.resharding.blocks",
+        ),
+        (
+            "preflight has one microbatch alive in a pipeline",
+            "            ledger.hold(**stage.kept)\n            continue\n",
+            "            continue\n",
+        ),
+        (
+            "preflight has half a backward free what the other half needs",
+            "        if kind == schedules.BACKWARD_INPUT:\n            continue",
+            "        if kind == schedules.BACKWARD_WEIGHT:\n            continue",
+        ),
+        (
+            "preflight forgets a pipeline's whole gradients",
+            "ledger.hold(unsharded_gradients=stage.weights.accumulated)",
+            "ledger.hold(unsharded_gradients=0)",
+        ),
+    ],
+    "torchtrain/tools/preflight/specimen.py": [
+        (
+            "preflight counts the whole tensors that DTensor works out shapes on",
+            "        with _disable_current_modes():\n            return work_out(propagator, schema)",
+            "        return work_out(propagator, schema)",
+        ),
+    ],
+    "torchtrain/tools/preflight/states.py": [
+        (
+            "preflight counts offloaded parameters on the device",
+            "parameters=0 if training.enable_cpu_offload else shard * stored,",
+            "parameters=shard * stored,",
+        ),
+        (
+            "preflight forgets what uneven shards are filled up with",
+            "rows = shape[0] if is_even else math.ceil(shape[0] / ranks) * ranks",
+            "rows = shape[0]",
+        ),
+    ],
+    "torchtrain/tools/preflight/optimizer_states.py": [
+        (
+            "preflight counts one of a weight's optimizer states",
+            "name: sum(each.nbytes for each",
+            "name: max(each.nbytes for each",
+        ),
+    ],
+    "torchtrain/tools/preflight/memory.py": [
+        (
+            "preflight counts the optimizer states of a rank's first stage alone",
+            "        for number in numbers:\n            for layer in self.plan.stages[number]:",
+            "        for number in numbers[:1]:\n            for layer in self.plan.stages[number]:",
+        ),
+        (
+            "preflight gives each pipeline rank the microbatches of another",
+            "actions = list_actions(plan.pipeline, plan.degrees.pp)[rank]",
+            "actions = list_actions(plan.pipeline, plan.degrees.pp)[rank - 1]",
+        ),
+    ],
     "torchtrain/tools/interfaces.py": [
         (
             "gloo is left the loopback that a machine's own name is",

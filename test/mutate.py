@@ -111,6 +111,10 @@ ROOMS = {
     "torchtrain/parallelisms/fsdp.py": ("test/config/test_options.py", "test/parallelisms"),
     "torchtrain/tools": ("test/tools",),
     "torchtrain/tools/launch.py": ("test/test_devices.py", "test/tools"),
+    "torchtrain/tools/preflight": (
+        "test/tools/test_preflight_walk.py",
+        "test/tools/test_preflight_memory.py",
+    ),
     "torchtrain/tools/faults": ("test/tools/test_fault_campaign.py",),
     "torchtrain/utils.py": ("test/test_run_folder.py", "test"),
 }
