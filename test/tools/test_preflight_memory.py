@@ -18,11 +18,11 @@ from torchtrain.tools.preflight.specimen import fake_ranks
 
 SMALL = [
     "--model.dim=128",
-    "--model.n_layers=4",
     "--training.seq_len=64",
-    "--training.global_batch_size=12",
+    "--training.global_batch_size=8",
     "--training.local_batch_size=4",
 ]
+TWO, FOUR = "--model.n_layers=2", "--model.n_layers=4"
 
 
 def read(file, ranks, *options):
@@ -99,15 +99,15 @@ def test_what_is_in_the_hosts_memory_is_not_counted():
 def test_the_prediction_is_what_the_tensors_of_a_run_take(tmp_path):
     """Three layouts with different worst moments, trained by one pair of ranks."""
     cases = [
-        ("debug_model", [*SMALL, "--parallelism.pipeline_parallel_degree=2"]),
-        ("debug_model", [*SMALL, "--parallelism.tensor_parallel_degree=2"]),
-        ("debug_moe", SMALL),
+        ("debug_model", [*SMALL, FOUR, "--parallelism.pipeline_parallel_degree=2"]),
+        ("debug_model", [*SMALL, TWO, "--parallelism.tensor_parallel_degree=2"]),
+        ("debug_moe", [*SMALL, TWO]),
     ]
     predicted = [predict(file, 2, options) for file, options in cases]
     assert [rank.moment for rank in predicted] == [
         "backward of block 1, stage 0",
         "loss",
-        "reduction of the gradients of block 3",
+        "reduction of the gradients of block 1",
     ]
     measured = measure(2, cases, tmp_path)
     assert [rank.total for rank in predicted] == pytest.approx(measured, rel=0.05)
