@@ -102,8 +102,18 @@ MUTANTS = {
     "torchtrain/tools/interfaces.py": [
         (
             "gloo is left the loopback that a machine's own name is",
-            "if own is not None and not ipaddress.ip_address(own).is_loopback:",
-            "if own is not None:",
+            "if own and not is_loopback(own):",
+            "if own:",
+        ),
+        (
+            "node 0 looks for no way to the others where its own name is its loopback",
+            "for host in (nodes.address, *ways, ELSEWHERE):",
+            "for host in (nodes.address, ELSEWHERE):",
+        ),
+        (
+            "where no way to the others is known, the default route is not tried",
+            "for host in (nodes.address, *ways, ELSEWHERE):",
+            "for host in (nodes.address, *ways):",
         ),
     ],
     "torchtrain/tools/standby.py": [
@@ -114,6 +124,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/tools/meeting.py": [
+        (
+            "nodes do not tell each other how they reach node 0",
+            "yield [word.removeprefix(READY) for word in words]",
+            "yield [word.removeprefix(READY) for word in words[:1]]",
+        ),
         (
             "node 0 does not wait until its name has an address",
             "    _wait_for_address(nodes)\n",
@@ -611,6 +626,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/tools/elastic.py": [
+        (
+            "nodes that come and go are left the loopback",
+            "            choose_interface(self.nodes, self._find_ways(), os.environ)\n",
+            "",
+        ),
         (
             "a node that ends the run is taken for lost",
             "        if self.is_closed():",

@@ -81,6 +81,18 @@ def until_over(meeting):
     return caught.value.status, str(caught.value)
 
 
+def test_before_each_attempt_the_interface_is_chosen_that_reaches_its_nodes(place, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(elastic, "find_way", lambda nodes: f"10.0.0.{nodes.rank}")
+    monkeypatch.setattr(elastic, "choose_interface", lambda nodes, ways, _: chosen.append(ways))
+    place.count = 3
+    first, third = place.come(0), place.come(2)
+    assert place.meet(first, third) == [(0, 2), (1, 2)]
+    assert chosen == [["10.0.0.0", "10.0.0.2"]] * 2
+    third.leave(1)
+    assert first._find_ways() == ["10.0.0.0"]
+
+
 def test_a_node_that_is_started_again_takes_its_place(place):
     first, second = place.come(0), place.come(1)
     assert place.meet(first, second) == [(0, 2), (1, 2)]

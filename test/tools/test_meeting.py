@@ -8,6 +8,7 @@ import pytest
 
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.tools import meeting
+from torchtrain.tools.interfaces import ELSEWHERE
 from torchtrain.tools.meeting import all_nodes, tell_refused
 from torchtrain.tools.nodes import Nodes, read_nodes
 
@@ -70,6 +71,27 @@ def test_nodes_start_when_all_are_here(capsys, free_port):
         assert [wait.result() for wait in waits] == ["all are here"] * 3
 
 
+def test_each_node_learns_how_all_reach_node_0(monkeypatch, free_port):
+    monkeypatch.setattr(meeting, "find_way", lambda nodes: f"10.0.0.{nodes.rank}")
+    together = threading.Barrier(3)
+
+    def learn(rank):
+        with all_nodes(node(rank, 3, free_port), 60) as ways:
+            together.wait(60)
+            return ways
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(learn, range(3))) == [["10.0.0.0", "10.0.0.1", "10.0.0.2"]] * 3
+
+
+def test_of_nodes_that_meet_elsewhere_the_way_is_not_known():
+    with all_nodes(node(0, 1, 29500), 60) as ways:
+        assert ways == []
+    torchruns = read_nodes({"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d"})
+    with all_nodes(torchruns, 60) as ways:
+        assert ways == [ELSEWHERE] * 2
+
+
 @pytest.mark.parametrize("refused", [0, 1])
 def test_a_wait_ends_when_another_node_was_refused(refused, monkeypatch, free_port):
     monkeypatch.setattr(meeting, "FAREWELL_S", 30.0)
@@ -90,7 +112,7 @@ def test_a_wait_ends_when_another_node_was_stopped(monkeypatch, free_port):
     def stop_node_1(store, nodes, waiting):
         if nodes.rank == 1:
             raise KeyboardInterrupt
-        wait_for_words(store, nodes, waiting)
+        return wait_for_words(store, nodes, waiting)
 
     monkeypatch.setattr(meeting, "_wait_for_words", stop_node_1)
     with ThreadPoolExecutor(1) as pool:

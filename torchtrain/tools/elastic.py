@@ -7,6 +7,7 @@ which each node says that it is there and gives signs of life, and reads which n
 
 import hashlib
 import json
+import os
 import signal
 import time
 import uuid
@@ -30,6 +31,7 @@ from torchtrain.attempts import CHANGE, STEP, of_attempt
 from torchtrain.catalog.identity import MAY_DIFFER_PER_NODE
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import TRY_AGAIN, PeerFault, UserError
+from torchtrain.tools.interfaces import choose_interface, find_way
 from torchtrain.tools.meeting import Waiting, connect, serve
 from torchtrain.tools.membership import Attempt, Change, Limits, Membership, Presence
 from torchtrain.tools.nodes import Nodes
@@ -144,12 +146,14 @@ class ElasticMeeting(RendezvousHandler):
             PeerFault: node 0 is lost.
         """
         with self._node_0_lives():
-            presence = Presence(self._launcher, self.attempt.number, self.cause, self.is_guess)
+            number, way = self.attempt.number, find_way(self.nodes)
+            presence = Presence(self._launcher, number, self.cause, self.is_guess, way)
             self._store.set(f"here/{self.nodes.rank}", json.dumps(asdict(presence)))
             while not self._is_called():
                 self._raise_if_over()
                 self._announce()
                 time.sleep(POLL_S)
+            choose_interface(self.nodes, self._find_ways(), os.environ)
         self.cause, self._change, self._said = "", "", ""
         return RendezvousInfo(
             PrefixStore(f"torchtrain/rendezvous-{self.attempt.number}", self._base),
@@ -329,6 +333,11 @@ class ElasticMeeting(RendezvousHandler):
         assert self._membership is not None
         others = [node for rank, node in self._see().items() if rank != self.nodes.rank]
         return any(node.silent_s < self._membership.limits.lost_s for node in others)
+
+    def _find_ways(self) -> list[str]:
+        """Return how each node of this attempt reaches node 0, but for one that has left since."""
+        here = [read(self._store, f"here/{rank}") for rank in self.attempt.launchers]
+        return [json.loads(text)["way"] for text in here if text != "-"]
 
     def _find_step(self, number: str) -> int | None:
         """Return the step that the attempt of this number is in, None: before its first."""

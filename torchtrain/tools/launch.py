@@ -106,7 +106,6 @@ def main(trainer_args: list[str]) -> int:
             world_size = processes * usable[-1]
             check_log_rank(world_size)
             config = check_config(trainer_args, world_size, nodes, restarts, on_gpus=gpus > 0)
-        choose_interface(nodes, os.environ)
         set_up_environment(processes, os.environ, on_cpu=gpus == 0)
         return launch(config, trainer_args, nodes, usable, processes, restarts)
     except UserError as fault:
@@ -315,7 +314,8 @@ def meet(
         options.append("--standalone")
     elif nodes.static and nodes.count == 1:
         require_free_port(nodes)
-    with all_nodes(nodes, timeout_s):
+    with all_nodes(nodes, timeout_s) as ways:
+        choose_interface(nodes, ways, os.environ)
         return start_ranks([*options, *program], standbys)
 
 

@@ -2,8 +2,8 @@
 
 torchrun's own static rendezvous waits in silence, does not hear Ctrl-C, and knows nothing of a node
 whose configuration was refused. So the launchers meet first, in the store that torchrun then uses:
-node 0 serves it at MASTER_ADDR:MASTER_PORT, each node leaves a word in it (`READY`, or why it will
-not come), and each waits for the words of all others, saying so.
+node 0 serves it at MASTER_ADDR:MASTER_PORT, each node leaves a word in it (`READY` and its way to
+node 0, or why it will not come), and each waits for the words of all others, saying so.
 """
 
 import os
@@ -18,9 +18,10 @@ from threading import Thread
 from torch.distributed import TCPStore
 
 from torchtrain.errors import PeerFault, UserError
+from torchtrain.tools.interfaces import ELSEWHERE, find_way
 from torchtrain.tools.nodes import Nodes
 
-READY = "ready"
+READY = "ready at "
 REFUSED = "was refused"  # its configuration has a fault, which it prints
 STOPPED = "was stopped"
 
@@ -35,8 +36,10 @@ NAME_S = 30.0
 
 
 @contextmanager
-def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[None]:
+def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[list[str]]:
     """Wait until every node is here, and keep the store that they met in until the block ends.
+
+    Yields the `find_way` of every node, for `choose_interface`.
 
     Raises:
         UserError: the port is taken, or node 0 cannot be reached where it should be.
@@ -45,13 +48,13 @@ def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[None]:
     if not nodes.meet_here:
         if nodes.count > 1:
             print(f"waiting for {nodes.count} nodes", flush=True)
-        yield
+        yield [] if nodes.count == 1 else [ELSEWHERE] * nodes.count
         return
     waiting = Waiting(nodes.endpoint, deadline=time.monotonic() + timeout_s)
     store = serve(nodes) if nodes.rank == 0 else connect(nodes, waiting)
     try:
-        store.set(_key(nodes.rank), READY)
-        _wait_for_words(store, nodes, waiting)
+        store.set(_key(nodes.rank), READY + find_way(nodes))
+        words = _wait_for_words(store, nodes, waiting)
     except BaseException as fault:
         with suppress(RuntimeError):
             if not isinstance(fault, PeerFault):
@@ -59,7 +62,7 @@ def all_nodes(nodes: Nodes, timeout_s: float) -> Iterator[None]:
             if nodes.rank == 0:
                 time.sleep(5 * POLL_S)  # the store ends with this process: let the others read it
         raise
-    yield
+    yield [word.removeprefix(READY) for word in words]
     del store
 
 
@@ -194,19 +197,18 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _wait_for_words(store: TCPStore, nodes: Nodes, waiting: Waiting) -> None:
-    """Wait until every other node is ready."""
-    others = [rank for rank in range(nodes.count) if rank != nodes.rank]
+def _wait_for_words(store: TCPStore, nodes: Nodes, waiting: Waiting) -> list[str]:
+    """Wait until every node is ready. Returns the words of all."""
     while True:
-        words = {rank: _word(store, rank) for rank in others}
+        words = {rank: _word(store, rank) for rank in range(nodes.count)}
         for rank, word in words.items():
-            if word not in (None, READY):
+            if word is not None and not word.startswith(READY):
                 fault = PeerFault(f"node {rank} {word}; this node ends too")
                 fault.is_user_error = word == REFUSED
                 raise fault
         absent = [str(rank) for rank, word in words.items() if word is None]
         if not absent:
-            return
+            return [word for word in words.values() if word is not None]
         noun = "node" if len(absent) == 1 else "nodes"
         waiting.turn(f"{len(absent)} {noun}", f"node rank {', '.join(absent)} of {nodes.count}")
 

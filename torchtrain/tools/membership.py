@@ -51,6 +51,8 @@ class Presence:
     """Of what its ranks have ended; empty: they have not, or were told to."""
     is_guess: bool = False
     """Whether they may have ended for want of another node's."""
+    way: str = ""
+    """The address from which it reaches node 0."""
     silent_s: float = 0.0
     """For how long it has given no sign of life."""
 
