@@ -52,7 +52,6 @@ from torchtrain.metrics import (
     peak_memory_gib,
     reset_peak_memory,
 )
-from torchtrain.needs import check_needs
 from torchtrain.optimizers.clipping import clip_grad_norm_
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.parallelisms.initial_weights import require_same_draws
@@ -66,7 +65,7 @@ from torchtrain.ranks import (
 )
 from torchtrain.resuming import (
     check_model,
-    count_steps,
+    claim_folder,
     find_saved_progress,
     has_steps_left,
     make_up_validation,
@@ -75,12 +74,11 @@ from torchtrain.resuming import (
     saving_at_stop,
 )
 from torchtrain.run_facts import describe, open_metrics, state_config
-from torchtrain.run_folder import RunFolder
 from torchtrain.set_up import ParallelModel, Trainer, set_up
 from torchtrain.step_metrics import StepMetrics
 from torchtrain.stopping import StopRequest, find_deadline, log_deadline
 from torchtrain.text_samples import OfLogits
-from torchtrain.utils import expand_user, plural
+from torchtrain.utils import plural
 from torchtrain.watchdog import Watchdog
 
 
@@ -283,22 +281,19 @@ def compute_of_logits(
 
 
 def run(config: JobConfig, device: torch.device, deadline: float = math.inf) -> None:
-    """Do one run, from claiming its folder to the last step; the process group is up.
+    """Do one run, from what it needs to its last step; the process group is up.
 
     It ends before `deadline`, by `time.monotonic`.
     """
     rank = dist.get_rank()
     require_equal_config(config.model_dump(mode="json"), MAY_DIFFER_PER_NODE)
     state_config(config)
-    folder = together(lambda: RunFolder(expand_user(config.job.dump_folder), owner=rank == 0))
-    checkpointer = Checkpointer(config.checkpoint, folder.path)
-    source = checkpointer.find(partial(count_steps, config))
+    folder, checkpointer, source = claim_folder(config, device)
     is_own = source is not None and source.path.parent == checkpointer.folder
     if source is not None and not has_steps_left(source, config, is_own=is_own):
         export_last(config, source.path)
         return
 
-    check_needs(config, device)
     if source is not None:
         check_model(source, config)
     require_same_draws(device, loads=source is not None)

@@ -762,6 +762,11 @@ MUTANTS = {
     ],
     "torchtrain/resuming.py": [
         (
+            "what is missing is found when the checkpoints have been read and moved",
+            "    if not seems_finished:\n        check_needs(config, device)\n    folder",
+            "    seems_finished = True\n    folder",
+        ),
+        (
             "the steps on resume forget the checkpoint's batch",
             '        batch = saved.data["global_batch_size"]\n',
             "        batch = 1\n",

@@ -93,12 +93,12 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_710
+LIMIT_CORE = 12_746
 FOLDER_LIMITS = {
     "config": 1_895,
     "datasets": 2_570,
     "parallelisms": 1800,
-    "checkpoint": 1_300,
+    "checkpoint": 1_312,
     "models": 800,
     "optimizers": 413,
 }

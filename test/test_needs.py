@@ -1,5 +1,7 @@
 """What the options of a run need is found before anything is tokenized, written or moved."""
 
+import errno
+import os
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from helpers.launching import options
 
 import train
+from torchtrain import needs
 from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
@@ -126,8 +129,50 @@ def test_what_an_option_needs_is_found_before_anything_is_done(
     dist.destroy_process_group()
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: {said.format(folder=tmp_path)}")
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "metrics.jsonl"]
+    of_a_source = case in ("pyarrow", "datasets", "the hub")  # which is opened a little later
+    left = sorted(path.name for path in run.iterdir())
+    assert left == [".lock"] * of_a_source + ["metrics.jsonl"]
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_missing_is_found_before_a_checkpoint_is_touched(
+    tmp_path, monkeypatch, data, capfd
+):
+    run = tmp_path / "run"
+    for name in ("step-2", ".tmp-step-3-torn"):
+        (run / "checkpoint" / name).mkdir(parents=True)
+        (run / "checkpoint" / name / "complete.json").write_text("damaged")
+    before = sorted(run.rglob("*"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb_without_a_key())
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    given = {"job.dump_folder": run, "checkpoint.enable": True, "metrics.enable_wandb": True}
+    assert train.main(JobConfig().parse_args(options({**data, **given}))) == 2
+    dist.destroy_process_group()
+    assert "No API key configured" in capfd.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_folder_under_a_closed_one_is_one_message(tmp_path, monkeypatch):
+    """For root no folder is closed, so what the system says of one is made up."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    real = os.lstat, os.stat
+
+    def refusing(call):
+        def look(path, *given, **named):
+            if str(path).startswith(f"{closed}/"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path, *given, **named)
+
+        return look
+
+    for name, call in zip(("lstat", "stat"), real, strict=True):
+        monkeypatch.setattr(os, name, refusing(call))
+    monkeypatch.setattr(os, "access", lambda path, _: path != closed)
+    given = ["--checkpoint.enable", "--checkpoint.folder", str(closed / "a" / "b")]
+    config = JobConfig().parse_args(given, world_size=1)
+    with pytest.raises(UserError, match=r"cannot be written: nothing can be made in '.*/closed'$"):
+        needs.check_folders(config)
 
 
 def test_on_a_gpu_the_compiler_needs_triton_and_a_compiler_of_c(monkeypatch):
@@ -141,10 +186,14 @@ def test_on_a_gpu_the_compiler_needs_triton_and_a_compiler_of_c(monkeypatch):
                 check_compilers(config, device)
             patched.setitem(sys.modules, "triton", SimpleNamespace())
             patched.setenv("CC", "no-such-compiler")
-            with pytest.raises(UserError, match=f"^{option} needs a compiler of C, and there is"):
-                check_compilers(config, device)
+            said = []
+            patched.setattr(needs.logger, "warning", said.append)
+            check_compilers(config, device)
+            (line,) = said  # the kernels may all be in its cache
+            assert line.startswith(f"{option} needs a compiler of C, and there is no no-such-comp")
             patched.setenv("CC", sys.executable)
             check_compilers(config, device)
+            assert len(said) == 1
     check_compilers(config, torch.device("cpu"))
     check_compilers(JobConfig(), device)
 

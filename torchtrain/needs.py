@@ -1,7 +1,8 @@
 """What the options of a run need beside what every run has: packages, a key, folders, kernels.
 
-It is looked for before anything is tokenized, written or moved. (What a data source or a tokenizer
-needs is known where it is opened, which comes next.)
+It is looked for before the run's folder is made and before a checkpoint is read, unless the run is
+finished and needs nothing. (What a data source or a tokenizer needs is known where it is opened,
+before anything is tokenized.)
 """
 
 import os
@@ -20,6 +21,7 @@ from torchtrain.errors import UserError
 from torchtrain.exporting import check_export
 from torchtrain.kernel_checks import check_kernels, find_device_facts
 from torchtrain.log_files import check_packages
+from torchtrain.logging_utils import logger
 from torchtrain.models.decoder import load_decoder
 from torchtrain.profiling import check_snapshots
 from torchtrain.ranks import together
@@ -55,8 +57,11 @@ def check_needs(config: JobConfig, device: torch.device) -> None:
 def check_compilers(config: Config, device: torch.device) -> None:
     """Check that there is what PyTorch's compiler needs itself: a compiler of C++, or of C.
 
+    On a CPU it refuses to work without one, even with every kernel in its cache. Triton, which
+    writes kernels for a GPU, needs its own only for a kernel that is not there yet.
+
     Raises:
-        UserError: there is none, or no Triton where it writes kernels for a GPU.
+        UserError: there is none, or no Triton for a GPU.
     """
     compiled = config.compile
     asked_by = []
@@ -66,19 +71,25 @@ def check_compilers(config: Config, device: torch.device) -> None:
         asked_by.append("training.document_masking = true")
     for option in asked_by:
         if device.type == "cpu":
-            _require_compiler(option, "C++", "CXX", ["clang++" if DARWIN else "g++"])
+            lack = _describe_lack("C++", "CXX", ["clang++" if DARWIN else "g++"])
+            if lack is not None:
+                raise UserError(f"{option} {lack}")
         else:
             require_package("triton", option)
-            _require_compiler(option, "C", "CC", ["gcc", "clang"])
+            lack = _describe_lack("C", "CC", ["gcc", "clang"])
+            if lack is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning(f"{option} {lack}. Only kernels in Triton's cache can be used")
 
 
-def _require_compiler(option: str, language: str, variable: str, usual: list[str]) -> None:
+def _describe_lack(language: str, variable: str, usual: list[str]) -> str | None:
+    """Return that a compiler is missing, and what to do, or None."""
     names = [os.environ[variable]] if variable in os.environ else usual
-    if not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"{option} needs a compiler of {language}, and there is no {' or '.join(names)}: "
-            f"install one, or name another in {variable}"
-        )
+    if any(shutil.which(name) for name in names):
+        return None
+    return (
+        f"needs a compiler of {language}, and there is no {' or '.join(names)}: "
+        f"install one, or name another in {variable}"
+    )
 
 
 def check_folders(config: Config) -> None:
@@ -99,8 +110,9 @@ def check_folders(config: Config) -> None:
 
 
 def _require_writable(folder: Path, given: str) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
+    # Not `Path.exists`, which raises where a folder above is closed.
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
         raise UserError(f"{given} cannot be written: {str(there)!r} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{given} cannot be written: nothing can be made in {str(there)!r}")

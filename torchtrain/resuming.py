@@ -1,10 +1,13 @@
-"""What a run goes on from: whether a checkpoint may be taken, and taking it."""
+"""What a run goes on from: finding it, whether it may be taken, and taking it."""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torchtrain.catalog.identity import (
@@ -27,11 +30,36 @@ from torchtrain.errors import SharedUserError, Stopped
 from torchtrain.logging_utils import logger
 from torchtrain.lr_scheduling import differences, set_step
 from torchtrain.metrics import MetricsLogger
+from torchtrain.needs import check_needs
 from torchtrain.parallelisms.fsdp import free_gathered
 from torchtrain.ranks import gathered, on_rank_zero, together
-from torchtrain.run_folder import lacks_validation
+from torchtrain.run_folder import RunFolder, lacks_validation
 from torchtrain.set_up import Trainer
 from torchtrain.utils import expand_user
+
+
+def claim_folder(
+    config: JobConfig, device: torch.device
+) -> tuple[RunFolder, Checkpointer, Source | Foreign | None]:
+    """Check what the run needs, lock its folder, and find what it goes on from. A collective call.
+
+    The needs come first: to find a checkpoint is to read it whole, and to set a damaged one aside.
+    A run that is finished, by what its newest checkpoint says of itself, needs nothing.
+
+    Raises:
+        UserError: something is missing, the folder is in use, or no checkpoint can be taken.
+    """
+    path = expand_user(config.job.dump_folder)
+    checkpointer = Checkpointer(config.checkpoint, path)
+    newest = checkpointer.peek()
+    seems_finished = newest is not None and is_finished(newest, config)
+    if not seems_finished:
+        check_needs(config, device)
+    folder = together(lambda: RunFolder(path, owner=dist.get_rank() == 0))
+    source = checkpointer.find(partial(count_steps, config))
+    if seems_finished and not (isinstance(source, Source) and source.progress == newest):
+        check_needs(config, device)  # it is damaged, so the run is not finished after all
+    return folder, checkpointer, source
 
 
 def find_saved_progress(source: Source | Foreign | None) -> Progress | None:
@@ -75,6 +103,16 @@ def count_steps(config: JobConfig, saved: Progress) -> int:
     return plan_length(config.training, count, batch).steps
 
 
+def is_finished(saved: Progress, config: JobConfig) -> bool:
+    """Check whether a checkpoint of the run's own leaves it no step, and no validation."""
+    if saved.step < count_steps(config, saved):
+        return False
+    if not config.validation.enable or saved.model_only:
+        return True
+    folder = expand_user(config.job.dump_folder)
+    return not on_rank_zero(lambda: lacks_validation(folder, saved.step))
+
+
 def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool) -> bool:
     """Check whether a run has steps left after those of the checkpoint, or their validation.
 
@@ -86,15 +124,13 @@ def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool)
     if not isinstance(source, Source):
         return True
     steps = count_steps(config, source.progress)
-    if source.progress.step < steps:
-        return True
-    folder = expand_user(config.job.dump_folder)
-    may_lack = is_own and config.validation.enable and not source.progress.model_only
-    if may_lack and on_rank_zero(lambda: lacks_validation(folder, source.progress.step)):
-        return True
     if is_own:
+        if not is_finished(source.progress, config):
+            return True
         logger.info(f"nothing to do: {source.path} already holds all {steps} steps of this run")
         return False
+    if source.progress.step < steps:
+        return True
     if source.model_only or "train_state" in source.left_out:
         return True
     given = f"training.steps = {steps}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import forking
+from helpers.checkpoints import flip
 from helpers.launching import metrics, options
 
 import train
@@ -108,6 +109,9 @@ def test_a_run_that_is_over_says_so_and_one_that_gets_longer_takes_an_older_chec
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("run", "untouched")]
     assert losses[0] == losses[1]
+    flip(next((tmp_path / "untouched" / "checkpoint" / "step-6").glob("*.distcp")), 100)
+    with pytest.raises(UserError, match="needs the package wandb"):  # it is not over after all
+        run("untouched", **SAVES, **longer, **{"metrics.enable_wandb": True})
 
 
 def test_without_an_older_checkpoint_a_longer_run_is_refused(run, tmp_path):

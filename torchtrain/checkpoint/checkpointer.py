@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
-from torchtrain.checkpoint.commit import Progress, Source
+from torchtrain.checkpoint.commit import Marker, Progress, Source
 from torchtrain.checkpoint.digests import find_altered
 from torchtrain.checkpoint.foreign import (
     Foreign,
@@ -88,6 +89,23 @@ class Checkpointer(Saver):
         if not self.config.initial_load_path:
             return None
         return self._find_initial(expand_user(self.config.initial_load_path))
+
+    def peek(self) -> Progress | None:
+        """Return what `find` may take of the run's own, by what that says of itself.
+
+        It is neither hashed nor changed. None: there is none, or it can be seen to be damaged.
+        """
+        return self._on_rank_zero(self._peek) if self.config.enable else None
+
+    def _peek(self) -> Progress | None:
+        newest = self._list()[0][:1]
+        with suppress(UserError, OSError):  # `find` says it
+            for step in newest if self.config.load_step < 0 else [self.config.load_step]:
+                marker = commit.inspect(self.path(step), step)
+                if isinstance(marker, Marker):
+                    progress = commit.read_progress(self.path(step), marker)
+                    return progress if isinstance(progress, Progress) else None
+        return None
 
     def verify(
         self, path: Path, step: int | None = None, *, model_only: bool = False
