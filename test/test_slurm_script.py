@@ -104,6 +104,13 @@ def test_each_node_gets_its_place_and_the_runs_options_and_has_a_log(submit):
         assert job.log(node) == f"{node}/2 host-7:22345 4 0,4 3 64 cores {given}\n"
 
 
+def test_the_launcher_may_be_a_command_of_several_words(submit, tmp_path):
+    (tmp_path / "plain").write_text(NODE)
+    job = submit("0", TORCHTRAIN=f"bash -eu {tmp_path}/plain")
+    assert job.finish() == (0, [], [])
+    assert job.log(1).endswith(" <--job.description><two words><--training.steps=3>\n")
+
+
 def test_what_the_site_has_set_stays(submit):
     job = submit("0", MASTER_PORT="7000", NGPU="2", LOG_RANK="3", MAX_RESTARTS="0")
     assert job.finish() == (0, [], [])
@@ -126,8 +133,12 @@ def test_a_job_whose_time_is_up_is_queued_again_and_one_that_failed_is_not(
 def test_a_signal_to_the_shell_lets_the_run_save_and_the_shell_outlives_it(
     submit, number, requeued
 ):
-    """SIGTERM too, which srun would take for an order to kill the run."""
-    job = submit("wait")
+    """SIGTERM too, which srun would take for an order to kill the run.
+
+    That `kill` fails, as where the step has just ended, does not end the shell.
+    """
+    failing = '() { builtin kill "$@" && [ "$1" != -USR2 ]; }'
+    job = submit("wait", **{"BASH_FUNC_kill%%": failing})
     deadline = time.monotonic() + 60
     while not all(job.log(node).endswith("waiting\n") for node in (0, 1)):
         assert time.monotonic() < deadline

@@ -506,6 +506,16 @@ def test_without_validation_the_last_loss_decides():
     assert table.find_best(rows[2:])[0] is None
 
 
+STUB = """#!/bin/bash
+echo "$NGPU $@"
+[ "$END" = wait ] || exit "$END"
+trap 'exit 140' USR2
+trap 'exit 143' TERM
+touch waits
+while true; do sleep 0.05; done
+"""
+
+
 def test_a_slurm_array_runs_each_by_its_name(sweep, monkeypatch):
     monkeypatch.delenv("NGPU")
     assert "--slurm needs NGPU" in sweep([1, 2], "--slurm")[1]
@@ -517,23 +527,41 @@ def test_a_slurm_array_runs_each_by_its_name(sweep, monkeypatch):
     text = script.read_text()
     assert "#SBATCH --array=0-1\n" in text
     assert "#SBATCH --gpus-per-node=3\n" in text
-    # Its command, printed: for the first run it is done, for the second its time is up.
+    assert "#SBATCH --cpus-per-task=24\n" in text
+    assert "#SBATCH --signal=B:USR2@300\n" in text
+    # Its command, printed: for the first run it is done, for the second its time is up; then one
+    # that another job has, and two that are told to stop, by Slurm or by whoever cancels them.
     stub = Path("launcher")
-    stub.write_text('#!/bin/bash\necho "$NGPU $@"\nexit "$((75 * SLURM_ARRAY_TASK_ID))"\n')
+    stub.write_text(STUB)
     Path("scontrol").write_text('#!/bin/bash\necho "scontrol $@"\n')
     Path("scontrol").chmod(0o755)
-    for number, end in ((0, ""), (1, "scontrol requeue 9_1\n")):
-        job = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_JOB_ID": "9"}
+    requeued = "scontrol requeue 9_1\n"
+    cases = [
+        ("0", None, 0, ""),
+        ("75", None, 75, requeued),
+        ("3", None, 3, ""),
+        ("140", None, 140, ""),
+        ("wait", signal.SIGUSR2, 140, requeued),
+        ("wait", signal.SIGTERM, 143, ""),
+    ]
+    for end, number, status, more in cases:
+        Path("waits").unlink(missing_ok=True)
+        job = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "9", "END": end}
         path = f"{Path.cwd()}{os.pathsep}{os.environ['PATH']}"
-        ran = subprocess.run(
+        with subprocess.Popen(
             ["bash", str(script)],
             env={**os.environ, **job, "PATH": path},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
-        )
-        command = f"3 -m torchtrain.tools.sweep sweep.toml --only lr={number + 1}\n"
-        assert (ran.stdout, ran.stderr, ran.returncode) == (command + end, "", 75 * number)
+        ) as process:
+            while number and not Path("waits").exists():
+                time.sleep(0.01)
+            if number:
+                process.send_signal(number)
+            printed, _ = process.communicate(timeout=60)
+        command = "3 -m torchtrain.tools.sweep sweep.toml --only lr=2\n"
+        assert (printed, process.returncode) == (command + more, status)
 
 
 # ---- for real ----

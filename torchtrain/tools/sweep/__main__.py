@@ -28,13 +28,10 @@ from torchtrain.tools.launch import (
 from torchtrain.tools.nodes import read_nodes
 from torchtrain.tools.sweep.kept import check_unchanged, find_others
 from torchtrain.tools.sweep.plan import Sweep, SweepRun, read_sweep
-from torchtrain.tools.sweep.running import Runner, holding, is_held, read_ending
+from torchtrain.tools.sweep.running import ELSEWHERE, Runner, holding, is_held, read_ending
 from torchtrain.tools.sweep.slurm import write_script
 from torchtrain.tools.sweep.table import show
 from torchtrain.utils import expand_user, nearest, plural
-
-ELSEWHERE = 3
-"""The exit status where there is nothing to do but to wait for others."""
 
 
 def main(arguments: list[str] | None = None) -> int:

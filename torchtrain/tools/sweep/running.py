@@ -25,6 +25,8 @@ from torchtrain.tools.report_data import Run, read_runs
 from torchtrain.tools.sweep.plan import Sweep, SweepRun
 from torchtrain.utils import make_folder, user_errors, write_durably, writing
 
+ELSEWHERE = 3
+"""The exit status of a sweep that has nothing to do but to wait for others."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """What is passed on to the run that is under way, and ends the sweep once that has ended."""
 ERROR = re.compile(r"error: (?:\[rank \d+\] )?(.*)")

@@ -8,8 +8,11 @@ from pathlib import Path
 import torchtrain
 from torchtrain.errors import TRY_AGAIN, UserError
 from torchtrain.tools.sweep.plan import Sweep
+from torchtrain.tools.sweep.running import ELSEWHERE
 from torchtrain.utils import make_folder, write_durably, writing
 
+CORES_PER_GPU = 8
+"""As in slurm/train.sbatch; what stands on sbatch's command line goes before it."""
 SCRIPT = """\
 #!/bin/bash
 # Written by python -m torchtrain.tools.sweep {file} --slurm. What your cluster needs beside it goes
@@ -19,7 +22,9 @@ SCRIPT = """\
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node={processes}
+#SBATCH --cpus-per-task={cores}
 #SBATCH --requeue
+#SBATCH --signal=B:USR2@300
 #SBATCH --open-mode=append
 #SBATCH --output={output}
 
@@ -29,9 +34,23 @@ runs=(
 cd {here} || exit 1
 export NGPU={processes}
 export PYTHONPATH={package}${{PYTHONPATH:+:$PYTHONPATH}}
-{python} -m torchtrain.tools.sweep {file} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}"
+{python} -m torchtrain.tools.sweep {file} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}" &
+sweep=$!
+
+# Slurm tells this shell that the end is near; the run saves and stops. Where it has just ended
+# there is nobody to tell.
+asked=
+trap 'asked=USR2; kill -USR2 "$sweep" || true' USR2
+trap 'asked=TERM; kill -TERM "$sweep" || true' TERM
+while kill -0 "$sweep" 2>/dev/null; do
+    wait "$sweep" # a signal ends this, too
+done
+wait "$sweep"
 status=$?
-if [ "$status" -eq {try_again} ]; then # its time was up: it goes on in another job
+
+# {try_again}: the run has seen that its time ends. 140: it was told so. It goes on in another job.
+# {elsewhere}: another job has it, and no further one is needed.
+if [ "$status" = {try_again} ] || {{ [ "$status" = 140 ] && [ "$asked" = USR2 ]; }}; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 exit "$status"
@@ -64,6 +83,8 @@ def write_script(sweep: Sweep, processes: int) -> Path:
         package=shlex.quote(str(Path(torchtrain.__file__).parents[1])),
         python=shlex.quote(sys.executable),
         try_again=TRY_AGAIN,
+        elsewhere=ELSEWHERE,
+        cores=CORES_PER_GPU * processes,
     )
     with writing(script):
         make_folder(sweep.folder)
