@@ -83,6 +83,13 @@ def test_a_rank_of_fewer_layers_holds_less():
     assert shards == pytest.approx(2 * alone.parameters, rel=0.01)
 
 
+def test_the_optimizer_keeps_states_for_all_stages_of_a_rank():
+    options = ["pipeline_parallel_degree=2", "pipeline_parallel_schedule=Interleaved1F1B"]
+    config = read("debug_model", 2, *(f"--parallelism.{option}" for option in options))
+    for rank in estimate_memory(config, 2):
+        assert rank.optimizer_states == 2 * rank.parameters > 0
+
+
 def test_what_is_in_the_hosts_memory_is_not_counted():
     held, offloaded = (
         estimate_memory(read("debug_model", 4, *options), 4)[0]
