@@ -373,6 +373,7 @@ def closed_cache(monkeypatch):
         return load(*given, cache_dir=cache_dir, **named)
 
     monkeypatch.setattr(datasets, "load_dataset", load_unless_closed)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", "/shared/hf")
     monkeypatch.setattr(hub.logger, "warning", said.append)
     yield load
     assert "cannot be written (Permission denied: /shared/hf/a.lock). So the" in said[0]
@@ -407,6 +408,31 @@ def test_what_was_downloaded_is_used_from_a_cache_that_cannot_be_written(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == {
         path: stat.st_mtime_ns for path, stat in before.items()
     }
+
+
+def test_a_file_that_cannot_be_read_is_no_closed_cache(local, monkeypatch):
+    closed = str(local / "train.jsonl")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", closed)
+
+    said = []
+    monkeypatch.setattr(hub.logger, "warning", said.append)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied: '.*train\.jsonl'"):
+        texts(open_corpus(str(local), None, "text"))
+    assert not said
+
+
+@pytest.mark.parametrize(("owner", "kept"), [("someone", "someone___a"), ("", "own")])
+def test_of_the_packages_cache_only_the_datasets_of_one_owner_are_linked(tmp_path, owner, kept):
+    for name in ("someone___a", "other___a", "own", "downloads"):
+        (tmp_path / "cache" / name / "downloads").mkdir(parents=True)
+        (tmp_path / "cache" / name / "downloads" / "table.arrow").write_text(name)
+    (tmp_path / "links").mkdir()
+    hub._link_files(tmp_path / "cache", tmp_path / "links", owner)
+    assert [path.name for path in (tmp_path / "links").iterdir()] == [kept]
+    assert (tmp_path / "links" / kept / "downloads" / "table.arrow").read_text() == kept
 
 
 def test_changed_local_folder_gives_its_new_documents(local):

@@ -124,20 +124,19 @@ def _load(table: _Table) -> Any:
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[source.split]
         return saved.to_iterable_dataset() if table.streaming else saved
-    config = source.config
-    if folder.is_dir() and config not in datasets.get_dataset_config_names(source.repository):
-        config = None  # files of one split, copied without the description that names configs
-    load = partial(
-        datasets.load_dataset,
-        source.repository,
-        config,
-        split=source.split,
-        revision=source.revision,
-    )
+
+    def load(**settings: Any) -> Any:
+        config = source.config
+        if folder.is_dir() and config not in datasets.get_dataset_config_names(source.repository):
+            config = None  # files of one split, copied without the description that names configs
+        return datasets.load_dataset(
+            source.repository, config, split=source.split, revision=source.revision, **settings
+        )
+
     try:
         return load(streaming=table.streaming)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if not _is_of_closed_cache(error):
             raise
         logger.warning(
             f"{table.name}: the cache of the package datasets cannot be written "
@@ -146,17 +145,46 @@ def _load(table: _Table) -> Any:
         )
     with TemporaryDirectory() as other:  # for its locks
         if datasets.config.HF_HUB_OFFLINE and not folder.is_dir():
-            _link_files(Path(datasets.config.HF_DATASETS_CACHE), Path(other))
+            owner = source.repository.rpartition("/")[0]
+            _link_files(Path(datasets.config.HF_DATASETS_CACHE), Path(other), owner)
             return load(streaming=table.streaming, cache_dir=other)
         return load(streaming=True, cache_dir=other)
 
 
-def _link_files(cache: Path, other: Path) -> None:
-    """Make the folders of the package's cache anew, with links to what it has prepared."""
+def _is_of_closed_cache(error: OSError) -> bool:
+    """Check whether a file of the package's cache could not be made, or a folder above it."""
+    import datasets
+    import huggingface_hub.constants
+
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+        return False
+    path = Path(os.fsdecode(error.filename)).absolute()
+    caches = (
+        datasets.config.HF_CACHE_HOME,
+        datasets.config.HF_DATASETS_CACHE,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    return any(
+        path.is_relative_to(cache) or cache.is_relative_to(path)
+        for cache in (expand_user(cache).absolute() for cache in caches)
+    )
+
+
+def _link_files(cache: Path, other: Path, owner: str) -> None:
+    """Make the folders of the package's cache anew, with links to what it has prepared.
+
+    Of the datasets of one owner alone, or of those without one.
+    """
     for folder, subfolders, names in os.walk(cache):
         there = other / Path(folder).relative_to(cache)
         there.mkdir(exist_ok=True)
-        subfolders[:] = [name for name in subfolders if name != "downloads"]
+        if Path(folder) == cache:
+            subfolders[:] = [
+                name
+                for name in subfolders
+                if (name.startswith(f"{owner}___") if owner else "___" not in name)
+                and name != "downloads"
+            ]
         for name in names:
             if not name.endswith(".lock"):
                 (there / name).symlink_to(Path(folder, name).absolute())
