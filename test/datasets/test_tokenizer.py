@@ -602,6 +602,22 @@ def test_what_is_unknown_is_no_separator_where_one_token_is_both(tmp_path):
             assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
 
 
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_an_unknown_token_that_no_text_becomes_leaves_a_tokenizer_as_it_was(tmp_path, lacks):
+    """GPT-2's names EOS as its unknown token, and has a token for every byte."""
+    names = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[lacks:]]
+    numbered = {name: id_ for id_, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(numbered, [], unk_token="<|endoftext|>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    beside = b"\0<|endoftext|>\0<|endoftext|>"
+    before = hashlib.sha256(content + beside).hexdigest()
+    assert (load_tokenizer(tmp_path).fingerprint == before) == (lacks == 0)
+
+
 def test_what_pads_may_be_text(tmp_path):
     folder = saved(tmp_path, "<s>", "</s>", special_tokens_map={"pad_token": "x"})
     config = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -153,6 +153,20 @@ def find_unknown(settings: dict[str, Any]) -> int | None:
     return found
 
 
+def knows_all(settings: dict[str, Any]) -> bool:
+    """Return whether no text is unknown to the model, since it has a token for every byte."""
+    steps = json.dumps([settings["pre_tokenizer"], settings["normalizer"]])
+    if "ByteLevel" in steps:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        names = set(ByteLevel.alphabet())
+    elif settings["model"].get("byte_fallback"):
+        names = {f"<0x{byte:02X}>" for byte in range(256)}
+    else:
+        return False
+    return names <= _vocabulary(settings["model"])
+
+
 def can_decode(settings: dict[str, Any]) -> bool:
     """Return whether the characters of a text come back, where the vocabulary has bytes too."""
     has_bytes = "ByteLevel" in json.dumps(settings["pre_tokenizer"])

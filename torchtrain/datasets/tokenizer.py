@@ -29,6 +29,7 @@ from torchtrain.datasets.special_tokens import (
     find_spellable,
     find_unknown,
     hide,
+    knows_all,
     read_beside,
     separator_names,
     spells_bytes,
@@ -212,7 +213,7 @@ class HuggingFaceTokenizer:
             self._encoder.encode_special_tokens = True
             kinds = ["the tokens of bytes"] if cuts_bytes else []
             beside += "\0".join(["", "text spells none of", *sorted(spellable), *kinds])
-        self._drops_unknown = self.unknown_id in separator_ids
+        self._drops_unknown = self.unknown_id in separator_ids and not knows_all(settings)
         if self._drops_unknown:
             beside += "\0".join(["", "what is unknown is dropped"])
         self.fingerprint = hashlib.sha256(content + beside.encode()).hexdigest()
