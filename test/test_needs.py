@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,11 @@ from helpers.launching import options
 
 import train
 from torchtrain import needs
+from torchtrain.config.plans import DEBUG_TOKENIZER
+from torchtrain.config.schema import Data
+from torchtrain.config.sources import DataSource
 from torchtrain.config_manager import JobConfig
+from torchtrain.datasets.open import check_sources
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
 from torchtrain.needs import check_compilers
@@ -212,6 +217,16 @@ def test_a_tokenizer_without_its_package_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"tokenizer\.json' needs the package tokenizers: pip"):
         load_tokenizer(tmp_path)
+
+
+def test_a_path_of_training_and_validation_is_looked_for_once_under_trainings_key(tmp_path):
+    missing = DataSource("text", str(tmp_path / "missing"), option="validation.dataset")
+    there = DataSource("text", str(tmp_path), option="training.dataset")
+    both = [replace(missing, option="training.dataset"), missing]
+    data, tokenizer = Data(), load_tokenizer(DEBUG_TOKENIZER)
+    check_sources(both, data, tokenizer)  # it is opened next, and its fault known at once
+    with pytest.raises(UserError, match=r"^training\.dataset = .*missing"):
+        check_sources([there, *both], data, tokenizer)
 
 
 def test_sources_are_opened_before_the_first_is_tokenized(tmp_path):

@@ -418,12 +418,16 @@ def test_a_cache_that_cannot_be_written_is_used_as_far_as_it_is_complete(
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    def open_copy(name, text):
+    def open_copy(name, text, tokenizer=tokenizer):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "a.txt").write_text(text)
         corpus = read_files("text", tmp_path / name, "")
         return open_token_cache(corpus, tokenizer, tmp_path / "cache")
 
+    other = load_tokenizer(DEBUG_MODEL)
+    other.fingerprint = "another"
+    said = []
+    monkeypatch.setattr(token_cache.logger, "warning", said.append)
     first = open_copy("first", "the same text, of some length")
     packing = open_packing(first, 4, tokenizer, tmp_path / "cache")
     files = {path: path.stat() for path in (tmp_path / "cache").rglob("*")}
@@ -434,11 +438,14 @@ def test_a_cache_that_cannot_be_written_is_used_as_far_as_it_is_complete(
         again = open_copy("second", "the same text, of some length")
         assert again.tokens.tolist() == first.tokens.tolist()
         assert again.manifest.source == f"text {tmp_path / 'second'}"
+        assert said[0].endswith("second is read through, to look for tokens of the same text")
         assert open_packing(again, 4, tokenizer, tmp_path / "cache") == packing
         with pytest.raises(UserError, match=r"^cannot write in .*tokens': Permission denied\. "):
             open_copy("third", "another text")
-        (tmp_path / "cache").rename(tmp_path / "away")
         patched.setattr(token_cache, "_read_through", pytest.fail)
+        with pytest.raises(UserError, match=r"^cannot write in "):  # none is of this tokenizer
+            open_copy("third", "another text", other)
+        (tmp_path / "cache").rename(tmp_path / "away")
         with pytest.raises(UserError, match=r"^cannot write in "):
             open_copy("second", "the same text, of some length")
         (tmp_path / "cache" / "tokens").rmdir()

@@ -23,13 +23,15 @@ from torchtrain.utils import expand_user
 def check_sources(sources: Iterable[DataSource], data: Data, tokenizer: Tokenizer) -> None:
     """Check that each of several sources can be opened, before the first of them is tokenized.
 
-    Of a single one that is known at once.
+    Of the first that is known at once, when it is opened.
 
     Raises:
         UserError: one cannot.
     """
-    distinct = {(source.dataset, source.path): source for source in sources}
-    for source in distinct.values() if len(distinct) > 1 else ():
+    distinct: dict[tuple[str, str | None], DataSource] = {}
+    for source in sources:  # where training and validation read the same, training's key is named
+        distinct.setdefault((source.dataset, source.path), source)
+    for source in [*distinct.values()][1:]:
         if source.dataset == "tokens":
             map_token_file(source.path, data.token_dtype, tokenizer)
         else:

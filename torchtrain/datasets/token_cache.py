@@ -190,14 +190,25 @@ def _find_or_build(
                 encode = encode or partial(encode_here, tokenizer)
                 _Build(corpus, contents, tokenizer, building, target).run(encode, progress)
                 cache = _load(target)
-    except NotWritable:
-        if not any(folder.glob(f"*/{MANIFEST}")):
+    except NotWritable as fault:
+        if not _has_tokens_of(tokenizer, folder):
             raise
+        logger.warning(
+            f"{fault}. So {corpus.name} is read through, to look for tokens of the same text"
+        )
         cache = _load(folder / _key(find_contents(Progress()).fingerprint, tokenizer))
         if cache is None:
             raise
     assert cache is not None, f"{corpus.name} was just tokenized"
     return cache
+
+
+def _has_tokens_of(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Return whether there is a finished cache that this tokenizer has made."""
+    return any(
+        read_json(manifest).get("tokenizer_fingerprint") == tokenizer.fingerprint
+        for manifest in folder.glob(f"*/{MANIFEST}")
+    )
 
 
 def _try_anew(corpus: Corpus, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> Manifest:
