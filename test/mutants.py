@@ -2231,6 +2231,16 @@ MUTANTS = {
     ],
     "torchtrain/datasets/round_trip.py": [
         (
+            "a stream is condemned for the few characters at its beginning",
+            "tried.say(is_enough=has_all or tried.seen >= FIRST_CHARACTERS)",
+            "tried.say()",
+        ),
+        (
+            "what is slow reads on beside the streams",
+            "    is_over.set()",
+            "    is_over.clear()",
+        ),
+        (
             "what the tokenizer loses is not refused",
             "if 2 * self.lost.total() > self.characters:",
             "if False:",
@@ -2321,7 +2331,7 @@ MUTANTS = {
         ),
         (
             "a complete cache that cannot be written is of no use",
-            '        if not any(folder.glob(f"*/{MANIFEST}")):\n',
+            "        if not _has_tokens_of(tokenizer, folder):\n",
             "        if True:\n",
         ),
         (
@@ -2413,13 +2423,18 @@ MUTANTS = {
     ],
     "torchtrain/datasets/hub.py": [
         (
+            "a file of the user's that cannot be read is a closed cache",
+            "        path.is_relative_to(cache) or cache.is_relative_to(path)\n",
+            "        True\n",
+        ),
+        (
             "what was downloaded is of no use in a cache that cannot be written",
-            "            _link_files(Path(datasets.config.HF_DATASETS_CACHE), Path(other))\n",
+            "            _link_files(Path(datasets.config.HF_DATASETS_CACHE), Path(other), owner)\n",
             "",
         ),
         (
             "a cache of the hub that cannot be written ends the run",
-            "if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):",
+            "if not _is_of_closed_cache(error):",
             "if True:",
         ),
     ],

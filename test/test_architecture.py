@@ -93,10 +93,10 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_746
+LIMIT_CORE = 12_798
 FOLDER_LIMITS = {
     "config": 1_895,
-    "datasets": 2_570,
+    "datasets": 2_622,
     "parallelisms": 1800,
     "checkpoint": 1_312,
     "models": 800,

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,7 +21,12 @@ from torchtrain.datasets import round_trip, token_cache
 from torchtrain.datasets.corpora import Corpus, Document
 from torchtrain.datasets.files import read_files
 from torchtrain.datasets.loader import build_dataset
-from torchtrain.datasets.round_trip import RoundTrip, lost_characters, try_first_documents
+from torchtrain.datasets.round_trip import (
+    RoundTrip,
+    lost_characters,
+    try_beginning,
+    try_first_documents,
+)
 from torchtrain.datasets.token_cache import open_token_cache
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.errors import UserError
@@ -219,35 +225,62 @@ def test_the_first_documents_of_streams_are_tried_whatever_becomes_of_the_rest(
     dropping, monkeypatch
 ):
     said = warnings_of(monkeypatch, round_trip)
-    texts = iter(["words é"] * 65)
+    texts = iter(["words é"] * 587)
     try_first_documents(made_up(texts, pytest.fail), dropping)
-    assert "cannot represent 64 of 384 characters" in said[0]
+    assert "cannot represent 586 of 3,516 characters" in said[0]
     assert len(list(texts)) == 1
     for at_the_end in (int, raising(UserError("a bad row")), raising(OSError("torn"))):
         try_first_documents(made_up(["words"], at_the_end), dropping)
-        with pytest.raises(UserError, match="cannot represent 9 of 9 characters"):
-            try_first_documents(made_up([JAPANESE], at_the_end), dropping)
+        with pytest.raises(UserError, match="cannot represent 5,760 of 5,760 characters"):
+            try_first_documents(made_up([JAPANESE * 80] * 8, at_the_end), dropping)
     assert len(said) == 1
+    with pytest.raises(UserError, match="cannot represent 9 of 9 characters"):
+        try_first_documents(made_up([JAPANESE], int), dropping)  # all there is
+    try_first_documents(made_up([JAPANESE], raising(OSError("torn"))), dropping)
+    assert "cannot represent 9 of 9 characters" in said[1], "too few to refuse a run by"
+
+
+@pytest.mark.parametrize("short", [1, 40, 64, 100])
+def test_short_documents_at_the_beginning_do_not_condemn_a_stream(dropping, monkeypatch, short):
+    said = warnings_of(monkeypatch, round_trip)
+    texts = iter(["日本語"] * short + ["plain words " * 40] * 20_000)
+    try_first_documents(made_up(texts, pytest.fail), dropping)
+    assert f"cannot represent {3 * short} of " in said[0]
+    assert len(list(texts)) > 19_000, "few are read"
 
 
 def test_a_source_of_streams_that_hangs_is_not_waited_for(dropping, monkeypatch):
-    hangs, is_over = threading.Event(), threading.Event()
+    said = warnings_of(monkeypatch, round_trip)
+    started = []
 
     class Reading(threading.Thread):
         def join(self, timeout=None):
             assert timeout == round_trip.FIRST_SECONDS
+            started.append(self)
             assert hangs.wait(60)
 
-    def at_the_end():
-        hangs.set()
-        is_over.wait(60)
-
     monkeypatch.setattr(round_trip, "Thread", Reading)
-    try:
-        with pytest.raises(UserError, match="cannot represent 9 of 9 characters"):
-            try_first_documents(made_up([JAPANESE], at_the_end), dropping)
-    finally:
-        is_over.set()
+    for number, is_refused in ((1, False), (500, True)):
+        hangs, goes_on = threading.Event(), threading.Event()
+        later = iter(["more", "words"])
+
+        def slow(number=number, hangs=hangs, goes_on=goes_on, later=later):
+            yield from (Document(JAPANESE, "here") for _ in range(number))
+            hangs.set()
+            goes_on.wait(60)
+            yield from (Document(text, "here") for text in later)
+
+        monkeypatch.setattr(round_trip, "FIRST_DOCUMENTS", 1000)
+        corpus = Corpus("slow", [], [slow])
+        try:
+            with pytest.raises(UserError) if is_refused else nullcontext():
+                try_first_documents(corpus, dropping)
+        finally:
+            goes_on.set()
+        threading.Thread.join(started[-1], 60)
+        assert list(later) == ["words"], "it does not read on"
+    assert len(said) == 1
+    assert "cannot represent 9 of 9 characters" in said[0]
 
 
 def test_of_a_mixture_each_source_that_is_streamed_is_tried(tmp_path, dropping):
@@ -285,6 +318,13 @@ def test_a_cache_that_does_not_say_what_was_lost_is_tried_anew(
     assert len(said) == 2
     assert len(tries) == (1 if is_writable else 2)
     assert files == {path: path.stat() for path in (tmp_path / "cache").rglob("tokens.bin")}
+
+
+def test_of_an_old_cache_no_more_is_read_than_is_enough_to_judge_by(dropping):
+    texts = iter(["words and words "] * 10_000)
+    tried = try_beginning(made_up(texts, pytest.fail), dropping)
+    assert tried.seen == round_trip.SURE_CHARACTERS
+    assert len(list(texts)) == 10_000 - tried.seen // 16
 
 
 def test_an_old_cache_of_text_that_was_dropped_is_refused(tmp_path, dropping, monkeypatch):

@@ -14,6 +14,7 @@ Shapes: B samples, P samples of a period.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import islice
 
@@ -96,8 +97,10 @@ class Mixture(Dataset):
         return {**identity, "sources": sources}
 
     def try_tokenizer(self) -> None:
-        for dataset in self._datasets:
-            dataset.try_tokenizer()
+        # At once, since each may wait for its source.
+        with ThreadPoolExecutor(len(self._datasets)) as pool:
+            for _ in pool.map(lambda dataset: dataset.try_tokenizer(), self._datasets):
+                pass
 
     def read(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sources, numbers = self.locate(sample_ids)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from torchtrain.datasets.corpora import Corpus, Skipped
@@ -23,6 +23,9 @@ SURE_CHARACTERS = 1 << 16
 """Sampled characters that are enough to judge a tokenizer by."""
 FIRST_DOCUMENTS = 64
 """So many of a corpus are tried before a run that tokenizes as it reads, unless they are long."""
+FIRST_CHARACTERS = 1 << 12
+"""They have at least so many characters, or more documents are tried. A run is not refused for
+fewer, unless the corpus has no more: a stream, which reads on, judges by more."""
 FIRST_SECONDS = 30.0
 """For those of a source that is slow or hangs, of which a stream knows more to say."""
 WHOLE_CHARACTERS = 1 << 19
@@ -80,13 +83,14 @@ class RoundTrip:
                 "back on bytes"
             )
 
-    def say(self) -> None:
+    def say(self, *, is_enough: bool = True) -> None:
         """Log what is lost, if anything is.
 
         Raises:
-            UserError: most is.
+            UserError: most is, and the sample `is_enough` to know.
         """
-        self.require_most()
+        if is_enough:
+            self.require_most()
         if self.lost:
             logger.warning(f"{self.name}: {self.describe()}")
 
@@ -109,7 +113,9 @@ class RoundTrip:
 
 
 def try_beginning(corpus: Corpus, tokenizer: Tokenizer) -> RoundTrip:
-    """Try the documents at the beginning of a corpus, as many as are always sampled.
+    """Try the documents at the beginning of a corpus, as many as are enough to judge by.
+
+    No more: those of a side that is held out lie far apart.
 
     Raises:
         UserError: most is lost, or a row is faulty.
@@ -117,7 +123,7 @@ def try_beginning(corpus: Corpus, tokenizer: Tokenizer) -> RoundTrip:
     tried = RoundTrip(corpus.name, tokenizer)
     for document in replace(corpus, skipped=Skipped()).documents():
         tried.add(document.text)
-        if tried.seen >= WHOLE_CHARACTERS:
+        if tried.seen >= SURE_CHARACTERS:
             break
     tried.require_most()
     return tried
@@ -129,24 +135,34 @@ def try_first_documents(corpus: Corpus, tokenizer: Tokenizer) -> None:
     What is wrong with the source ends the sample alone: a stream says it in its turn.
 
     Raises:
-        UserError: most is lost.
+        UserError: most is lost of a sample that is large enough, or the whole corpus.
     """
     texts: list[str] = []
+    is_over, is_whole = Event(), Event()
 
     def read() -> None:
         with suppress(Exception):
             for document in replace(corpus, skipped=Skipped()).documents():
                 texts.append(document.text[:SURE_CHARACTERS])
-                if len(texts) == FIRST_DOCUMENTS or sum(map(len, texts)) >= SURE_CHARACTERS:
-                    break
+                if is_over.is_set() or _are_enough(texts):
+                    return
+            is_whole.set()
 
     reading = Thread(target=read, daemon=True)
     reading.start()
     reading.join(FIRST_SECONDS)
+    is_over.set()  # what is slow does not read on beside the streams
+    has_all = is_whole.is_set()
     tried = RoundTrip(corpus.name, tokenizer)
     for text in list(texts):
         tried.add(text)
-    tried.say()
+    tried.say(is_enough=has_all or tried.seen >= FIRST_CHARACTERS)
+
+
+def _are_enough(texts: list[str]) -> bool:
+    characters = sum(map(len, texts))
+    are_many = len(texts) >= FIRST_DOCUMENTS and characters >= FIRST_CHARACTERS
+    return are_many or characters >= SURE_CHARACTERS
 
 
 def describe_loss(characters: int, lost: int, examples: list[str]) -> str:
