@@ -154,8 +154,21 @@ def step_law(inner, tokens, batch):
 def test_the_rate_of_the_papers_largest_run():
     """1.07 billion parameters and 100 billion tokens, at the law's best batch and at a quarter."""
     count = ParameterCount(total=2 * 10**9, active=2 * 10**9, inner=1_070_000_000)
-    rates = [plan_rate(Optimizer(lr="auto"), count, 10**11, batch).lr for batch in (10**7, 277_178)]
+    auto = Optimizer(lr="auto")
+    rates = [plan_rate(auto, count, 10**11, batch, 0.1).lr for batch in (10**7, 277_178)]
     assert rates == [1.56e-3, 7.78e-4]
+
+
+def test_a_last_rate_far_from_that_of_the_laws_runs_is_said():
+    """They ended at 1e-5, whatever the largest rate was."""
+    count = ParameterCount(total=2 * 10**9, active=2 * 10**9, inner=1_070_000_000)
+    for factor in (0.1, 0.0, 0.01, 0.005):
+        source = plan_rate(Optimizer(lr="auto"), count, 10**11, 10**7, factor).source
+        said = (
+            f"; extrapolated: the law was fitted to a last rate of 1e-05, not {1.56e-3 * factor:g}"
+        )
+        assert source.endswith(said) == (factor in (0.1, 0.0))
+        assert ("extrapolated" in source) == (factor in (0.1, 0.0))
 
 
 @pytest.mark.parametrize("batch", [16, 512, 4096])
@@ -173,7 +186,8 @@ def test_the_rate_by_hand(batch):
     assert 512 * 512 < best < 4096 * 512
     assert ("for so small a batch" in plan.rate.source) == (batch < 4096)
     assert f"{inner:,} parameters beside embedding and output, {seen:,} tokens" in plan.rate.source
-    assert "extrapolated" not in plan.rate.source
+    said = "extrapolated: the law was fitted to a last rate of 1e-05, not"
+    assert (said in plan.rate.source) == ("extrapolated" in plan.rate.source) == (batch > 16)
 
 
 def test_what_the_law_was_not_fitted_to_is_said():

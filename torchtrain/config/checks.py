@@ -97,7 +97,7 @@ def _check_rules(config: Config) -> Faults:
         return
     for fault in (
         *_catch(plan_length, config.training, count, 1),
-        *_catch(plan_rate, config.optimizer, count, 1, 1),
+        *_catch(plan_rate, config.optimizer, count, 1, 1, 0.0),
     ):
         yield Fault(fault.text, FLAVOR_KEYS)
 

@@ -173,7 +173,13 @@ def plan_run(
         ),
         length=length,
         schedule=schedule,
-        rate=plan_rate(config.optimizer, count, schedule.total_steps * per_step, per_step),
+        rate=plan_rate(
+            config.optimizer,
+            count,
+            schedule.total_steps * per_step,
+            per_step,
+            schedule.min_lr_factor,
+        ),
     )
 
 

@@ -7,7 +7,8 @@ Rate: Step Law (Li et al. 2025, arXiv:2503.04715). For N parameters beside the v
 tokens, the best rate is 1.79 N^-0.713 D^0.307, at the best batch, of 0.58 D^0.571 tokens. A smaller
 batch takes a lower rate, by the square root of its share (Malladi et al. 2022, arXiv:2205.10287). A
 larger one takes the same: beyond the best batch the best rate rises no longer, and then falls (Li
-et al. 2024, arXiv:2405.14578).
+et al. 2024, arXiv:2405.14578). The law's runs decayed by a cosine to 1e-5, whatever their largest
+rate was; where the last rate is a share of the largest, the best largest one may be lower.
 """
 
 import math
@@ -23,6 +24,7 @@ from torchtrain.errors import UserError
 FITTED_PARAMETERS = (60e6, 1.1e9)
 FITTED_TOKENS = (1e9, 100e9)
 FITTED_OPTIMIZER = "AdamW"
+FITTED_LAST_RATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ def plan_length(training: Training, count: ParameterCount | None, global_batch: 
 
 
 def plan_rate(
-    optimizer: Optimizer, count: ParameterCount | None, tokens: int, tokens_per_step: int
+    optimizer: Optimizer,
+    count: ParameterCount | None,
+    tokens: int,
+    tokens_per_step: int,
+    min_lr_factor: float,
 ) -> Rate:
     """Return the largest learning rate: the one given, or Step Law's, to three digits.
 
@@ -106,6 +112,7 @@ def plan_rate(
         count: of the model; None where it is not known.
         tokens: those of the whole schedule.
         tokens_per_step: those of a global batch.
+        min_lr_factor: the last rate as a share of the largest.
 
     Raises:
         UserError: "auto" for an unknown number of parameters.
@@ -119,20 +126,22 @@ def plan_rate(
         )
     best_batch = 0.58 * tokens**0.571
     share = min(1.0, tokens_per_step / best_batch)
-    lr = 1.79 * count.inner**-0.713 * tokens**0.307 * math.sqrt(share)
+    lr = float(f"{1.79 * count.inner**-0.713 * tokens**0.307 * math.sqrt(share):.3g}")
     source = (
         f"Step Law (arXiv:2503.04715) for {count.inner:,} parameters beside embedding and output, "
         f"{tokens:,} tokens, a batch of {tokens_per_step:,} tokens (best: {best_batch:,.0f})"
     )
     if share < 1:
         source += f", times {math.sqrt(share):.2f} for so small a batch (arXiv:2205.10287)"
-    limits = _list_extrapolations(optimizer.name, count, tokens)
+    limits = _list_extrapolations(optimizer.name, count, tokens, lr * min_lr_factor)
     if limits:
         source += f"; extrapolated: the law was fitted to {', '.join(limits)}"
-    return Rate(float(f"{lr:.3g}"), source)
+    return Rate(lr, source)
 
 
-def _list_extrapolations(optimizer: str, count: ParameterCount, tokens: int) -> list[str]:
+def _list_extrapolations(
+    optimizer: str, count: ParameterCount, tokens: int, last_rate: float
+) -> list[str]:
     """Return in which ways the run is none of those that the law was fitted to."""
     limits = []
     for number, (least, most), what in (
@@ -143,4 +152,6 @@ def _list_extrapolations(optimizer: str, count: ParameterCount, tokens: int) -> 
             limits.append(f"{least:,.0f} to {most:,.0f} {what}")
     if optimizer != FITTED_OPTIMIZER:
         limits.append(f"{FITTED_OPTIMIZER}, not {optimizer}")
+    if not FITTED_LAST_RATE / 2 <= last_rate <= FITTED_LAST_RATE * 2:
+        limits.append(f"a last rate of {FITTED_LAST_RATE:g}, not {last_rate:.3g}")
     return limits
