@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchtrain.checkpoint.commit import MARKER, STATE
 from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.errors import UserError
 from torchtrain.ranks import join_process_group
+from torchtrain.tools import trained_model
 from torchtrain.tools.trained_model import find_weights, load_trained
 
 CPU = torch.device("cpu")
@@ -91,6 +93,24 @@ def test_the_dtype_is_that_of_weights_and_computation(saved):
         assert torch.equal(weight, weights[name].bfloat16()), name
     with torch.no_grad():
         assert model.parts[0](torch.ones(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
+
+
+def test_float8_is_asked_for_anew_and_where_there_is_none_refused(saved, run, monkeypatch, caplog):
+    asked = "--model.converters=quantize.linear.float8"
+    assert "has no float8, which NVIDIA's cards have" in refusal(saved[0], asked)
+    monkeypatch.setattr(trained_model.logger, "propagate", True)
+    path = run / "checkpoint" / "step-10"
+    found = trained_model.find_trained(str(path))
+    section = {**found.config["model"], "converters": ["quantize.linear.float8"]}
+    in_float8 = replace(found, config={**found.config, "model": section})
+    monkeypatch.setattr(trained_model, "find_trained", lambda folder: in_float8)
+    for given in ([asked, "--quantize.linear.float8.emulate"], []):
+        with caplog.at_level("INFO"):
+            load_trained(str(path), CPU, given)
+        said = (
+            "the run computed linear layers in float8; here they compute in float32" in caplog.text
+        )
+        assert said == (not given)
 
 
 def test_experts_and_their_biases_are_loaded(data, tmp_path):

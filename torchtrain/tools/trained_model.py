@@ -29,6 +29,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.datasets.data_state import find_tokenizers
 from torchtrain.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtrain.errors import SharedUserError, UserError
+from torchtrain.kernel_checks import check_kernels, find_device_facts
 from torchtrain.logging_utils import logger
 from torchtrain.ranks import on_rank_zero, patient_group, together
 from torchtrain.set_up import ParallelModel, set_up_model
@@ -101,6 +102,12 @@ def load_trained(
             defaults or {},
         )
     )
+    together(lambda: check_kernels(config, find_device_facts(device)))
+    if trained.config.get("model", {}).get("converters") and not config.model.converters:
+        logger.info(
+            f"the run computed linear layers in float8; here they compute in "
+            f"{config.training.mixed_precision_param}, so a loss differs from the run's own"
+        )
     own_tokenizer = together(lambda: load_own_tokenizer(trained, config))
     size = own_tokenizer.vocab_size
     plan = together(lambda: plan_run(config, dist.get_world_size(), tokenizer_size=size))
