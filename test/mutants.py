@@ -286,6 +286,11 @@ MUTANTS = {
     ],
     "torchtrain/parallelisms/float8.py": [
         (
+            "compiled programs by rows leave out roundings",
+            'section.recipe_name != "rowwise"',
+            'section.recipe_name == "rowwise"',
+        ),
+        (
             "a share of columns is taken for whole",
             'tensor_ranks if role == "rows" else 1',
             "1",
@@ -750,6 +755,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/config/rules.py": [
+        (
+            "a last rate far above the law's is not said",
+            "<= last_rate <= FITTED_LAST_RATE * 2:",
+            "<= last_rate:",
+        ),
         ("tokens are rounded down to steps", "-(-tokens // per_step)", "tokens // per_step"),
         ("idle experts count for tokens", "factor *= count.active", "factor *= count.total"),
         (
@@ -1120,6 +1130,11 @@ MUTANTS = {
         ("a batch of 0 is accepted", "Count | Literal[-1]", "CountOrZero | Literal[-1]"),
     ],
     "torchtrain/config/reading.py": [
+        (
+            "tokens that are unset do not give back the steps",
+            'merged.get("training", {}).get("tokens") is not None:',
+            '"tokens" in merged.get("training", {}):',
+        ),
         (
             "the file wins over the command line",
             "sources.insert(0, read_toml(config_file))",
@@ -2730,6 +2745,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/state.py": [
+        (
+            "another precision of the states hides another model",
+            'and all(name.startswith("optimizer/") for name in names)',
+            "",
+        ),
         (
             "buffers are exported in another precision",
             "if isinstance(weight, nn.Parameter):  # b",

@@ -93,9 +93,9 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_798
+LIMIT_CORE = 12_822
 FOLDER_LIMITS = {
-    "config": 1_895,
+    "config": 1_905,
     "datasets": 2_622,
     "parallelisms": 1800,
     "checkpoint": 1_312,

@@ -8,6 +8,7 @@ torch/_inductor/compile_fx.py; float8's, in aten/src/ATen/native/cuda/ScaledBlas
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +84,24 @@ def import_float8() -> Any:
     Raises:
         UserError: it cannot be imported.
     """
+    require_package("torchao", ASKS_FOR_FLOAT8)
     # Each is a warning as it is imported: that kernels do not load which training does not use,
     # and what it should no longer call.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    require_package("torchao", ASKS_FOR_FLOAT8)
-    return import_package("torchao.float8", ASKS_FOR_FLOAT8)
+    with _only_errors("torchao", "torch.utils._pytree"):
+        return import_package("torchao.float8", ASKS_FOR_FLOAT8)
+
+
+@contextmanager
+def _only_errors(*names: str) -> Iterator[None]:
+    """Keep these loggers' warnings from the screen inside the context."""
+    levels = {each: each.level for each in map(logging.getLogger, names)}
+    for each in levels:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in levels.items():
+            each.setLevel(level)
 
 
 def _check_float8(config: Config, facts: DeviceFacts) -> Iterator[str]:

@@ -287,8 +287,8 @@ def test_another_precision_of_the_states_is_refused_by_the_name_of_its_key(
 ):
     """Also where Muon's count of steps, which bf16 alone needs, is lacking or too many."""
 
-    def make(state_dtype):
-        model = build_model(bias=False)
+    def make(state_dtype, dtype=torch.float32):
+        model = build_model(bias=False).to(dtype)
         named = {f"layers.0.{name}": weight for name, weight in model.named_parameters()}
         return weights(model), build_optimizer(named, Optimizer(name=name, state_dtype=state_dtype))
 
@@ -309,6 +309,8 @@ def test_another_precision_of_the_states_is_refused_by_the_name_of_its_key(
     assert f'optimizer.state_dtype was {was}, is {is_now}; set it to "{was}"' in str(caught.value)
     assert f'checkpoint.initial_load_path = "{source.path}"' in str(caught.value)
     assert "exp_avg" not in str(caught.value)
+    with pytest.raises(UserError, match=r"of this model: .* in another precision model"):
+        checkpointer.load(source, *make(before, torch.bfloat16), why)
     checkpointer.load(source, *make(was), describe_state_dtype(source.path, configs[0], configs[0]))
 
 

@@ -8,7 +8,7 @@ from torchtrain.config.schema import Float8Linear
 from torchtrain.kernel_checks import find_device_facts
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms.compile import apply_compile
-from torchtrain.parallelisms.float8 import apply_float8
+from torchtrain.parallelisms.float8 import apply_float8, find_compiler_options
 
 SHAPE = ModelShape(256, 2, 4, 4, 512, 1024)
 # The numbers are the same; sums are rounded to bf16, 8 bits, in each of two layers, and those that
@@ -20,9 +20,10 @@ def result_and_gradients(device, recipe, *, emulate, compiled=False):
     torch.manual_seed(0)
     model = Transformer(SHAPE).to(device, torch.bfloat16)
     tokens = torch.randint(1024, (2, 128), generator=torch.Generator().manual_seed(1)).to(device)
-    apply_float8(model, Float8Linear(recipe_name=recipe, emulate=emulate), 1)
+    section = Float8Linear(recipe_name=recipe, emulate=emulate)
+    apply_float8(model, section, 1)
     if compiled:
-        apply_compile(model, "inductor")
+        apply_compile(model, "inductor", find_compiler_options(section))
     logits = model(tokens)
     logits.float().square().mean().backward()
     gradients = [weight.grad.float().flatten() for weight in model.parameters()]

@@ -1,16 +1,29 @@
 """Linear layers in float8, emulated: what a layer computes, what stays as it is, every layout."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.forking import train_in_turn
 from helpers.launching import metrics, options
 from torch import nn
+from torch._inductor import config as compiler
 
 import train
 from torchtrain.catalog.models import ModelShape
-from torchtrain.config.schema import Float8Linear
+from torchtrain.config.schema import (
+    ActivationCheckpoint,
+    Compile,
+    Float8Linear,
+    Parallelism,
+    Training,
+)
 from torchtrain.config_manager import JobConfig
+from torchtrain.kernel_checks import import_float8
 from torchtrain.models.llama import Transformer
+from torchtrain.parallelisms import apply
+from torchtrain.parallelisms.apply import Techniques
 from torchtrain.parallelisms.float8 import apply_float8, describe_float8, find_left_out
 from torchtrain.set_up import set_up
 
@@ -64,12 +77,48 @@ def test_a_product_is_that_of_numbers_rounded_by_a_scale_of_the_whole_tensor():
 
 
 def test_compiled_programs_round_as_eager_ones_with_scales_of_rows(monkeypatch):
-    from torch._inductor import config as settings
+    """They alone: the setting of the process stays, and other backends are not told."""
+    given = []
 
-    monkeypatch.setattr(settings, "emulate_precision_casts", False)
-    for recipe in ("tensorwise", "rowwise"):
-        apply_float8(Transformer(SHAPE), Float8Linear(recipe_name=recipe, emulate=True), 1)
-        assert settings.emulate_precision_casts == (recipe == "rowwise")
+    def compile_nothing(function, **arguments):
+        given.append(arguments["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    techniques = {
+        "training": Training(),
+        "parallelism": Parallelism(),
+        "activation_checkpoint": ActivationCheckpoint(mode="none"),
+    }
+    mesh = SimpleNamespace(has=lambda name: False, degrees=SimpleNamespace(tp=1))
+    monkeypatch.setattr(apply, "needs_emulation", lambda *facts: False)
+    monkeypatch.setattr(apply, "apply_expert_parallel", lambda *parts: None)
+    mesh.device_type = "cpu"
+    with torch.device("meta"):
+        model = Transformer(SHAPE)
+    before = compiler.emulate_precision_casts
+    for recipe, backend, expected in (
+        ("tensorwise", "inductor", None),
+        ("rowwise", "inductor", {"emulate_precision_casts": True}),
+        ("rowwise", "aot_eager", None),
+        (None, "inductor", None),
+    ):
+        section = Compile(enable=True, backend=backend)
+        float8 = Float8Linear(recipe_name=recipe, emulate=True) if recipe else None
+        parts = Techniques(**techniques, compile=section, float8=float8, fsdp=False)
+        apply.parallelize(model, mesh, parts)
+        assert given == [expected] * 2
+        given.clear()
+    assert compiler.emulate_precision_casts == before
+
+
+def test_torchaos_loggers_have_their_level_again():
+    logger = logging.getLogger("torchao")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    import_float8()
+    assert logger.level == logging.INFO
+    logger.setLevel(level)
 
 
 def test_layers_whose_shares_no_kernel_multiplies_are_left_out_and_named():

@@ -154,6 +154,7 @@ def plan_run(
     length = plan_length(config.training, count, batch.global_batch_size)
     schedule = plan_schedule(config.lr_scheduler, length.steps)
     per_step = batch.global_batch_size * config.training.seq_len
+    tokens = schedule.total_steps * per_step
     return RunPlan(
         degrees=degrees,
         shape=shape,
@@ -173,13 +174,7 @@ def plan_run(
         ),
         length=length,
         schedule=schedule,
-        rate=plan_rate(
-            config.optimizer,
-            count,
-            schedule.total_steps * per_step,
-            per_step,
-            schedule.min_lr_factor,
-        ),
+        rate=plan_rate(config.optimizer, count, tokens, per_step, schedule.min_lr_factor),
     )
 
 

@@ -23,7 +23,7 @@ from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16, needs_emulation
 from torchtrain.parallelisms.expert_parallel import apply_expert_parallel
-from torchtrain.parallelisms.float8 import apply_float8
+from torchtrain.parallelisms.float8 import apply_float8, find_compiler_options
 from torchtrain.parallelisms.fsdp import apply_fsdp
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import StagePositions
@@ -109,7 +109,8 @@ def parallelize(model: Decoder, mesh: Mesh, techniques: Techniques) -> None:
     apply_expert_parallel(model, mesh)
     apply_within_blocks(model, techniques.activation_checkpoint)
     if techniques.compile.enable and "model" in techniques.compile.components:
-        apply_compile(model, techniques.compile.backend)
+        options = find_compiler_options(techniques.float8)
+        apply_compile(model, techniques.compile.backend, options)
     apply_around_blocks(model, techniques.activation_checkpoint)
     if not techniques.fsdp:
         return

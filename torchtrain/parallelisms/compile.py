@@ -6,6 +6,7 @@ only when a router has decided.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,17 +27,23 @@ def silence_compiler() -> None:
     warnings.filterwarnings("ignore", message=complex_operators)
 
 
-def apply_compile(model: Decoder, backend: str) -> None:
+def apply_compile(model: Decoder, backend: str, options: dict[str, Any] | None = None) -> None:
     """Compile the forward of each block, or of the parts of a sparse one, in place.
 
     FSDP's hooks run around it, outside the graph; parameter names are unchanged.
+
+    Args:
+        model: to be compiled.
+        backend: of torch.compile.
+        options: of Inductor's, which count for these programs alone; other backends have none.
     """
     if backend == "inductor":  # others fuse nothing
         model.replace_attention_kernels(choose_kernel)
+    kept = options if options and backend == "inductor" else None
     for block in model.layers.values():
         for module in find_compilable(block):
             module.forward = torch.compile(  # type: ignore[method-assign]
-                module.forward, backend=backend, fullgraph=True, dynamic=False
+                module.forward, backend=backend, fullgraph=True, dynamic=False, options=kept
             )
 
 

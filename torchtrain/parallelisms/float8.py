@@ -2,8 +2,9 @@
 
 Before a product its operands are cast to 8 bits by scales that bring the largest number of each
 scaled part, a whole tensor or a row, to the largest that float8 holds (Micikevicius et al. 2022,
-arXiv:2209.05433). Sums and results have the compute precision. Weights, gradients, optimizer states
-and names of parameters stay as they are, so a checkpoint fits a run without float8, too.
+arXiv:2209.05433). Results have the compute precision; those of scales by rows, unless emulated, are
+rounded to bf16, which is all that their kernel gives. Weights, gradients, optimizer states and
+names of parameters stay as they are, so a checkpoint fits a run without float8, too.
 
 What is scaled together is what one product has: the tokens of a microbatch that a rank computes.
 A weight's scales are those of the whole weight on any layout.
@@ -42,17 +43,20 @@ def apply_float8(model: Decoder, section: Float8Linear, tensor_ranks: int) -> No
         config=replace(recipe, emulate=section.emulate),
         module_filter_fn=lambda module, name: type(module) is nn.Linear and name not in left_out,
     )
-    if section.recipe_name == "rowwise":
-        # Else compiled programs, which leave out roundings to bf16, recompute other numbers in the
-        # backward: NaN after tens of steps (https://github.com/pytorch/pytorch/issues/150859).
-        from torch._inductor import config as compiler
-
-        compiler.emulate_precision_casts = True
     if model.keeps("output") and "output" not in left_out:
         # The product, and not a view of it, which FSDP warns of.
         model.output.register_forward_hook(
             lambda module, inputs, logits: torch.ops.aten._unsafe_view(logits, logits.shape)
         )
+
+
+def find_compiler_options(section: Float8Linear | None) -> dict[str, bool]:
+    """Return what the compiler Inductor has to know of a model that computes in float8."""
+    if section is None or section.recipe_name != "rowwise":
+        return {}
+    # Else compiled programs, which leave out roundings to bf16, recompute other numbers in the
+    # backward: NaN after tens of steps (https://github.com/pytorch/pytorch/issues/150859).
+    return {"emulate_precision_casts": True}
 
 
 def describe_float8(model: Decoder, section: Float8Linear, tensor_ranks: int) -> str:
