@@ -22,8 +22,8 @@ BLOCKS = 4
 holds its scores in fp32."""
 SMALLEST_BLOCK = 128
 """Queries per block; with fewer the products are less efficient."""
-LONGEST = 2048
-"""Positions; with more, the scores of a block would take much memory."""
+LONGEST = 1024
+"""Positions; with more, a block's scores leave the caches, and it is no faster than the kernel."""
 
 
 class BlockwiseAttention(nn.Module):
