@@ -448,6 +448,7 @@ def test_ctrl_c_stops_the_run_under_way_and_says_how_to_go_on(sweep):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=interrupt)
     thread.start()
     status, printed = sweep([1, 7, 2])
@@ -457,7 +458,7 @@ def test_ctrl_c_stops_the_run_under_way_and_says_how_to_go_on(sweep):
     assert "stopped by 2" in Path("out/lr=7.log").read_text()
     assert "stopped in lr=7. To go on: python -m torchtrain.tools.sweep sweep.toml" in printed
     assert not Path("out/lr=7.ended.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 PARENT = """

@@ -99,13 +99,14 @@ def test_float8_is_asked_for_anew_and_where_there_is_none_refused(saved, run, mo
     asked = "--model.converters=quantize.linear.float8"
     assert "has no float8, which NVIDIA's cards have" in refusal(saved[0], asked)
     monkeypatch.setattr(trained_model.logger, "propagate", True)
+    monkeypatch.setattr(trained_model.logger, "handlers", [])  # pytest's own, and of other tests
     path = run / "checkpoint" / "step-10"
     found = trained_model.find_trained(str(path))
     section = {**found.config["model"], "converters": ["quantize.linear.float8"]}
     in_float8 = replace(found, config={**found.config, "model": section})
     monkeypatch.setattr(trained_model, "find_trained", lambda folder: in_float8)
     for given in ([asked, "--quantize.linear.float8.emulate"], []):
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger=trained_model.logger.name):
             load_trained(str(path), CPU, given)
         said = (
             "the run computed linear layers in float8; here they compute in float32" in caplog.text
