@@ -67,7 +67,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Meet the others, in a thread: PyTorch waits for ever for what listens and never answers.
+    """Meet the others, in a thread, since PyTorch waits forever for a program that never answers.
 
     Raises:
         PeerFault: it has not answered in all that time. A node that stands still looks the same, so

@@ -210,7 +210,7 @@ def check_tensors(
     found = describe_differences(differences)
     names = [name for some in differences.values() for name in some]
     if found and changed_states and all(name.startswith("optimizer/") for name in names):
-        raise UserError(f"{source.path} cannot be gone on with: {changed_states}")
+        raise UserError(f"{source.path} cannot be resumed: {changed_states}")
     if found:
         raise UserError(
             f"{source.path} is not a checkpoint of this model: {found}. Compare "

@@ -18,16 +18,17 @@ from torchtrain.models.attention import repeat_heads
 from torchtrain.models.document_masking import Mask
 
 BLOCKS = 4
-"""Of queries. They are unrolled in the program, which takes long to compile with many, and each
-holds its scores in fp32."""
+"""Blocks of queries. The program unrolls them, so many would take long to compile; few hold more
+scores in fp32 at a time."""
 SMALLEST_BLOCK = 128
 """Queries per block; with fewer the products are less efficient."""
 LONGEST = 1024
-"""Positions; with more, a block's scores leave the caches, and it is no faster than the kernel."""
+"""Longest sequence. Beyond it a block's scores do not fit into the caches, and PyTorch's kernel is
+as fast."""
 
 
 class BlockwiseAttention(nn.Module):
-    """A kernel that is `kernel`, but for the backward where it is compiled on a CPU."""
+    """Wrap `kernel` so that it has a faster backward where it is compiled on a CPU."""
 
     def __init__(self, kernel: nn.Module) -> None:
         super().__init__()
