@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.launching import ROOT, environment
 
+from torchtrain.kernel_checks import find_device_facts
 from torchtrain.metrics import find_peak_flops
 
 PATIENCE_S = 900
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.timeout(PATIENCE_S)
 GOALS = {
     "1B eager": "",
     "1B compiled": "goal on an H100 55,000 tokens/s",
+    "1B float8": "compiled; goal on an H100 65,000 tokens/s",
     "8B-blocks compiled": "goal on an H100 55 % MFU",
 }
 
@@ -24,13 +26,19 @@ GOALS = {
 def test_speed(device, record_property, name):
     on_cpu = device.type == "cpu"
     size, how = name.split()
+    if how == "float8" and not (on_cpu or find_device_facts(device).has_float8):
+        pytest.skip("this device has no float8")
     size = "host" if on_cpu else size
     options = ["--checkpoint.enable=false"]
     if on_cpu:
         options.append("--compile.backend=aot_eager")
     asked = ["--device", device.type, "--sizes", size, "--rounds", "1", "--json"]
-    if how == "compiled":
+    if how != "eager":
         asked.append("--compile")
+    if how == "float8":
+        options.append("--model.converters=quantize.linear.float8")
+    if how == "float8" and on_cpu:
+        options.append("--quantize.linear.float8.emulate=true")
     ended = subprocess.run(
         [sys.executable, "-m", "torchtrain.tools.bench", *asked, "--", *options],
         env=environment(1),

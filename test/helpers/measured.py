@@ -74,11 +74,10 @@ def train_and_count(file, options):
     return live.peak
 
 
-def predict(file, ranks, options):
+def predict(file, ranks, options, device_type="cpu"):
     """Return what the rank that takes most is predicted to take, by parts."""
-    return max(
-        estimate_memory(read(file, ranks, options), ranks, "cpu"), key=lambda rank: rank.total
-    )
+    config = read(file, ranks, options)
+    return max(estimate_memory(config, ranks, device_type), key=lambda rank: rank.total)
 
 
 def compare(file, ranks, options, folder):
