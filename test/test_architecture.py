@@ -126,6 +126,11 @@ def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(parsed(path)))
+
+
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -139,8 +144,8 @@ def room(module):
     return next((name for name in prefixes if name in FLOORS and name != "torchtrain"), None)
 
 
-def imported_modules(tree):
-    for node in ast.walk(tree):
+def imported_modules(nodes_of_module):
+    for node in nodes_of_module:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -150,13 +155,13 @@ def imported_modules(tree):
                 yield whole if room(whole) != room(node.module) else node.module
 
 
-def rising_arrows(trees):
-    """The imports in `trees` (module name to syntax tree) that go up or sideways."""
+def rising_arrows(modules):
+    """The imports in `modules` (name to nodes of the syntax tree) that go up or sideways."""
     arrows = []
-    for module, tree in trees.items():
+    for module, nodes_of_module in modules.items():
         here = room(module)
         assert here in FLOORS, f"{module} belongs to no room"
-        for target in imported_modules(tree):
+        for target in imported_modules(nodes_of_module):
             there = room(target)
             if there is not None and there != here and FLOORS[there] >= FLOORS[here]:
                 arrows.append(f"{module} imports {target}")
@@ -164,7 +169,7 @@ def rising_arrows(trees):
 
 
 def test_imports_go_down_the_floors():
-    assert not rising_arrows({module_name(path): parsed(path) for path in sources()})
+    assert not rising_arrows({module_name(path): nodes(path) for path in sources()})
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_imports_go_down_the_floors():
     ],
 )
 def test_an_arrow_going_up_or_sideways_is_seen(module, line):
-    assert len(rising_arrows({module: ast.parse(line)})) == 1
+    assert len(rising_arrows({module: list(ast.walk(ast.parse(line)))})) == 1
 
 
 def test_files_do_not_import_each_other_in_circles():
@@ -185,7 +190,7 @@ def test_files_do_not_import_each_other_in_circles():
     imports = {}
     for name, path in names.items():
         targets = set()
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom):
                 targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
             elif isinstance(node, ast.Import):
@@ -252,10 +257,11 @@ def test_heavy_packages_are_imported_where_used(name):
                 assert node.module.split(".")[0] != name, path
 
 
+@cache
 def numbers_of_code_lines(path):
     text = path.read_text(encoding="utf-8")
     strings = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if (
             isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Constant)
@@ -296,7 +302,7 @@ def test_files_and_functions_stay_short():
         code = numbers_of_code_lines(path)
         if len(code) > LIMIT_FILE and path in core():
             too_long.append(f"{path.name}: {len(code)} lines")
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef):
                 lines = code.intersection(range(node.lineno, node.end_lineno + 1))
                 if len(lines) > LIMIT_FUNCTION:
@@ -304,9 +310,9 @@ def test_files_and_functions_stay_short():
     assert not too_long
 
 
-def splits_of_constants(tree, methods=("split", "splitlines")):
+def splits_of_constants(nodes_of_module, methods=("split", "splitlines")):
     """Calls of `split()` on a literal, or on a constant by its upper-case name."""
-    for node in ast.walk(tree):
+    for node in nodes_of_module:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         target = node.func.value
@@ -319,18 +325,19 @@ def splits_of_constants(tree, methods=("split", "splitlines")):
 
 
 def test_no_constant_is_a_text_to_be_split():
-    assert list(splits_of_constants(ast.parse('KEYS = "a b"\nfor key in KEYS.split(): pass')))
+    split = ast.parse('KEYS = "a b"\nfor key in KEYS.split(): pass')
+    assert list(splits_of_constants(ast.walk(split)))
     for path in sources():
-        assert not list(splits_of_constants(parsed(path))), path
+        assert not list(splits_of_constants(nodes(path))), path
     for path in (ROOT / "test").rglob("*.py"):
         if path != Path(__file__):
-            assert not list(splits_of_constants(parsed(path), methods=("split",))), path
+            assert not list(splits_of_constants(ast.walk(parsed(path)), methods=("split",))), path
 
 
 def test_models_know_nothing_of_processes_environment_or_config():
     forbidden = ("torch.distributed", "torchtrain.config", "os")
     for path in (ROOT / "torchtrain" / "models").glob("*.py"):
-        for target in imported_modules(parsed(path)):
+        for target in imported_modules(nodes(path)):
             assert not target.startswith(forbidden), f"{path}: {target}"
 
 

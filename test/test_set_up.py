@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from helpers.forking import on_ranks, run_trainer
 from helpers.launching import options, write_corpus
-from torch._inductor.lowering import _warn_complex_not_supported
 
 from torchtrain import ranks, set_up
 from torchtrain.config.schema import ParameterGroup
@@ -42,6 +41,8 @@ def test_the_seed_reaches_every_matrix_and_the_samples(data, device):
 
 
 def test_the_compiler_is_silenced(data, device):
+    from torch._inductor.lowering import _warn_complex_not_supported  # here: it takes a second
+
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         made(data, device)

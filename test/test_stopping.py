@@ -365,7 +365,7 @@ def test_a_signal_in_the_first_step_ends_at_once(tmp_path, data, number):
 
 @pytest.mark.slow
 def test_the_end_of_its_time_while_the_corpus_is_read_ends_all_ranks_at_once(tmp_path):
-    given = {**streaming(tmp_path, waits_at=5), "data.streaming": False, "job.max_minutes": 0.15}
+    given = {**streaming(tmp_path, waits_at=5), "data.streaming": False, "job.max_minutes": 0.12}
     arguments = options(saving(tmp_path / "run", given))
     (tmp_path / "gate.open").touch()
     text = (tmp_path / "my_waiting.py").read_text()

@@ -19,20 +19,25 @@ from torchtrain.text_samples import TextSampler
 from torchtrain.validation import Validator
 from torchtrain.watchdog import SUSPICION, Watchdog
 
-TIMEOUT_S = 8
+TIMEOUT_S = 3
 
 STUCK = """
 import os
 import time
+from pathlib import Path
 
 import train
 
 real = train.forward_backward
+other = Path(__file__).with_name("rank-0.pid")
+if os.environ["RANK"] == "0":
+    other.write_text(str(os.getpid()))
 
 
 def forward_backward(trainer, microbatches):
     if trainer.step == 2 and os.environ["RANK"] == "1":
-        time.sleep(14)
+        while Path("/proc", other.read_text()).exists():
+            time.sleep(0.05)
     return real(trainer, microbatches)
 
 
@@ -59,13 +64,14 @@ saving.write_tensors = write_tensors
 """
 
 
-def start(tmp_path, data, fault, timeout_s=TIMEOUT_S, **overrides):
+def start(folder, data, fault, timeout_s=TIMEOUT_S, **overrides):
     """Two ranks, each of which executes `fault` while it reads the config."""
-    file = tmp_path / "fault.py"
+    folder.mkdir(exist_ok=True)
+    file = folder / "fault.py"
     file.write_text(textwrap.dedent(fault))
     given = {
         **data,
-        "job.dump_folder": tmp_path / "run",
+        "job.dump_folder": folder / "run",
         "experimental.custom_import": file,
         "comm.train_timeout_seconds": timeout_s,
         **overrides,
@@ -75,7 +81,7 @@ def start(tmp_path, data, fault, timeout_s=TIMEOUT_S, **overrides):
 
 @pytest.mark.slow
 def test_a_rank_that_is_stuck_is_named_and_its_stack_shows_where(tmp_path, data):
-    ranks = start(tmp_path, data, STUCK)
+    ranks = start(tmp_path, data, STUCK, timeout_s=5)  # it answers in an eighth of that
     assert ranks.finish(60) == [1, 1]
     folder = tmp_path / "run" / "hang" / "step-3"
     cause = "error: rank 1 had not arrived, in step 3 (forward and backward); others waited for "
@@ -94,23 +100,23 @@ def test_a_rank_that_is_stuck_is_named_and_its_stack_shows_where(tmp_path, data)
 def test_a_rank_that_is_stopped_in_a_save_ends_the_run_and_a_slow_disk_does_not(tmp_path, data):
     save = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 2}
     stop = IN_A_SAVE.replace("FAULT", "os.kill(os.getpid(), signal.SIGSTOP)")
-    stopped = start(tmp_path, data, stop, timeout_s=4, **save)
+    wait = IN_A_SAVE.replace("FAULT", f"time.sleep({1.5 * TIMEOUT_S})")
+    stopped = start(tmp_path / "stopped", data, stop, **save)
+    slow = start(tmp_path / "slow", data, wait, **save)
     try:
         stopped.processes[0].join(60)
         assert stopped.statuses == [1, None], stopped.printed
+        assert slow.finish(60) == [0, 0], slow.printed
     finally:
         stopped.kill()
-    cause = "error: rank 1 did not answer in step 2 (saving) for 4 s; see "
+        slow.kill()
+    cause = f"error: rank 1 did not answer in step 2 (saving) for {TIMEOUT_S} s; see "
     assert stopped.printed.count(cause) == 1, stopped.printed
-    folder = tmp_path / "run" / "hang" / "step-2"
+    folder = tmp_path / "stopped" / "run" / "hang" / "step-2"
     assert [path.name for path in folder.iterdir()] == ["rank-0.txt"]
     assert "in save_progress" in (folder / "rank-0.txt").read_text()
-
-    save["job.dump_folder"] = tmp_path / "slow"
-    slow = start(tmp_path, data, IN_A_SAVE.replace("FAULT", "time.sleep(8)"), timeout_s=4, **save)
-    assert slow.finish(60) == [0, 0], slow.printed
-    assert not (tmp_path / "slow" / "hang").exists()
-    assert len(metrics(tmp_path / "slow")) == 2
+    assert not (tmp_path / "slow" / "run" / "hang").exists()
+    assert len(metrics(tmp_path / "slow" / "run")) == 2
 
 
 LATER = {
@@ -138,7 +144,7 @@ runs = []
 def run(*arguments):
     runs.append(arguments)
     if os.environ["RANK"] == "1" and len(runs) == 1:
-        time.sleep(5)
+        time.sleep({1.5 * TIMEOUT_S})
     return real(*arguments)
 
 
@@ -147,11 +153,20 @@ place.run = run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [Validator, TextSampler])
-def test_what_is_compiled_after_the_first_step_has_the_time_for_it(tmp_path, data, place):
-    ranks = start(tmp_path, data, slow_for_once(place), timeout_s=3, **LATER)
-    assert ranks.finish(60) == [0, 0], ranks.printed
-    assert not (tmp_path / "run" / "hang").exists()
+def test_what_is_compiled_after_the_first_step_has_the_time_for_it(tmp_path, data):
+    runs = {
+        tmp_path / place.__name__: start(
+            tmp_path / place.__name__, data, slow_for_once(place), **LATER
+        )
+        for place in (Validator, TextSampler)
+    }
+    try:
+        for folder, ranks in runs.items():
+            assert ranks.finish(60) == [0, 0], ranks.printed
+            assert not (folder / "run" / "hang").exists()
+    finally:
+        for ranks in runs.values():
+            ranks.kill()
 
 
 def test_only_the_first_validation_and_texts_have_the_time_of_the_first_step(

@@ -406,7 +406,7 @@ def faulty(path):
         if path == "stalls":
             time.sleep(600)
         for number in range(200 if path == "crawls" else 0):
-            time.sleep(0.02)
+            time.sleep(0.005)
             yield "x"
         raise OSError("the tape is torn")
 """

@@ -50,11 +50,16 @@ def relative_error(value, reference):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "documents"),
-    [(1, False), (HEADS, False), (1, True)],
-    ids=["shared", "own", "documents"],
+    ("length", "kv_heads", "documents"),
+    [
+        (1, 1, False),
+        (BLOCK, HEADS, False),
+        (BLOCK + 1, 1, True),
+        (4 * BLOCK + 1, 1, False),
+        (4 * BLOCK + 1, HEADS, False),
+        (4 * BLOCK + 1, 1, True),
+    ],
 )
-@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 4 * BLOCK + 1])
 def test_result_is_the_kernels_and_gradients_agree(length, kv_heads, documents):
     inputs = draw(length, kv_heads)
     if documents:  # of different lengths in each sequence, one of them over a block's edge

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from torch._inductor.lowering import _warn_complex_not_supported
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.models.attention import CausalAttention
@@ -20,6 +19,8 @@ def build_model():
 
 def test_the_compiler_does_not_warn_of_complex_numbers():
     """As it does where a block takes the rotations."""
+    from torch._inductor.lowering import _warn_complex_not_supported  # here: it takes a second
+
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         for is_silent in (False, True):

@@ -276,12 +276,12 @@ def run_cases(cases, folder):
 
 
 def evaluate_and_train(arguments):
-    """Evaluate a batch and train on it, three times; return what was found."""
+    """Evaluate a batch and train on it, twice; return what was found."""
     trainer = set_up(JobConfig().parse_args(arguments), torch.device("cpu"))
     batch = trainer.loader.step_batches(1)[0]
     valid = torch.ones((), dtype=torch.int64)
     found = {"evaluated": [], "trained": []}
-    for _ in range(3):
+    for _ in range(2):
         before = {name: weight.to_local().clone() for name, weight in trainer.weights.items()}
         found["evaluated"].append(summed(trainer.pipeline.evaluate(batch.tokens, batch.labels)))
         for part in trainer.parts.values():
@@ -324,7 +324,7 @@ def test_evaluation_gives_the_training_forwards_losses_and_changes_nothing(found
     for evaluated, trained in zip(found(name)["evaluated"], found(name)["trained"], strict=True):
         assert evaluated.shape == (8,)
         assert torch.equal(evaluated, trained)
-    assert found(name)["evaluated"][2].sum() < found(name)["evaluated"][0].sum(), (
+    assert found(name)["evaluated"][1].sum() < found(name)["evaluated"][0].sum(), (
         "nothing was learned"
     )
 
