@@ -299,21 +299,34 @@ def validations(folder):
     return [{key: line.get(key, "none") for key in VALIDATED} for line in metrics(folder)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "stopped_at"), [(3, 6), (STEPS, 16 + 6)])
-def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(
-    tmp_path, data, step, stopped_at
-):
-    """It is saved without, and the next start makes up for it, after the last step too."""
-    validating = {
+@pytest.fixture(scope="module")
+def validating(data):
+    """Options of a run that validates twice, on 16 batches."""
+    return {
         **data,
         "validation.enable": True,
         "validation.freq": 3,
         "validation.steps": 4,
-        "validation.local_batch_size": 1,  # 16 batches
+        "validation.local_batch_size": 1,
         "metrics.log_freq": 2,  # the line of step 3 is for its validation
     }
-    run, whole = tmp_path / "run", tmp_path / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, validating):
+    """Such a run, uninterrupted."""
+    folder = tmp_path_factory.mktemp("validated") / "whole"
+    forking.train(2, saving(folder, validating))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "stopped_at"), [(3, 6), (STEPS, 16 + 6)])
+def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(
+    tmp_path, validating, whole, step, stopped_at
+):
+    """It is saved without, and the next start makes up for it, after the last step too."""
+    run = tmp_path / "run"
     given = options(saving(run, validating))
     stop = partial(stop_in_validation, stopped_at)
     printed = forking.on_ranks(2, stop, given, expect=143, timeout_s=60)
@@ -322,7 +335,6 @@ def test_a_stop_in_a_validation_is_heard_between_its_batches_by_all_ranks(
     assert validations(run)[-1] == {"step": step, "val_loss": None, "val_bits_per_byte": None}
     assert saved_steps(run) == [f"step-{step}"]
     forking.train(2, saving(run, validating))
-    forking.train(2, saving(whole, validating))
     assert_same_run(run, whole, tmp_path)
     assert validations(run) == validations(whole)
     assert "nothing to do" in forking.train(2, saving(run, validating))

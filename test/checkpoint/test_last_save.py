@@ -150,11 +150,29 @@ def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path):
     assert json.loads((step / "hf" / "config.json").read_text())["torch_dtype"] == "float16"
     assert (step / "hf" / "tokenizer.json").exists()
 
+
+CONVERTER = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/given"
+mkdir "$5" && touch "$5/config.json"
+"""
+
+
+def test_a_run_that_was_killed_before_its_export_makes_up_for_it_once(run, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(CONVERTER)
+    program.chmod(0o755)
+    monkeypatch.setattr(exporting.sys, "executable", str(program))
+    run("run", **IN_HF)
+    first = (tmp_path / "given").read_text()
+    step = tmp_path / "run" / "checkpoint" / "step-4"
+    assert str(step) in first
     shutil.rmtree(step / "hf")
-    printed = run("run", **given)
+    printed = run("run", **IN_HF)
     assert "nothing to do" in printed
-    assert (step / "hf" / "config.json").exists(), "a run that was killed here makes up for it"
-    assert str(step / "hf") not in run("run", **given), "and does it once"
+    assert (step / "hf" / "config.json").exists()
+    assert (tmp_path / "given").read_text() == 2 * first
+    assert str(step / "hf") not in run("run", **IN_HF)
+    assert (tmp_path / "given").read_text() == 2 * first
 
 
 def assert_same_weights(step, dtype):

@@ -29,6 +29,7 @@ FORKS = multiprocessing.get_context("forkserver")
 # What ranks import when they need it, and tests.
 IMPORTED = (
     "train",
+    "helpers.warmed",
     "torchtrain.models.llama",
     "torchtrain.optimizers.adam",
     "numpy.ma",
