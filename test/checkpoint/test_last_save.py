@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers import forking
 from helpers.checkpoints import flip
 from helpers.launching import metrics, options
+from safetensors.torch import load_file
 
 import train
 from torchtrain import exporting, ranks
@@ -56,13 +57,6 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     read_tensors(checkpoint, metadata, tensors, dist.group.WORLD)
     return tensors
-
-
-def hf_model(folder: Path):
-    """The model that transformers loads."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 # ---- the weights alone ----
@@ -176,13 +170,14 @@ def test_a_run_that_was_killed_before_its_export_makes_up_for_it_once(run, tmp_p
 
 
 def assert_same_weights(step, dtype):
-    """Check that transformers reads the checkpoint's weights, rounded to this type."""
-    weights, model = tensors_of(step), hf_model(step / "hf")
-    for found, name in (
-        (model.lm_head.weight, "model/output.weight"),
-        (model.model.embed_tokens.weight, "model/tok_embeddings.weight"),
+    """Check that it is the checkpoint's weights, rounded to this type; test_convert loads such."""
+    weights, found = tensors_of(step), load_file(step / "hf" / "model.safetensors")
+    for theirs, ours in (
+        ("lm_head.weight", "model/output.weight"),
+        ("model.embed_tokens.weight", "model/tok_embeddings.weight"),
+        ("model.layers.1.mlp.down_proj.weight", "model/layers.1.feed_forward.w2.weight"),
     ):
-        assert torch.equal(found.float(), weights[name].to(dtype).float()), name
+        assert torch.equal(found[theirs], weights[ours].to(dtype)), ours
 
 
 def test_a_model_that_has_no_such_form_is_refused_before_it_is_trained(run, tmp_path):
