@@ -180,15 +180,16 @@ def pipeline(schedule):
 LAYOUTS = {
     "fsdp": BF16,
     "fsdp, accumulated and tied": {**TIED, "training.local_batch_size": 2},
-    "tensor": TP,
     "tensor, uneven": {**TP, **BF16, "model.vocab_size": 2049},
     "tensor, whole logits": {**TP, "parallelism.disable_loss_parallel": True},
     "context": {"parallelism.context_parallel_degree": 2, **BF16},
     "pipeline": {**pipeline("1F1B"), **TIED},
     "pipeline, zero bubble": pipeline("InterleavedZeroBubble"),
     "pipeline, V": {**pipeline("ZBVZeroBubble"), **BF16, **TIED},
-    "pipeline, both ways": pipeline("DualPipeV"),
-    "pipeline, recomputed": {**pipeline("DualPipeV"), "activation_checkpoint.mode": "full"},
+    "pipeline, both ways and recomputed": {
+        **pipeline("DualPipeV"),
+        "activation_checkpoint.mode": "full",
+    },
 }
 
 

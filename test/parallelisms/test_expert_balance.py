@@ -157,7 +157,6 @@ CASES = {
         "1F1B": PP,
         "ZBV": {**PP, SCHEDULE: "ZBVZeroBubble"},
         "ZBV, full": {**PP, SCHEDULE: "ZBVZeroBubble", **FULL},
-        "context": CP,
         "context, full": {**CP, **FULL},
         "tensor, full": {"parallelism.tensor_parallel_degree": 2, **FULL},
         "experts": {"parallelism.expert_parallel_degree": 2},

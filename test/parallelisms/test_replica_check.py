@@ -89,7 +89,6 @@ ON_TWO = {
     "hsdp2": (REPLICATE_2, EVERYTHING),
     "hsdp2-offload": (REPLICATE_2 | OFFLOAD, EVERYTHING),
     "hsdp2-bf16": (REPLICATE_2 | {"training.dtype": "bfloat16"}, EVERYTHING),
-    "tp2": (TP_2, NORMS),
     "tp2-no-sequence": (TP_2 | NO_SEQUENCE, NORMS),
     "tp2-qk-norm": (TP_2 | {"model.qk_norm": True}, NORMS),
     "cp2": (CP_2, None),
