@@ -197,6 +197,7 @@ def node(rank, port, nodes="1:2"):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "MAX_RESTARTS": "3",
+        "RDZV_CONF": "keep_alive_max_attempt=5",  # seconds until a node is lost: half the default
     }
 
 

@@ -33,6 +33,15 @@ def command(tmp_path, monkeypatch):
     return [sys.executable, "-u", str(tmp_path / "train.py"), "--a.b", "c d"]
 
 
+@pytest.fixture
+def without_torch(tmp_path, monkeypatch):
+    """What is started cannot import torch: it waits as well, and seconds earlier."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "torch.py").write_text("raise ImportError")
+    paths = [str(tmp_path / "bare"), os.environ["PYTHONPATH"]]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
 def handle(command, standbys, capfd, stdout=None):
     """The exit status and the lines of a rank that torchrun's handler starts."""
     handler = Handler(
@@ -87,7 +96,9 @@ def test_a_rank_whose_output_goes_to_a_file_is_a_new_process(command, capfd, tmp
     assert (tmp_path / "out").read_text().startswith("__main__ ['--a.b', 'c d'] 7 None False")
 
 
-def test_modules_are_looked_for_where_a_new_process_does(command, capfd, tmp_path, monkeypatch):
+def test_modules_are_looked_for_where_a_new_process_does(
+    command, without_torch, capfd, tmp_path, monkeypatch
+):
     """Not in the working directory, where a file may have the name of a package."""
     monkeypatch.chdir(tmp_path.parent)
     with closing(Standbys(command, 1)) as standbys:
@@ -157,7 +168,7 @@ def test_all_of_torch_that_a_rank_imports_is_there(command):
     assert told.stdout == "[]\n"
 
 
-def test_without_an_environment_it_leaves(command):
+def test_without_an_environment_it_leaves(command, without_torch):
     read_end, write_end = os.pipe()
     module = ["-m", "torchtrain.tools.standby", str(read_end)]
     process = subprocess.Popen([sys.executable, *module, *command[2:]], pass_fds=[read_end])
