@@ -301,10 +301,18 @@ def node(rank, port):
     }
 
 
+def be_launcher(variables, arguments):
+    """Be the launcher, in this environment."""
+    os.environ.clear()
+    os.environ.update(variables)
+    return launch.main(arguments)
+
+
 def test_one_node_whose_port_is_taken_says_so(tmp_path, data, free_port):
+    given = options({**data, "job.dump_folder": tmp_path / "run"})
+    variables = environment(1, MASTER_PORT=str(free_port))
     with socket.create_server(("", free_port)):
-        overrides = {**data, "job.dump_folder": tmp_path / "run"}
-        printed = launched(1, overrides, expect=2, MASTER_PORT=str(free_port))
+        printed = on_ranks(1, be_launcher, variables, given, expect=2)
     assert printed == (
         f"MASTER_PORT = {free_port}: address already in use on this node. "
         "Set another, the same on all nodes.\n"
@@ -321,14 +329,16 @@ def test_two_nodes_train_as_one_does(tmp_path, data, free_port, forked):
 
 
 def test_ctrl_c_ends_a_node_that_waits_in_one_line(tmp_path, data, free_port):
-    overrides = {**data, "job.dump_folder": tmp_path / "run"}
-    with running(1, overrides, **node(0, free_port)) as process:
-        said = process.stdout.readline()
-        assert said.startswith(f"waiting for 1 node at 127.0.0.1:{free_port}"), said
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 128 + signal.SIGINT
-    assert output == "stopped by SIGINT before the ranks started\n"
+    given = options({**data, "job.dump_folder": tmp_path / "run"})
+    launcher = forking.Ranks(1, be_launcher, environment(1, **node(0, free_port)), given)
+    while not launcher.printed.endswith("\n"):
+        assert launcher.alive(), launcher.printed
+        time.sleep(0.05)
+    os.kill(launcher.processes[0].pid, signal.SIGINT)
+    assert launcher.finish(TIMEOUT_S) == [128 + signal.SIGINT], launcher.printed
+    said, *rest = launcher.printed.splitlines()
+    assert said.startswith(f"waiting for 1 node at 127.0.0.1:{free_port}"), said
+    assert rest == ["stopped by SIGINT before the ranks started"]
 
 
 def train_speaking(log_rank, arguments):
