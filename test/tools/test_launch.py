@@ -244,13 +244,50 @@ def test_folder_in_use_is_refused(tmp_path, data):
         assert "in use by process" in output
 
 
-def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
-    with running(
-        2, {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    ) as process:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
+NCCL_TIMEOUT = """\
+[rank1]:[E1218 20:27:21.433063423 ProcessGroupNCCL.cpp:629] [Rank 0] Watchdog caught collective \
+operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, \
+Timeout(ms)=100000) ran for 100088 milliseconds before timing out.
+terminate called after throwing an instance of 'c10::DistBackendError'
+"""
+
+ABORT = f"""
+import os
+import resource
+import sys
+from pathlib import Path
+from torchtrain import attempts
+
+real = attempts.begin_step
+
+
+def begin_step(step):
+    real(step)
+    if os.environ["RANK"] == "1" and Path(FILE).exists():
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.stderr.write({NCCL_TIMEOUT!r})
+        sys.stderr.flush()
+        os.abort()
+
+
+attempts.begin_step = begin_step  # before train.py imports it
+"""
+
+
+def test_a_rank_that_nccls_watchdog_ends_ends_the_run_quickly_with_what_took_too_long(
+    tmp_path, data
+):
+    """Of ranks that have names, and show where they are when they are asked."""
+    overdue = tmp_path / "overdue"
+    (tmp_path / "fault.py").write_text(ABORT.replace("FILE", repr(str(overdue))))
+    given = {
+        **data,
+        "job.dump_folder": tmp_path / "run",
+        "training.steps": 100000,
+        "experimental.custom_import": tmp_path / "fault.py",
+    }
+    with running(2, given) as process:
+        wait_for_step(lambda: process.poll() is None, tmp_path / "run", 1)
         ranks = ranks_of(process)
         names = [Path(f"/proc/{pid}/comm").read_text() for pid in (process.pid, *ranks.values())]
         assert names[1:] == ["torchtrain\n"] * 2  # so that pkill finds the ranks by their name,
@@ -258,10 +295,15 @@ def test_a_killed_rank_ends_the_run_quickly_with_its_name(tmp_path, data):
         os.kill(ranks[0], signal.SIGUSR1)  # shows the stack and trains on
         stack = any(line.endswith(" in train\n") for line in process.stdout)
         assert stack, "the run ended without a stack"
-        os.kill(ranks[1], signal.SIGKILL)
+        overdue.touch()
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL, output
-    assert "rank 1 was ended by SIGKILL" in output
+    assert process.returncode == 128 + signal.SIGABRT, output
+    assert NCCL_TIMEOUT in output, "what ranks write is passed on"
+    *_, last = output.strip().splitlines()
+    assert last == (
+        "rank 1 was ended by NCCL's watchdog (SIGABRT): ALLREDUCE did not end within 100 s; "
+        "the others were stopped"
+    )
 
 
 @pytest.fixture

@@ -221,47 +221,6 @@ def test_impossible_restarts_are_one_line(capfd, data, name, given, text):
     assert error.count("\n") == 1
 
 
-NCCL_TIMEOUT = """\
-[rank1]:[E1218 20:27:21.433063423 ProcessGroupNCCL.cpp:629] [Rank 0] Watchdog caught collective \
-operation timeout: WorkNCCL(SeqNum=64, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, \
-Timeout(ms)=100000) ran for 100088 milliseconds before timing out.
-terminate called after throwing an instance of 'c10::DistBackendError'
-"""
-
-ABORT = f"""
-import os
-import resource
-import sys
-from torchtrain import attempts
-
-real = attempts.begin_step
-
-
-def begin_step(step):
-    real(step)
-    if step == 3 and os.environ["RANK"] == "1":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.stderr.write({NCCL_TIMEOUT!r})
-        sys.stderr.flush()
-        os.abort()
-
-
-attempts.begin_step = begin_step
-"""
-
-
-@pytest.mark.slow
-def test_what_nccls_watchdog_ends_is_told_by_the_collective_that_took_too_long(tmp_path, data):
-    given = saving(data, tmp_path / "run", **fault(tmp_path, ABORT))
-    output = launched(2, given, expect=128 + signal.SIGABRT)
-    assert NCCL_TIMEOUT in output, "what ranks write is passed on"
-    *_, last = output.strip().splitlines()
-    assert last == (
-        "rank 1 was ended by NCCL's watchdog (SIGABRT): ALLREDUCE did not end within 100 s; "
-        "the others were stopped"
-    )
-
-
 def failures(**codes):
     """What torchrun says of ranks that failed, by exit code."""
     return {int(name[1:]): SimpleNamespace(exitcode=code) for name, code in codes.items()}
@@ -348,10 +307,12 @@ def test_a_launch_that_was_to_stop_and_could_not_save_has_failed(codes, status, 
     assert capfd.readouterr().err == said * (status == 137)
 
 
-def test_failures_are_named_as_people_know_them():
+def test_failures_are_named_as_people_know_them(capfd):
     assert str(restarts.Failure(3, -11)) == "rank 3 was ended by SIGSEGV"
     assert str(restarts.Failure(3, -250)) == "rank 3 was ended by signal 250"
     assert str(restarts.Failure(3, 1)) == "rank 3 failed with exit status 1"
+    assert restarts.Outcome(restarts.Failure(1, -signal.SIGKILL)).report() == 137
+    assert capfd.readouterr().err == "rank 1 was ended by SIGKILL; the others were stopped\n"
 
 
 def test_only_crashes_in_a_row_are_repeated():
