@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.launching import TIMEOUT_S, options
+from helpers.launching import TIMEOUT_S, environment, options
 
 import train as trainer
 from torchtrain.config_manager import JobConfig
 from torchtrain.ranks import join_process_group
+from torchtrain.tools import launch
 
 GRACE_S = 30  # for the others, after a rank has failed: they may wait for it in a collective
 
@@ -161,6 +162,19 @@ def run_trainer(arguments):
 def train(world_size, overrides, expect=0):
     """Run a training run to its end and return what was printed."""
     return on_ranks(world_size, run_trainer, options(overrides), expect=expect)
+
+
+def launched(ranks, overrides, expect=0, **extra):
+    """Do what `launching.launched` does; the launcher is a fork, its ranks are real."""
+    given = environment(ranks, **extra), options(overrides)
+    return on_ranks(1, be_launcher, *given, expect=expect)
+
+
+def be_launcher(variables, arguments):
+    """Be the launcher, in this environment."""
+    os.environ.clear()
+    os.environ.update(variables)
+    return launch.main(arguments)
 
 
 def train_in_turn(world_size, runs):

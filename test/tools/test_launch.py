@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 from helpers import forking
-from helpers.forking import on_ranks, run_trainer, train
+from helpers.forking import be_launcher, on_ranks, run_trainer, train
 from helpers.installed import install_wheel
 from helpers.launching import (
     ROOT,
@@ -343,18 +343,10 @@ def node(rank, port):
     }
 
 
-def be_launcher(variables, arguments):
-    """Be the launcher, in this environment."""
-    os.environ.clear()
-    os.environ.update(variables)
-    return launch.main(arguments)
-
-
 def test_one_node_whose_port_is_taken_says_so(tmp_path, data, free_port):
-    given = options({**data, "job.dump_folder": tmp_path / "run"})
-    variables = environment(1, MASTER_PORT=str(free_port))
+    overrides = {**data, "job.dump_folder": tmp_path / "run"}
     with socket.create_server(("", free_port)):
-        printed = on_ranks(1, be_launcher, variables, given, expect=2)
+        printed = forking.launched(1, overrides, expect=2, MASTER_PORT=str(free_port))
     assert printed == (
         f"MASTER_PORT = {free_port}: address already in use on this node. "
         "Set another, the same on all nodes.\n"

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import forking
 from helpers.forking import train
 from helpers.launching import (
     ROOT,
@@ -197,7 +198,8 @@ def test_what_a_restart_does_not_mend_is_not_started_again(tmp_path, data):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": 3}\n')
     user_error = {"training.dataset": "jsonl", "training.dataset_path": bad}
-    output = launched(1, saving(data, tmp_path / "run", **user_error), expect=2, MAX_RESTARTS="3")
+    given = saving(data, tmp_path / "run", **user_error)
+    output = forking.launched(1, given, expect=2, MAX_RESTARTS="3")
     assert output.count("bad.jsonl:2") == 1
     assert "Traceback" not in output
     assert "started again" not in output
