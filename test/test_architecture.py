@@ -247,6 +247,28 @@ def test_a_start_imports_what_it_needs_and_collects_no_garbage_meanwhile(program
     assert not set(unneeded) & set(imported.split())
 
 
+WHEN_RANKS_BEGIN = """
+import sys
+from torchtrain.tools import launch
+
+def report(standbys, first_rank):
+    print(*sys.modules)
+    sys.exit()
+
+launch.Standbys.start = report
+launch.main([])
+"""
+
+
+def test_ranks_begin_their_imports_before_the_launcher_reads_the_config():
+    """What pydantic takes would come before all that a rank does."""
+    command = [sys.executable, "-c", WHEN_RANKS_BEGIN]
+    printed = subprocess.check_output(
+        command, cwd=ROOT, env=environment(1), text=True, timeout=TIMEOUT_S
+    )
+    assert not {"pydantic", "importlib.metadata", "torch"} & set(printed.split())
+
+
 @pytest.mark.parametrize("name", HEAVY)
 def test_heavy_packages_are_imported_where_used(name):
     for path in sources():
