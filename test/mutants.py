@@ -1611,7 +1611,6 @@ MUTANTS = {
             "(words * factors[: len(words)]).sum()",
             "words.long().sum()",
         ),
-        ("a factor is even", "(2 * random + 1)", "(2 * random)"),
         (
             "whatever has one name is compared",
             '[f"{name} {find_local_box(tensor)}" for',

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.fsdp import parameter_groups
 from helpers.launching import ROOT, metrics, options
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -906,13 +907,6 @@ def test_memory_budget_reaches_the_compiler(data, device):
     assert torch._functorch.config.activation_memory_budget == 0.25
     setting_up(data, device)
     assert torch._functorch.config.activation_memory_budget == 1.0
-
-
-def parameter_groups(state):
-    """Those of an FSDP module; in torch 2.11 it has one or none."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return state._fsdp_param_groups
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def test_cpu_offload_reaches_every_group(data, device):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers.fsdp import parameter_groups
 from helpers.launching import ROOT
 from helpers.measured import measure, predict
 
@@ -45,7 +46,7 @@ def shards_of_fsdp(config, ranks):
         (part,) = build_parts(model, plan.shape, {0: plan.stages[0]}, mesh, techniques).values()
         # Norm and output are two modules of one state.
         states = {module._get_fsdp_state() for module in find_fsdp_modules(part)}
-        groups = [group for state in states for group in state._fsdp_param_groups]
+        groups = [group for state in states for group in parameter_groups(state)]
         weights = [weight for group in groups for weight in group.fsdp_params]
         width = weights[0].sharded_param.dtype.itemsize
         return width * sum(weight.padded_sharded_param_size.numel() for weight in weights)

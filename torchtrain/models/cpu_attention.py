@@ -84,7 +84,7 @@ def compute_gradients(
     """
     length, scale = q.shape[2], q.shape[3] ** -0.5
     block = max(SMALLEST_BLOCK, -(-length // BLOCKS))
-    wide = lse.dtype  # fp32, or fp64 if all is
+    wide = torch.promote_types(q.dtype, torch.float32)
     scaled_q, wide_k = q.to(wide) * scale, k.to(wide)
     lse = lse.unsqueeze(-1)
     positions = torch.arange(length, device=q.device)
