@@ -28,6 +28,11 @@ CASES = {
         2,
         [f"{RECOMPUTED}selective", "--activation_checkpoint.selective_ac_option=op"],
     ),
+    "debug_model, FSDP 2, selective of all ops": (
+        "debug_model",
+        2,
+        [f"{RECOMPUTED}selective", "--activation_checkpoint.selective_ac_option=op_all"],
+    ),
     "debug_model, FSDP 2, full": ("debug_model", 2, [f"{RECOMPUTED}full"]),
     "debug_model, HSDP 2 x 2": (
         "debug_model",

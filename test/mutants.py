@@ -1888,6 +1888,16 @@ MUTANTS = {
     "torchtrain/parallelisms/activation_checkpoint.py": [
         ("every other layer means all", "if int(layer) % every == 0:", "if int(layer) >= 0:"),
         (
+            "op saves every product",
+            "is_saved = seen[context.is_recompute] % every == 0",
+            "is_saved = True",
+        ),
+        (
+            "the recomputation counts on from the forward",
+            "            seen[context.is_recompute] += 1",
+            "            seen[False] += 1\n            seen[True] += 1",
+        ),
+        (
             "the budget of the compiler stays on",
             "config.memory_budget if uses_budget else 1.0",
             "config.memory_budget",

@@ -259,10 +259,10 @@ def test_a_number_is_taken_at_its_bounds_and_refused_beyond(name):
         assert ": must be " in said
 
 
-def test_a_recomputed_block_is_a_number_or_op():
-    for value in ("op", "1", "2", "10"):
+def test_what_is_recomputed_is_a_number_of_blocks_or_operations():
+    for value in ("op", "op_all", "1", "2", "10"):
         assert value_fault("activation_checkpoint.selective_ac_option", value) is None
-    for value in ("0", "-1", "01", "all", "", "2 ", "op\n"):
+    for value in ("0", "-1", "01", "all", "", "2 ", "op\n", "op_al"):
         fault = value_fault("activation_checkpoint.selective_ac_option", value)
         assert fault is not None, value
 

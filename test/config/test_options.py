@@ -878,7 +878,8 @@ def test_recomputation_modes_recompute_what_they_say(data, device):
     kept = attention_calls_and_products()
     full = attention_calls_and_products(**{mode: "full"})
     second = attention_calls_and_products(**{mode: "selective", option: "2"})
-    costly = attention_calls_and_products(**{mode: "selective", option: "op"})
+    costly = attention_calls_and_products(**{mode: "selective", option: "op_all"})
+    half = attention_calls_and_products(**{mode: "selective", option: "op"})
     assert (kept[0], full[0], second[0], costly[0]) == ([1, 1], [2, 2], [2, 1], [2, 2])
     in_a_block = 7
     assert full[1] > second[1] > kept[1]
@@ -887,7 +888,8 @@ def test_recomputation_modes_recompute_what_they_say(data, device):
         2 * (in_a_block - 1),
     )  # the last product's value is not needed again
     assert costly[1] == kept[1], "a matrix product was computed again"
-    for other in (full, second, costly):
+    assert half[1] == kept[1] + 2 * 3, "of seven products, not three were computed again"
+    for other in (full, second, costly, half):
         assert other[2] == kept[2]
         assert torch.equal(other[3], kept[3])
 

@@ -1,15 +1,17 @@
 """The backward of attention that a compiled block has on a CPU, against PyTorch's kernel."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from torchtrain.models import cpu_attention
 from torchtrain.models.attention import CausalAttention
 from torchtrain.models.cpu_attention import BlockwiseAttention
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.document_masking import build_document_mask
-from torchtrain.parallelisms.activation_checkpoint import save_only
+from torchtrain.parallelisms.activation_checkpoint import save_costly
 
 BATCH, HEADS, WIDTH = 2, 4, 16
 BLOCK, BLOCKS = 8, 3
@@ -101,9 +103,7 @@ def test_in_bf16_it_is_as_close_to_the_formula_as_pytorchs_kernel():
 
 @pytest.mark.parametrize("saves_operations", [False, True])
 def test_recomputed_it_gives_the_same(saves_operations):
-    def contexts():
-        return create_selective_checkpoint_contexts(save_only(Decoder.ops_worth_saving))
-
+    contexts = partial(save_costly, Decoder.matrix_products, Decoder.ops_worth_saving, 1)
     options = {"context_fn": contexts} if saves_operations else {}
 
     def attend(q, k, v, mask):

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from helpers.forking import in_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from torchtrain.catalog.models import ModelShape
 from torchtrain.config.schema import Parallelism
 from torchtrain.loss import sequence_losses
 from torchtrain.models.llama import Transformer
 from torchtrain.models.rotary import RotaryPositions
-from torchtrain.parallelisms.activation_checkpoint import save_only
+from torchtrain.parallelisms.activation_checkpoint import save_costly
 from torchtrain.parallelisms.compile import apply_compile
 from torchtrain.parallelisms.context_parallel import apply_context_parallel, shard_sequence
 from torchtrain.parallelisms.emulated_bf16 import apply_emulated_bf16
@@ -123,9 +123,7 @@ def run_case(case: str, mesh: DeviceMesh) -> dict[str, float]:
     if "costly-kept" in extra:
         recompute(
             model,
-            context_fn=partial(
-                create_selective_checkpoint_contexts, save_only(model.ops_worth_saving)
-            ),
+            context_fn=partial(save_costly, model.matrix_products, model.ops_worth_saving, 2),
         )
     if "compiled" in extra:
         apply_compile(

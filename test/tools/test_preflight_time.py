@@ -252,7 +252,8 @@ def test_more_ranks_are_faster_at_less_each_until_communication_dominates():
 
 
 def test_recomputation_costs_what_it_computes_again():
-    modes = {"none": "none", "op": "selective", "2": "selective", "full": "full"}
+    selective = dict.fromkeys(["op_all", "op", "2"], "selective")
+    modes = {"none": "none", **selective, "full": "full"}
     steps = {
         option: step_of(
             activation_checkpoint__mode=mode,
@@ -261,7 +262,7 @@ def test_recomputation_costs_what_it_computes_again():
         for option, mode in modes.items()
     }
     again = {option: step.terms.get("recomputation", 0.0) for option, step in steps.items()}
-    assert again["none"] == 0 < again["op"] < again["2"] < again["full"]
+    assert again["none"] == 0 < again["op_all"] < again["op"] < again["2"] < again["full"]
     assert again["full"] == pytest.approx(2 * again["2"])
     terms = steps["none"].terms
     # A forward is a third of the products and two sevenths of attention, its backward 2.5 times it.

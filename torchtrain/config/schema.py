@@ -422,10 +422,19 @@ class ActivationCheckpoint(Section):
 
     mode: Literal["none", "full", "selective", "memory_budget"] = "none"
     """Recompute nothing, each block, some of it, or what the compiler chooses within a budget."""
-    selective_ac_option: Annotated[str, Field(pattern=r"^(op|[1-9][0-9]*)$")] = "2"
-    """selective recomputes every n-th block ("2"), or all but the costly products ("op")."""
+    selective_ac_option: Annotated[str, Field(pattern=r"^(op|op_all|[1-9][0-9]*)$")] = "2"
+    """Recompute every n-th block ("2"), or all but half ("op") or all ("op_all") products."""
     memory_budget: Fraction = 0.5
     """Fraction of the activations that memory_budget may keep: 0 is full, 1 is none."""
+
+    @property
+    def recomputed_blocks(self) -> int | None:
+        """The n of "every n-th block is recomputed whole"; None: no block is."""
+        if self.mode == "full":
+            return 1
+        if self.mode == "selective" and self.selective_ac_option.isdigit():
+            return int(self.selective_ac_option)
+        return None
 
 
 class Compile(Section):

@@ -53,13 +53,20 @@ class Decoder(nn.Module):
     sparse_plan: ClassVar[dict[str, Role]] = {}
     """The same of a sparse layer's modules, where their role differs from a dense layer's."""
 
-    ops_worth_saving: ClassVar[frozenset[Any]] = frozenset(
+    matrix_products: ClassVar[frozenset[Any]] = frozenset(
         {
             aten.mm.default,
             aten.addmm.default,
             aten.bmm.default,
             aten._grouped_mm.default,
             aten._scaled_mm.default,
+        }
+    )
+    """The operations that multiply with weights. Recomputation of chosen operations saves all of
+    their results, or every second."""
+
+    ops_worth_saving: ClassVar[frozenset[Any]] = frozenset(
+        {
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
@@ -68,9 +75,8 @@ class Decoder(nn.Module):
             torch.ops._c10d_functional.all_to_all_single.default,
         }
     )
-    """The operations that are slow for the size of their result: matrix products, attention, and
-    the exchanges of rows with other ranks' experts. Recomputation of chosen operations saves these
-    results."""
+    """The other operations that are slow for the size of their result: attention, and the exchanges
+    of rows with other ranks' experts. Recomputation of chosen operations saves these results."""
 
     shape: ModelShape
     tok_embeddings: nn.Module

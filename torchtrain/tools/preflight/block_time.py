@@ -94,8 +94,12 @@ class Speeds:
 class Recomputed:
     """Which share of a forward runs again in the backward, averaged over the blocks."""
 
-    products: float
-    """Matrix products, attention, and exchanges with experts."""
+    odd_products: float
+    """The first, third, ... of a block's matrix products."""
+    even_products: float
+    """The second, fourth, ..."""
+    attention: float
+    """Attention, and exchanges with experts."""
     rest: float
     """All else, tensor-parallel exchanges too."""
 
@@ -106,17 +110,21 @@ class Recomputed:
         The compiler's budget goes first to what is cheap to compute again: half of it is taken for
         everything but products.
         """
-        if section.mode == "full":
-            return cls(1.0, 1.0)
-        if section.mode == "selective" and section.selective_ac_option == "op":
-            return cls(0.0, 1.0)
+        every = section.recomputed_blocks
+        if every is not None:
+            return cls.evenly(1 / every, 1 / every)
         if section.mode == "selective":
-            share = 1 / int(section.selective_ac_option)
-            return cls(share, share)
+            is_second_saved = section.selective_ac_option == "op_all"
+            return cls(0.0, 0.0 if is_second_saved else 1.0, 0.0, 1.0)
         if section.mode == "memory_budget" and compiling.enable:
             saved = section.memory_budget
-            return cls(max(0.0, 1 - 2 * saved), min(1.0, 2 - 2 * saved))
-        return cls(0.0, 0.0)
+            return cls.evenly(max(0.0, 1 - 2 * saved), min(1.0, 2 - 2 * saved))
+        return cls.evenly(0.0, 0.0)
+
+    @classmethod
+    def evenly(cls, costly: float, rest: float) -> "Recomputed":
+        """Return the same share of all that is costly."""
+        return cls(costly, costly, costly, rest)
 
 
 @dataclass(frozen=True)
@@ -133,9 +141,10 @@ def time_block(
     unit: Unit, speeds: Speeds, groups: Groups, recomputed: Recomputed, *, sparse: bool
 ) -> PassTime:
     """Return how long a block takes, without FSDP's exchanges."""
-    products = sum(speeds.product(each) for each in unit.list_products(sparse=sparse))
+    each = [speeds.product(product) for product in unit.list_products(sparse=sparse)]
     if sparse:
-        products *= unit.filling
+        each = [seconds * unit.filling for seconds in each]
+    products = sum(each)
     attention = unit.attention_flops() / speeds.attention
     pointwise = unit.pointwise_bytes(sparse=sparse) / speeds.memory
     pointwise *= 1.0 if speeds.fused else EAGER_TRAFFIC
@@ -155,7 +164,8 @@ def time_block(
             EXPERTS: experts,
         }
     )
-    again = recomputed.products * (products + attention + context[0] + experts)
+    again = recomputed.odd_products * sum(each[::2]) + recomputed.even_products * sum(each[1::2])
+    again += recomputed.attention * (attention + context[0] + experts)
     again += recomputed.rest * (pointwise + tensor[0])
     backward = Terms(
         {

@@ -21,6 +21,10 @@ Options = dict[str, Any]
 
 RECOMPUTATIONS: dict[str, Options] = {
     "none": {"activation_checkpoint.mode": "none"},
+    "op_all": {
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "op_all",
+    },
     "op": {
         "activation_checkpoint.mode": "selective",
         "activation_checkpoint.selective_ac_option": "op",
@@ -122,7 +126,7 @@ class Candidate:
                 return False
             if self.pipeline.stages != other.pipeline.stages or self.batch_size < other.batch_size:
                 return False
-        keeps = {"none": 2, "op": 1, "2": 1, "full": 0}
+        keeps = {"none": 2, "op_all": 1, "op": 1, "2": 1, "full": 0}
         same = self.recomputation == other.recomputation
         return same or keeps[self.recomputation] > keeps[other.recomputation]
 

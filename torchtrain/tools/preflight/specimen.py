@@ -54,7 +54,7 @@ class Kind:
 
     is_sparse: bool
     is_recomputed: bool
-    """Whether the backward computes it again as a whole, under "selective" of every n-th."""
+    """Whether the backward computes it again as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +124,8 @@ class Request:
     def kind_of(self, layer: int) -> Kind:
         """Return the kind of a block, by its number in the whole model."""
         section = ActivationCheckpoint.model_validate_json(self.activation_checkpoint)
-        recomputed = False
-        if section.mode == "selective" and section.selective_ac_option != "op":
-            recomputed = layer % int(section.selective_ac_option) == 0
-        return Kind(self.shape.is_sparse(layer), recomputed)
+        every = section.recomputed_blocks
+        return Kind(self.shape.is_sparse(layer), every is not None and layer % every == 0)
 
     def choose_blocks(self) -> dict[Kind, int]:
         """Return the first block of each kind that the model has."""

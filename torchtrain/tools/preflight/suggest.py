@@ -272,7 +272,14 @@ class Bounds:
         widths = unit.tokens * unit.compute_bytes * (heads + inner)
         full = shape.n_layers * block
         none = shape.n_layers * (3 * block + widths)
-        return {"none": none, "op": (full + none) / 3, "2": (full + none) / 2, "full": full}
+        both = full + none
+        return {
+            "none": none,
+            "op_all": both / 3,
+            "op": both / 4,
+            "2": both / 2,
+            "full": full,
+        }
 
     def _count_logits(self, unit: Unit) -> float:
         """Return what the logits of a sequence take."""
