@@ -36,9 +36,14 @@ MUTANTS = {
             "coming = 0",
         ),
         (
+            "preflight forgets what the allocator keeps for other streams",
+            "kept_for_streams=self.most.total() - self.worst.total",
+            "kept_for_streams=0",
+        ),
+        (
             "preflight forgets the gradients that are being reduced",
-            "communication=coming + reducing,",
-            "communication=coming,",
+            "communication=reducing,",
+            "communication=0,",
         ),
         (
             "preflight takes the output to be freed after its forward",

@@ -57,8 +57,11 @@ def walk(*, accumulates=False, reshards="default"):
 def test_a_step_is_what_its_parts_add_up_to():
     diary = walk()
     assert diary.sums == [
+        7 + 10,
         7 + 10 + 10 + 150,  # forward of a block: shared, its weights gathered and copied, working
+        107 + 20,  # the next one's weights come, while the buffer of the last is still there
         107 + 10 + 10 + 150,
+        207 + 20,
         207 + 10 + 10 + 1100,
         207 + 10 + 3000,  # the loss, with the logits; the output stays gathered
         1207 + 10 + 500 + 10,  # backward of the output; block 1's weights are on their way
@@ -73,12 +76,21 @@ def test_a_step_is_what_its_parts_add_up_to():
     assert diary.held.total() == 3, "the gradients"
 
 
+def test_what_other_streams_held_stays_with_the_allocator():
+    rank = walk().close()
+    # At the loss no gradient lives and nothing is gathered. The stream of the reduce-scatter gets
+    # two gradients and the output of a third reduction, that of the gathers held two buffers.
+    assert (rank.moment, rank.total) == ("loss", 3217)
+    assert rank.kept_for_streams == 1 + 1 + 2 + 10 + 10
+    assert rank.allocated == 3217 + 24
+
+
 def test_gradients_of_earlier_microbatches_are_held_throughout():
     diary, alone = walk(accumulates=True), walk()
     assert [
         with_them - without for with_them, without in zip(diary.sums, alone.sums, strict=True)
     ] == [
-        *[3] * 6,
+        *[3] * 9,
         *[2] * 2,  # the output's are there in both
         *[1] * 2,
         0,
@@ -87,8 +99,9 @@ def test_gradients_of_earlier_microbatches_are_held_throughout():
 
 def test_weights_that_stay_gathered_are_not_gathered_twice():
     kept = walk(reshards="never")
-    assert kept.sums[:4] == [177, 287, 1347, 3237]
-    assert kept.sums[4] == 1207 + 30 + 500, "nothing is on its way"
+    assert kept.sums[1:6:2] == [177, 287, 1347]
+    assert kept.sums[6] == 3237
+    assert kept.sums[7] == 1207 + 30 + 500, "nothing is on its way"
 
 
 def pipe(*kinds):
@@ -103,6 +116,7 @@ def pipe(*kinds):
 
 def test_each_microbatch_under_way_keeps_its_activations():
     assert pipe("F0", "F1", "B0", "B1") == [
+        10 + 10,  # gathered and its buffer
         10 + 7 + 150,  # the weights stay gathered
         10 + 107 + 7 + 150,
         10 + 107 + 107 + 200,
@@ -112,7 +126,7 @@ def test_each_microbatch_under_way_keeps_its_activations():
 
 
 def test_half_a_backward_keeps_all_for_the_other():
-    assert pipe("F0", "I0", "F1", "W0", "I1", "W1")[2] == 10 + 107 + 7 + 150
+    assert pipe("F0", "I0", "F1", "W0", "I1", "W1")[3] == 10 + 107 + 7 + 150
 
 
 def test_of_a_sharded_tensor_only_the_ranks_own_part_counts():

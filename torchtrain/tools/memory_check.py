@@ -181,7 +181,8 @@ def judge(config: Config, ranks: list[Rank], memory: int) -> None:
         UserError: some rank surely takes more than `memory` bytes.
     """
     worst = max(ranks, key=lambda rank: rank["total"])
-    verdict = Verdict(reserved=worst["total"] * (1 + ALLOCATOR_SHARE), memory=memory)
+    allocated = max(rank["total"] + rank["kept_for_streams"] for rank in ranks)
+    verdict = Verdict(reserved=allocated * (1 + ALLOCATOR_SHARE), memory=memory)
     amounts = (
         f"about {worst['total'] / GIB:.1f} GiB on a rank, of which its activations take "
         f"{worst['activations'] / GIB:.1f}, and a GPU here has {memory / GIB:.1f} GiB"

@@ -97,7 +97,7 @@ def predict(config: Config, device: Device | None, given: argparse.Namespace) ->
     """Print what the run takes as it is configured; return the exit status."""
     plan = make_plan(config, given.world_size)
     ranks = estimate_memory(config, given.world_size, device_type_of(device))
-    worst = max(ranks, key=lambda rank: rank.total)
+    worst = max(ranks, key=lambda rank: rank.allocated)
     verdict = judge(worst, device)
     step, cost = None, None
     if device is not None:
@@ -123,7 +123,7 @@ def suggest(
 
     def measure(each: Config) -> int:
         ranks = estimate_memory(each, world_size, device_type)
-        return round(max(rank.total for rank in ranks) * (1 + ALLOCATOR_SHARE))
+        return round(max(rank.allocated for rank in ranks) * (1 + ALLOCATOR_SHARE))
 
     limit = FITS_BELOW * device.memory_gib * GIB
     found = Search(config, world_size, device, measure, limit).find_best()
@@ -177,7 +177,7 @@ def describe(
     plan: RunPlan, ranks: list[RankMemory], step: StepTime | None, cost: RunCost | None
 ) -> Iterator[str]:
     """Yield the report: the parts of the worst rank, the others' totals, the time, the cost."""
-    worst = max(ranks, key=lambda rank: rank.total)
+    worst = max(ranks, key=lambda rank: rank.allocated)
     yield f"layout     {plan.describe_layout()}"
     which = f" of pipeline rank {worst.pipeline_rank}" if len(ranks) > 1 else ""
     yield f"memory at the worst moment{which}: {worst.moment}"
@@ -185,7 +185,9 @@ def describe(
         if size:
             yield f"{size / GIB:10.2f} GiB  {name.replace('_', ' ')}"
     yield f"{worst.total / GIB:10.2f} GiB  tensors"
-    beyond = worst.total * ALLOCATOR_SHARE
+    if worst.kept_for_streams:
+        yield f"{worst.kept_for_streams / GIB:10.2f} GiB  kept for other streams"
+    beyond = worst.allocated * ALLOCATOR_SHARE
     yield f"{beyond / GIB:10.2f} GiB  reserved beyond them, {ALLOCATOR_SHARE:.0%} assumed"
     if len(ranks) > 1:
         totals = ", ".join(f"{rank.total / GIB:.1f}" for rank in ranks)

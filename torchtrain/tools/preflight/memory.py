@@ -93,8 +93,7 @@ class Run:
             actions = list_actions(plan.pipeline, plan.degrees.pp)[rank]
             walk_pipeline(ledger, stages, actions, accumulates=several)
         ledger.look("optimizer step", working=round(self.optimizer.temporary * weights.parameters))
-        assert ledger.worst is not None
-        return ledger.worst
+        return ledger.close()
 
     def build_stage(self, names: list[str]) -> Stage:
         """Return the layers of a stage."""

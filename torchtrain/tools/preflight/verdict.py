@@ -29,8 +29,8 @@ class Verdict:
 
     @classmethod
     def of(cls, rank: "RankMemory", memory_gib: float) -> "Verdict":
-        """Judge the worst moment of a rank."""
-        return cls(rank.total * (1 + ALLOCATOR_SHARE), memory_gib * GIB)
+        """Judge what a rank takes."""
+        return cls(rank.allocated * (1 + ALLOCATOR_SHARE), memory_gib * GIB)
 
     @property
     def word(self) -> Literal["fits", "tight", "does not fit"]:

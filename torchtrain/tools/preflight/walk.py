@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import FULL_BACKWARD, _Action
@@ -19,6 +20,9 @@ class RankMemory:
     pipeline_rank: int
     moment: str
     """When that is."""
+    kept_for_streams: int = 0
+    """Beside the tensors: what PyTorch's allocator keeps on an accelerator for the streams of FSDP,
+    or for that of the computation, of the moments at which they held more."""
     parameters: int = 0
     """This rank's shards."""
     optimizer_states: int = 0
@@ -29,6 +33,8 @@ class RankMemory:
     """Whole, of a pipeline's stages, until their last microbatch."""
     gathered_parameters: int = 0
     """Whole, of the layers that are at work, or of a pipeline's stages."""
+    gather_buffers: int = 0
+    """What all-gathers receive into."""
     activations: int = 0
     """What the forwards of all live microbatches have kept for their backwards."""
     working: int = 0
@@ -36,20 +42,31 @@ class RankMemory:
     logits_and_loss: int = 0
     """The logits, and what the loss takes beside them."""
     communication: int = 0
-    """Buffers that collectives, and a pipeline's stages, send from and receive into."""
+    """Buffers that reductions, and a pipeline's stages, send from and receive into."""
     inputs: int = 0
     """Tokens, labels and documents of a step."""
 
     @property
     def parts(self) -> dict[str, int]:
         """The bytes by what they are for."""
-        names = [each.name for each in fields(self)[2:]]
+        names = [each.name for each in fields(self)[3:]]
         return {name: vars(self)[name] for name in names}
 
     @property
     def total(self) -> int:
         """All of them."""
         return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """The tensors, and what is kept for streams."""
+        return self.total + self.kept_for_streams
+
+
+FSDP_STREAMS = ("gradients", "gather_buffers")
+"""Parts that FSDP allocates on streams of their own, that of the reduce-scatter and that of the
+copy before an all-gather. The allocator gives a block that is free only to the stream that it was
+made for. (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)"""
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,8 @@ class Ledger:
     pipeline_rank: int
     held: Counter[str] = field(default_factory=Counter)
     worst: RankMemory | None = None
+    most: Counter[str] = field(default_factory=Counter)
+    """What each stream ever held, by the part that it is for; "" is that of the computation."""
 
     def hold(self, **parts: int) -> None:
         """Hold more, by parts."""
@@ -181,10 +200,17 @@ class Ledger:
 
     def look(self, moment: str, **beside: int) -> None:
         """Compare a moment with the worst: what is held, and what lives then beside it."""
-        total = self.held.total() + sum(beside.values())
-        if self.worst is None or total > self.worst.total:
-            parts = self.held + Counter(beside)
+        parts = self.held + Counter(beside)
+        streams = Counter({part: parts[part] for part in FSDP_STREAMS})
+        streams[""] = parts.total() - streams.total()
+        self.most |= streams
+        if self.worst is None or parts.total() > self.worst.total:
             self.worst = RankMemory(pipeline_rank=self.pipeline_rank, moment=moment, **dict(parts))
+
+    def close(self) -> RankMemory:
+        """Return the worst moment, with what the allocator keeps beside it."""
+        assert self.worst is not None, "no moment was looked at"
+        return replace(self.worst, kept_for_streams=self.most.total() - self.worst.total)
 
 
 @dataclass(frozen=True)
@@ -230,7 +256,8 @@ class Step:
                 ledger.hold(working=root.gradients)
         ledger.look(
             "reduction of the gradients of tied weights",
-            communication=root.reduce_buffer + root.reduced,
+            communication=root.reduce_buffer,
+            gradients=root.reduced,
         )
         ledger.free(communication=stage.weights.ends_held, working=root.gradients, **for_all)
         if not self.accumulates:
@@ -242,12 +269,16 @@ class Step:
         return self.resharding.output if is_output else self.resharding.blocks
 
     def _walk_forward(self, ledger: Ledger) -> None:
+        before = 0
         for layer in self.stage.layers:
-            gathered = layer.weights.gathered
+            gathered, buffer = layer.weights.gathered, layer.weights.gather_buffer
+            # FSDP frees a forward's buffer once the next one has been gathered.
+            ledger.look(f"gathering for {layer.name}", gather_buffers=before + buffer)
+            before = buffer
             ledger.look(
                 f"forward of {layer.name}",
                 gathered_parameters=gathered,
-                communication=layer.weights.gather_buffer,
+                gather_buffers=buffer,
                 working=layer.trace.forward,
             )
             ledger.hold(**{self.stage.part_of(layer): layer.trace.saved})
@@ -270,7 +301,8 @@ class Step:
         ledger.look(
             f"backward of {layer.name}",
             gathered_parameters=weights.gathered if self._is_freed(layer) else 0,
-            communication=coming + reducing,
+            gather_buffers=coming,
+            communication=reducing,
             working=trace.backward - trace.saved,
         )
         ledger.free(**{self.stage.part_of(layer): trace.saved})
@@ -278,7 +310,9 @@ class Step:
         ledger.look(
             f"reduction of the gradients of {layer.name}",
             working=weights.gradients + trace.gradient,
-            communication=coming + largest.reduce_buffer + largest.reduced,
+            gather_buffers=coming,
+            communication=largest.reduce_buffer,
+            gradients=largest.reduced,
         )
         ledger.hold(gradients=0 if self.accumulates else weights.parameters)
         ledger.hold(communication=weights.ends_held)
@@ -304,6 +338,9 @@ def walk_pipeline(
     )
     begun: set[int] = set()
     ledger.hold(gathered_parameters=sum(stage.weights.gathered for stage in stages.values()))
+    buffers = [layer.weights.gather_buffer for stage in stages.values() for layer in stage.layers]
+    two = max(first + second for first, second in pairwise([0, *buffers]))
+    ledger.look("gathering for the stages", gather_buffers=two)
     for action in actions:
         number, kind = action.stage_index, action.computation_type
         stage = stages[number]
@@ -334,6 +371,7 @@ def _reduce(ledger: Ledger, stage: Stage, number: int) -> None:
     weights, largest = stage.weights, stage.largest_reduction
     ledger.look(
         f"reduction of the gradients of stage {number}",
-        communication=largest.reduce_buffer + largest.reduced,
+        communication=largest.reduce_buffer,
+        gradients=largest.reduced,
     )
     ledger.free(unsharded_gradients=weights.accumulated, gathered_parameters=weights.gathered)
