@@ -102,7 +102,8 @@ def train(
             stopwatch = Stopwatch()
             watchdog.begin_step(step)
             microbatches = trainer.loader.read(step, stopwatch.waiting_for_data, stop.find_reason)
-            loss = forward_backward(trainer, microbatches)
+            with trainer.scale_context():
+                loss = forward_backward(trainer, microbatches)
             grad_norm = clip_gradients(trainer)
             summary, stopped_by = combine_ranks(trainer, loss, grad_norm, stopwatch, stop)
             summary = trainer.guard.judge(summary, loss.own)
@@ -239,7 +240,8 @@ def validate(
     """
     if not trainer.validator.is_due(trainer.step):
         return {}, stopped_by
-    with stopwatch.paused(), watchdog.warming_up("validation"):
+    warming_up = watchdog.warming_up("validation")
+    with stopwatch.paused(), warming_up, trainer.scale_context():
         losses = partial(losses_of, trainer)
         results = trainer.validator.run(losses, lambda: stopped_by or stop.find_reason())
         free_gathered(trainer.parts.values())
@@ -262,7 +264,7 @@ def show_texts(
     """Let the model write, and report it; return why a rank is to stop, which ends it, or 0."""
     write = trainer.text_sampler.run
     compute = partial(compute_of_logits, trainer)
-    with watchdog.warming_up("text samples"):
+    with watchdog.warming_up("text samples"), trainer.scale_context():
         samples, reason = write(trainer.step, compute, trainer.device, stop.find_reason)
     free_gathered(trainer.parts.values())
     if metrics is not None and not reason:

@@ -301,6 +301,18 @@ MUTANTS = {
             "1",
         ),
     ],
+    "torchtrain/parallelisms/float8_gather.py": [
+        (
+            "a scale is that of a rank's shard",
+            "            dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group(dim))\n",
+            "            pass\n",
+        ),
+        (
+            "a scale outlives its weight",
+            "            shard.scale = None\n",
+            "            pass\n",
+        ),
+    ],
     "torchtrain/kernel_checks.py": [
         (
             "heads of 16 are refused under masks",
@@ -494,8 +506,8 @@ MUTANTS = {
         ),
         (
             "time spent validating counts",
-            "    with stopwatch.paused(), watchdog",
-            "    with watchdog",
+            "    with stopwatch.paused(), warming_up",
+            "    with warming_up",
         ),
         (
             "a stop waits for a validation",
@@ -1711,7 +1723,6 @@ MUTANTS = {
             "            dist.all_reduce(subtotal, group=mesh.get_group(dim))\n",
             "            pass\n",
         ),
-        ("whole tensors are counted once per rank", "if not placement.is_replicate():", "if True:"),
         (
             "the norm is summed without squares",
             "torch.cat(norms_of_rows).double().square().sum()",
@@ -1753,6 +1764,7 @@ MUTANTS = {
         ),
     ],
     "torchtrain/shards.py": [
+        ("whole tensors are counted once per rank", "if not placement.is_replicate():", "if True:"),
         (
             "each rank takes the first shard",
             "skipped = min(coordinate[mesh_dim] * size, length)",

@@ -93,9 +93,9 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_838
+LIMIT_CORE = 12_988
 FOLDER_LIMITS = {
-    "config": 1_912,
+    "config": 1_923,
     "datasets": 2_622,
     "parallelisms": 1800,
     "checkpoint": 1_312,

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,7 @@ from torchtrain.parallelisms.apply import (
 from torchtrain.parallelisms.compile import silence_compiler
 from torchtrain.parallelisms.context_parallel import shard_sequence
 from torchtrain.parallelisms.expert_balance import ExpertBalance
+from torchtrain.parallelisms.float8_gather import gather_in_float8, kept_scales
 from torchtrain.parallelisms.initial_weights import materialize
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.pipeline_parallel import Pipeline
@@ -84,6 +85,9 @@ class ParallelModel:
     parallelism its shard [B, S / cp]."""
     loss_context: Callable[[], AbstractContextManager[None]]
     """Goes around the loss and its backward; tensor parallelism keeps the logits sharded in it."""
+    scale_context: Callable[[], AbstractContextManager[None]]
+    """Goes around forwards and backwards between two changes of the weights; the scales of those
+    that are gathered in float8 are found once for it, where the config asks for that."""
 
     @property
     def model_state(self) -> dict[str, Tensor]:
@@ -192,6 +196,7 @@ def set_up_model(
     tag_compiler_cache(mesh)
     silence_compiler()
     parts = build_model(config, plan, mesh, device, draws=draws, fsdp=fsdp)
+    weights = collect_weights(parts.values())
     losses = build_losses(config.compile)
     expert_balance = None
     if plan.shape.n_sparse_layers > 0:
@@ -213,13 +218,14 @@ def set_up_model(
         device=device,
         mesh=mesh,
         parts=parts,
-        weights=collect_weights(parts.values()),
+        weights=weights,
         buffers=collect_buffers(parts.values()),
         expert_balance=expert_balance,
         pipeline=pipeline,
         sequence_losses=losses,
         shard=build_shard(config, mesh),
         loss_context=build_loss_context(config, mesh),
+        scale_context=build_scale_context(config, weights),
     )
 
 
@@ -344,6 +350,8 @@ def build_model(
     for part in parts.values():
         seed = config.debug.seed if draws else None
         materialize(part, device, seed, offload=config.training.enable_cpu_offload)
+        if fsdp and techniques.float8 and techniques.float8.enable_fsdp_float8_all_gather:
+            gather_in_float8(part, DTYPES[config.training.mixed_precision_param])
     return parts
 
 
@@ -368,3 +376,13 @@ def build_loss_context(config: JobConfig, mesh: Mesh) -> Callable[[], AbstractCo
     """Return the factory of the context that goes around the loss and its backward."""
     is_sharded = mesh.has("tp") and not config.parallelism.disable_loss_parallel
     return partial(loss_context, vocabulary_sharded=is_sharded)
+
+
+def build_scale_context(
+    config: JobConfig, weights: dict[str, nn.Parameter]
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return the factory of the context in which the scales of float8 weights are found once."""
+    section = config.quantize_linear_float8
+    if config.model.converters and section.precompute_float8_dynamic_scale_for_fsdp:
+        return partial(kept_scales, list(weights.values()))
+    return nullcontext

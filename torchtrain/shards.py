@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -37,6 +38,22 @@ def find_box(tensor: DTensor, coordinate: Sequence[int]) -> Box:
             skipped = min(coordinate[mesh_dim] * size, length)
             box[placement.dim] = (start + skipped, min(size, length - skipped))
     return box
+
+
+def find_sharding(tensor: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
+    """Return the mesh with each of its dimensions whose ranks hold different parts.
+
+    A tensor that is whole has none. Process groups would not do as keys: they are equal by
+    identity alone, so that ranks could come to different numbers of sums.
+    """
+    if not isinstance(tensor, DTensor):
+        return ()
+    sharded = []
+    for dim, placement in enumerate(tensor.placements):
+        assert not placement.is_partial(), "the tensor is not reduced yet"
+        if not placement.is_replicate():
+            sharded.append((tensor.device_mesh, dim))
+    return tuple(sharded)
 
 
 def local(tensor: Tensor) -> Tensor:

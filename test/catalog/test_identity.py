@@ -65,6 +65,8 @@ COMPARED = {
 # Where outputs go, how long things wait, what is kept in memory.
 CHANGES_NO_RESULT = (
     "parallelism.pipeline_parallel_expert_parallel_overlap",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
     "job.config_file",
     "job.dump_folder",
     "job.description",

@@ -28,6 +28,14 @@ BAD_COMBINATIONS = {
         '[optimizer]\nstate_dtype = "float32"\n[training]\ndtype = "bfloat16"',
         ['optimizer.state_dtype = "float32": with training.dtype = "bfloat16"', "or leave it out"],
     ),
+    "float8 gathered by rows": (
+        '[model]\nconverters = ["quantize.linear.float8"]\n[quantize.linear.float8]\n'
+        'recipe_name = "rowwise"\nenable_fsdp_float8_all_gather = true',
+        [
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: FSDP gathers in float8",
+            'set recipe_name = "tensorwise"',
+        ],
+    ),
     "sequences whose tokens float8 cannot multiply": (
         '[model]\nconverters = ["quantize.linear.float8"]\n[training]\nseq_len = 100',
         ["training.seq_len = 100: with float8 (model.converters)", "a multiple of 16 tokens"],

@@ -46,6 +46,14 @@ IDLE = {
         '[quantize.linear.float8]\nrecipe_name = "rowwise"',
         ['float8.recipe_name = "rowwise" has no effect while model.converters = []'],
     ),
+    "scales of no weight gathered in float8": (
+        '[model]\nconverters = ["quantize.linear.float8"]\n[quantize.linear.float8]\n'
+        "emulate = true\nprecompute_float8_dynamic_scale_for_fsdp = true",
+        [
+            "precompute_float8_dynamic_scale_for_fsdp = true has no effect while "
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = false"
+        ],
+    ),
     "momentum of AdamW": (
         "[optimizer]\nmuon_momentum = 0.9",
         ['optimizer.muon_momentum = 0.9 has no effect while optimizer.name = "AdamW"'],

@@ -146,6 +146,12 @@ SHOWN_BY = {
         (f"quantize.linear.float8.{key}" for key in ("recipe_name", "filter_fqns", "emulate")),
         "test_names_and_initial_weights_stay_and_every_option_changes_the_gradient",
     ),
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": (
+        "test_numbers_stay_and_a_gather_moves_a_byte_a_number"
+    ),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": (
+        "test_numbers_stay_and_a_gather_moves_a_byte_a_number"
+    ),
     "router.bias_update_rate": "test_metrics_and_biases_are_those_by_hand",
     "router.balance_loss_weight": "test_metrics_and_biases_are_those_by_hand",
     "router.z_loss_weight": "test_metrics_and_biases_are_those_by_hand",

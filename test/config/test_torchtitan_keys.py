@@ -37,8 +37,6 @@ ASKING = {
     "comm.save_traces_file_prefix": (None, '"rank_"'),
     "comm.mode": ('"fake_backend"', '"default"'),
     "experimental.custom_args_module": ('"my.config"', '""'),
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": ("true", "false"),
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": (None, "true"),
     "quantize.linear.mx": (None, '{ recipe_name = "mxfp8_cublas" }'),
     "quantize.grouped_mm": (None, '{ float8 = { fqns = ["experts"] } }'),
     "memory_estimation": (None, "{ disable_fake_mode = true }"),
@@ -216,9 +214,7 @@ def test_a_llama3_file_starts(flavor):
     assert (config.model.flavor, config.training.steps) == (flavor, 1000)
     assert config.notes == [
         "torchtitan options that have no effect here: job.custom_config_module, "
-        "training.dataloader, parallelism.expert_tensor_parallel_degree, "
-        "quantize.linear.float8.enable_fsdp_float8_all_gather, "
-        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp, validation.dataloader",
+        "training.dataloader, parallelism.expert_tensor_parallel_degree, validation.dataloader",
         'parallelism.pipeline_parallel_schedule = "Interleaved1F1B" has no effect while '
         "parallelism.pipeline_parallel_degree = 1",
         "checkpoint.last_save_model_only = true has no effect while checkpoint.enable = false",

@@ -114,10 +114,17 @@ def _check_float8(config: Config) -> Faults:
     if not config.model.converters:
         return
     key = "quantize.linear.float8.filter_fqns"
-    if "auto_filter_small_kn" in config.quantize_linear_float8.filter_fqns:
+    section = config.quantize_linear_float8
+    if "auto_filter_small_kn" in section.filter_fqns:
         yield Fault(
             f'{key}: "auto_filter_small_kn", by which torchtitan leaves small layers out, is not '
             "supported; name them"
+        )
+    if section.enable_fsdp_float8_all_gather and section.recipe_name not in (None, "tensorwise"):
+        yield Fault(
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: FSDP gathers in float8 "
+            f'only what is scaled as one tensor, and with recipe_name = "{section.recipe_name}" '
+            'each row has a scale; set recipe_name = "tensorwise", or leave this out'
         )
     shape = plan_shape(config.model)
     shards = config.parallelism.context_parallel_degree

@@ -127,6 +127,10 @@ def _find_idle_families(config: Config) -> dict[str, str]:
         reasons["optimizer.muon_"] = f"optimizer.name = {quoted(config.optimizer.name)}"
     if not config.model.converters:
         reasons["quantize."] = "model.converters = []"
+    elif not config.quantize_linear_float8.enable_fsdp_float8_all_gather:
+        reasons["quantize.linear.float8.precompute"] = (
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = false"
+        )
     return {
         name: f"has no effect while {reason}"
         for beginning, reason in reasons.items()

@@ -455,6 +455,10 @@ class Float8Linear(Section):
     """What has a scale of its own: a tensor (unset), a row; or that, weight gradients in bf16."""
     filter_fqns: list[Name] = []
     """Layers to leave out: those whose names contain one of these texts, such as "output"."""
+    enable_fsdp_float8_all_gather: bool = False
+    """Let FSDP gather these layers' weights in float8, a byte a number; tensorwise alone."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Find the scales of all weights that are gathered in float8 in one exchange per step."""
     emulate: bool = False
     """Multiply the float8 values in fp32, on any device and slowly: to try it out."""
 

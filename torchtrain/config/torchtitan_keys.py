@@ -37,8 +37,6 @@ IDLE_VALUES: dict[str, tuple[Any, ...] | None] = {
     "comm.save_traces_file_prefix": ANY_VALUE,
     "comm.mode": ("default",),
     "experimental.custom_args_module": ("",),
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": (False,),
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": ANY_VALUE,  # needs that
     "quantize.linear.mx": ANY_VALUE,  # needs model.converters
     "quantize.grouped_mm": ANY_VALUE,
     "memory_estimation": ANY_VALUE,

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from torchtrain.shards import local
+from torchtrain.shards import find_sharding, local
 
 
 def clip_grad_norm_(
@@ -48,7 +47,7 @@ def compute_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = Non
     rows: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         norms = torch.linalg.vector_norm(local(gradient), dim=-1, dtype=torch.float32)
-        rows[_sharded_over(gradient)].append(norms.flatten())
+        rows[find_sharding(gradient)].append(norms.flatten())
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device if gradients else None)
     for shards, norms_of_rows in rows.items():
         subtotal = torch.cat(norms_of_rows).double().square().sum()
@@ -58,19 +57,3 @@ def compute_norm(gradients: list[Tensor], stages: dist.ProcessGroup | None = Non
     if stages is not None:
         dist.all_reduce(total, group=stages)
     return total.sqrt().float()
-
-
-def _sharded_over(gradient: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
-    """Return the mesh with each of its dimensions whose ranks hold different parts.
-
-    A tensor that is whole has none. Process groups would not do as keys: they are equal by
-    identity alone, so that ranks could come to different numbers of sums.
-    """
-    if not isinstance(gradient, DTensor):
-        return ()
-    sharded = []
-    for dim, placement in enumerate(gradient.placements):
-        assert not placement.is_partial(), "the gradient is not reduced yet"
-        if not placement.is_replicate():
-            sharded.append((gradient.device_mesh, dim))
-    return tuple(sharded)

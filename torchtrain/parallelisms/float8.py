@@ -74,8 +74,16 @@ def describe_float8(model: Decoder, section: Float8Linear, tensor_ranks: int) ->
         reasons.append("experts and routers")
     kept = f"; not {', '.join(dict.fromkeys(reasons))}" if reasons else ""
     emulated = ", emulated" if section.emulate else ""
+    gathered = ", gathered in float8" if section.enable_fsdp_float8_all_gather else ""
+    if gathered and "output" not in left_out and is_tied(model, "output"):
+        gathered += " but for output (tied)"
     count = len(linear) - len(left_out)
-    return f"{section.recipe_name or 'tensorwise'}{emulated}: {count} linear layers{kept}"
+    return f"{section.recipe_name or 'tensorwise'}{emulated}: {count} linear layers{gathered}{kept}"
+
+
+def is_tied(model: Decoder, name: str) -> bool:
+    """Return whether the layer's weight is the embedding's as well, which reads whole numbers."""
+    return name == "output" and model.shape.tied_embeddings
 
 
 def find_left_out(model: Decoder, filters: Iterable[str], tensor_ranks: int) -> dict[str, str]:
