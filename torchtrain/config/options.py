@@ -56,7 +56,7 @@ def options() -> dict[str, Option]:
                 kind=_kind(value_schema),
                 allowed=auto + _in_words(value_schema, tables) + _texts_in_words(others),
                 default=schema["default"],
-                doc=schema["description"],
+                doc=" ".join(schema["description"].split()),  # of several lines, one
             )
     return found
 
