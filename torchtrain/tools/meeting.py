@@ -30,7 +30,8 @@ ANNOUNCE_S = 10.0
 """How often a node says what it waits for."""
 FAREWELL_S = 3.0
 """How long a node that will not come tries to tell the others."""
-STORE_TIMEOUT_S = 5.0
+STORE_TIMEOUT_S = 30.0
+"""How long what listens may take to answer as node 0's store: a node that is busy takes seconds."""
 NAME_S = 30.0
 """How long node 0 waits until its name has an address: that of a Kubernetes pod may come late."""
 
@@ -184,7 +185,7 @@ def connect(nodes: Nodes, waiting: Waiting) -> TCPStore:
     # In a thread, since another program's silence would hold up the constructor for ever.
     thread = Thread(target=open_store, daemon=True)
     thread.start()
-    thread.join(STORE_TIMEOUT_S)
+    thread.join(min(STORE_TIMEOUT_S, waiting.deadline - time.monotonic()))
     if not stores:
         raise UserError(f"{nodes.endpoint}: what answers there is not node 0 of this run")
     return stores[0]
