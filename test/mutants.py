@@ -257,6 +257,16 @@ MUTANTS = {
             "return min(map(int, sizes)) * 2**20",
         ),
         (
+            "a finished run is refused by the card that it does not need",
+            "        if not is_finished(config):\n            raise\n",
+            "        raise\n",
+        ),
+        (
+            "logits are left out where ranks share them",
+            'if "loss" in compiled:',
+            'if "loss" in compiled or config.parallelism.tensor_parallel_degree > 1:',
+        ),
+        (
             "gradients are not among what surely lives",
             "(2 * stored + means * mean)",
             "(stored + means * mean)",
@@ -2636,11 +2646,6 @@ MUTANTS = {
             "            pass\n        raise\n",
         ),
         (
-            "the oldest checkpoint is taken",
-            "return sorted(steps, reverse=True), names",
-            "return sorted(steps), names",
-        ),
-        (
             "one checkpoint too many is kept",
             "older[self.config.keep_latest_k - 1 :]",
             "older[self.config.keep_latest_k :]",
@@ -2704,6 +2709,11 @@ MUTANTS = {
         ),
     ],
     "torchtrain/checkpoint/commit.py": [
+        (
+            "the oldest checkpoint is taken",
+            "return sorted(steps, reverse=True), names",
+            "return sorted(steps), names",
+        ),
         (
             "the rename is not synced",
             "    os.rename(temporary, target)\n    fsync_folder(target.parent)\n",

@@ -93,12 +93,12 @@ INNER = {
 LIMIT_SPINE = 2000
 LIMIT_FILE = 300
 LIMIT_FUNCTION = 45
-LIMIT_CORE = 12_988
+LIMIT_CORE = 12_998
 FOLDER_LIMITS = {
     "config": 1_923,
     "datasets": 2_622,
     "parallelisms": 1800,
-    "checkpoint": 1_312,
+    "checkpoint": 1_316,
     "models": 800,
     "optimizers": 413,
 }

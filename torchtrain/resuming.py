@@ -19,6 +19,7 @@ from torchtrain.catalog.identity import (
 )
 from torchtrain.catalog.parameters import count_parameters
 from torchtrain.checkpoint import Checkpointer, Foreign, Progress, Source
+from torchtrain.checkpoint.commit import peek
 from torchtrain.config.plans import plan_schedule, plan_shape
 from torchtrain.config.rules import plan_length
 from torchtrain.config.schema import LRScheduler
@@ -103,14 +104,28 @@ def count_steps(config: JobConfig, saved: Progress) -> int:
     return plan_length(config.training, count, batch).steps
 
 
+def seems_finished(config: JobConfig) -> bool:
+    """Check whether a run is finished, by what its newest checkpoint says of itself.
+
+    Asked before there are ranks.
+    """
+    folder = expand_user(config.job.dump_folder) / expand_user(config.checkpoint.folder)
+    newest = peek(config.checkpoint, folder)
+    return newest is not None and leaves_nothing(newest, config)
+
+
 def is_finished(saved: Progress, config: JobConfig) -> bool:
+    """Return what `leaves_nothing` does. A collective call."""
+    return on_rank_zero(lambda: leaves_nothing(saved, config))
+
+
+def leaves_nothing(saved: Progress, config: JobConfig) -> bool:
     """Check whether a checkpoint of the run's own leaves it no step, and no validation."""
     if saved.step < count_steps(config, saved):
         return False
     if not config.validation.enable or saved.model_only:
         return True
-    folder = expand_user(config.job.dump_folder)
-    return not on_rank_zero(lambda: lacks_validation(folder, saved.step))
+    return not lacks_validation(expand_user(config.job.dump_folder), saved.step)
 
 
 def has_steps_left(source: Source | Foreign, config: JobConfig, *, is_own: bool) -> bool:

@@ -1,12 +1,15 @@
 """Before the ranks start: what surely does not fit is refused, and nothing else is."""
 
+import json
 import os
 from dataclasses import asdict
 from unittest.mock import patch
 
 import pytest
+from helpers.checkpoints import progress, record_of
 from helpers.launching import ROOT, TIMEOUT_S, environment
 
+from torchtrain.checkpoint.commit import FORMAT, INDEX, MARKER, STATE, Marker
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import UserError
 from torchtrain.metrics import GIB
@@ -144,17 +147,15 @@ LARGE = a_rank(parameters=20, activations=60, logits_and_loss=20)
         (["--parallelism.tensor_parallel_degree=2"], LARGE, "warned"),
     ],
 )
-def test_only_what_surely_does_not_fit_is_refused(capfd, options, rank, verdict):
+def test_only_what_surely_does_not_fit_is_refused(options, rank, verdict):
     config = read([*DEBUG, *options], 2)
     small = a_rank(parameters=1)
     if verdict == "refused":
         with pytest.raises(UserError, match="this run does not fit: it takes about"):
             memory_check.judge(config, [small, rank], 80 * GIB)
         return
-    memory_check.judge(config, [small, rank], 80 * GIB)
-    error = capfd.readouterr().err
-    assert error.startswith("warning: memory may not suffice") == (verdict == "warned")
-    assert error.count("\n") == (verdict == "warned")
+    warning = memory_check.judge(config, [small, rank], 80 * GIB) or ""
+    assert warning.startswith("memory may not suffice") == (verdict == "warned")
 
 
 def test_a_prediction_that_fails_stops_no_run(start, monkeypatch, capfd):
@@ -163,9 +164,39 @@ def test_a_prediction_that_fails_stops_no_run(start, monkeypatch, capfd):
     assert capfd.readouterr().err.count("gave no answer") == 1
     monkeypatch.setattr(memory_check, "predict", lambda *_: [LARGE])
     assert start(LLAMA_8B, "81920") == (0, True, True)  # it is compiled
-    assert "may not suffice" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert error.startswith("warning: memory may not suffice")
+    assert error.count("\n") == 1
     monkeypatch.setattr(memory_check, "predict", lambda *_: [a_rank(parameters=95)])
     assert start(LLAMA_8B, "81920") == (2, False, True)
+
+
+def save(folder, step):
+    """Leave what a run that was saved after this step is known by."""
+    state = json.dumps(progress(step).model_dump())
+    contents = {STATE: state.encode(), INDEX: b"index"}
+    files = {name: record_of(content) for name, content in contents.items()}
+    marker = Marker(step=step, world_size=2, torch="2.11.0", files=files, format=FORMAT)
+    contents[MARKER] = json.dumps(marker.model_dump()).encode()
+    path = folder / "checkpoint" / f"step-{step}"
+    path.mkdir(parents=True)
+    for name, content in contents.items():
+        (path / name).write_bytes(content)
+
+
+def test_a_finished_run_needs_no_memory(start, monkeypatch, capfd, tmp_path):
+    """Its ranks start, say that there is nothing to do and end, on whatever card."""
+    run = [*LLAMA_8B, "--checkpoint.enable", f"--job.dump_folder={tmp_path}", "--training.steps=9"]
+    for step, is_finished in (8, False), (9, True):
+        save(tmp_path, step)
+        for answer, gib in ("40960", 95), ("81920", 95), ("61440", 60):
+            monkeypatch.setattr(memory_check, "predict", lambda *_, g=gib: [a_rank(parameters=g)])
+            started = is_finished or gib == 60
+            assert start(run, answer) == (0 if started else 2, started, True)
+            complaint = "" if is_finished else "may not suffice" if started else "does not fit"
+            error = capfd.readouterr().err
+            assert complaint in error
+            assert error.count("\n") == (not is_finished)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 import torchtrain.checkpoint.commit as commit
 import torchtrain.checkpoint.state as state
-from torchtrain.checkpoint.commit import Marker, Progress, Source
+from torchtrain.checkpoint.commit import Progress, Source
 from torchtrain.checkpoint.digests import find_altered
 from torchtrain.checkpoint.foreign import (
     Foreign,
@@ -64,7 +63,7 @@ class Checkpointer(Saver):
             return None
         if not self.config.load_only:
             self._on_rank_zero(lambda: commit.sweep(self.folder))
-        steps, names = self._on_rank_zero(self._list)
+        steps, names = self._on_rank_zero(lambda: commit.list_steps(self.folder))
         if self.config.load_step >= 0:
             return self._find_step(self.config.load_step, count_steps)
         for step in steps:
@@ -95,17 +94,7 @@ class Checkpointer(Saver):
 
         It is neither hashed nor changed. None: there is none, or it can be seen to be damaged.
         """
-        return self._on_rank_zero(self._peek) if self.config.enable else None
-
-    def _peek(self) -> Progress | None:
-        newest = self._list()[0][:1]
-        with suppress(UserError, OSError):  # `find` says it
-            for step in newest if self.config.load_step < 0 else [self.config.load_step]:
-                marker = commit.inspect(self.path(step), step)
-                if isinstance(marker, Marker):
-                    progress = commit.read_progress(self.path(step), marker)
-                    return progress if isinstance(progress, Progress) else None
-        return None
+        return self._on_rank_zero(lambda: commit.peek(self.config, self.folder))
 
     def verify(
         self, path: Path, step: int | None = None, *, model_only: bool = False
@@ -265,7 +254,7 @@ class Checkpointer(Saver):
 
     def _supersede(self, step: int) -> None:
         """Set aside the checkpoints of steps that are taken again."""
-        steps, _ = self._list()
+        steps, _ = commit.list_steps(self.folder)
         for later in steps:
             if later > step:
                 path = self.path(later)

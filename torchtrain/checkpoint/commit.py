@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchtrain.checkpoint.digests import FORMAT, FileRecord, is_record, make_record, new_hasher
+from torchtrain.config.schema import Checkpoint
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import logger
 from torchtrain.utils import fsync_folder, remove_if_possible, user_errors, write_durably
@@ -250,6 +253,33 @@ def read_progress(path: Path, marker: Marker) -> Progress | str:
     if progress.step != marker.step:
         return f"its {STATE} is of step {progress.step}, and its {MARKER} of step {marker.step}"
     return progress
+
+
+def list_steps(folder: Path) -> tuple[list[int], list[str]]:
+    """Return the steps that have a folder, newest first, and all names, those set aside too."""
+    names = sorted(path.name for path in folder.glob("step-*"))
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)]
+    return sorted(steps, reverse=True), names
+
+
+def peek(config: Checkpoint, folder: Path) -> Progress | None:
+    """Return what `Checkpointer.peek` does, without ranks.
+
+    Args:
+        config: the config's section.
+        folder: of the run's checkpoints.
+    """
+    if not config.enable:
+        return None
+    newest = list_steps(folder)[0][:1]
+    with suppress(UserError, OSError):  # `Checkpointer.find` says it
+        for step in newest if config.load_step < 0 else [config.load_step]:
+            path = folder / f"step-{step}"
+            marker = inspect(path, step)
+            if isinstance(marker, Marker):
+                progress = read_progress(path, marker)
+                return progress if isinstance(progress, Progress) else None
+    return None
 
 
 def set_aside(path: Path, word: str) -> Path:

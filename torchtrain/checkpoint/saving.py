@@ -1,6 +1,5 @@
 """What a run saves, when, and how long it is kept."""
 
-import re
 import shutil
 import time
 import uuid
@@ -183,15 +182,9 @@ class Saver:
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
         return on_rank_zero(action, self.group)
 
-    def _list(self) -> tuple[list[int], list[str]]:
-        """Return the steps that have a folder, newest first, and all names, those set aside too."""
-        names = sorted(path.name for path in self.folder.glob("step-*"))
-        steps = [int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)]
-        return sorted(steps, reverse=True), names
-
     def _list_complete(self) -> list[int]:
         """Return the steps that are complete, newest first."""
-        steps, _ = self._list()
+        steps, _ = commit.list_steps(self.folder)
         return [step for step in steps if isinstance(commit.inspect(self.path(step), step), Marker)]
 
     @contextmanager

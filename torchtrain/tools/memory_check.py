@@ -19,6 +19,7 @@ from torchtrain.catalog.parameters import count_parameters, list_shapes
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import RunPlan, plan_run
 from torchtrain.config.schema import Config
+from torchtrain.config_manager import JobConfig
 from torchtrain.dtypes import DTYPES
 from torchtrain.errors import UserError
 from torchtrain.metrics import GIB
@@ -50,20 +51,44 @@ Rank = dict[str, int]
 """Bytes of a rank at its worst moment, by what they are for, and their "total"."""
 
 
-def check_memory(config: Config, trainer_args: list[str], world_size: int) -> None:
+def check_memory(config: JobConfig, trainer_args: list[str], world_size: int) -> None:
     """Check that the run may fit into NVIDIA's GPUs; other nodes' are taken to be like this one's.
 
     Raises:
-        UserError: it surely does not; or the environment's CHECK_MEMORY is neither 0 nor 1.
+        UserError: it surely does not, and has something left to do; or the environment's
+            CHECK_MEMORY is neither 0 nor 1.
     """
     if not is_wanted():
         return
+    try:
+        warning = compare_with_cards(config, trainer_args, world_size)
+    except UserError:
+        if not is_finished(config):
+            raise
+        return
+    if warning is not None and not is_finished(config):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def is_finished(config: JobConfig) -> bool:
+    """Return whether the run has all its steps, and will only say so."""
+    from torchtrain.resuming import seems_finished  # two seconds, which other runs do not pay
+
+    return seems_finished(config)
+
+
+def compare_with_cards(config: Config, trainer_args: list[str], world_size: int) -> str | None:
+    """Return a warning where the run may not fit, or where that is not known.
+
+    Raises:
+        UserError: it surely does not fit.
+    """
     least = count_least(config, world_size)
     if least is None or least < SMALL:
-        return
+        return None
     memory = find_memory()
     if memory is None:
-        return
+        return None
     if least > memory:
         raise UserError(
             "this run does not fit: parameters, gradients and optimizer states alone take "
@@ -73,14 +98,13 @@ def check_memory(config: Config, trainer_args: list[str], world_size: int) -> No
         )
     if least > WORTH_PREDICTING * memory:
         ranks = predict(trainer_args, world_size)
-        if ranks is None:
-            print(
-                "warning: whether this run fits into memory is not known: "
-                "torchtrain.tools.preflight gave no answer",
-                file=sys.stderr,
-            )
-        else:
-            judge(config, ranks, memory)
+        if ranks is not None:
+            return judge(config, ranks, memory)
+        return (
+            "whether this run fits into memory is not known: "
+            "torchtrain.tools.preflight gave no answer"
+        )
+    return None
 
 
 def is_wanted() -> bool:
@@ -174,8 +198,8 @@ def predict(trainer_args: list[str], world_size: int) -> list[Rank] | None:
     return ranks
 
 
-def judge(config: Config, ranks: list[Rank], memory: int) -> None:
-    """Refuse what surely does not fit, and warn where it is tight.
+def judge(config: Config, ranks: list[Rank], memory: int) -> str | None:
+    """Refuse what surely does not fit, and return a warning where it is tight.
 
     Raises:
         UserError: some rank surely takes more than `memory` bytes.
@@ -194,8 +218,7 @@ def judge(config: Config, ranks: list[Rank], memory: int) -> None:
             'or activation_checkpoint.mode = "full"; python -m torchtrain.tools.preflight shows '
             f"all parts, and with --suggest the fastest layouts that fit. {GO_ON}"
         )
-    if verdict.word != "fits":
-        print(f"warning: memory may not suffice: this run takes {amounts}", file=sys.stderr)
+    return None if verdict.word == "fits" else f"memory may not suffice: this run takes {amounts}"
 
 
 def count_sure(config: Config, rank: Rank) -> float:
