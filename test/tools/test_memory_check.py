@@ -144,7 +144,8 @@ LARGE = a_rank(parameters=20, activations=60, logits_and_loss=20)
         (["--compile.enable", "--compile.components=loss"], LARGE, "warned"),
         (["--compile.enable"], a_rank(parameters=95, activations=60), "refused"),
         (["--activation_checkpoint.mode=memory_budget", "--compile.enable"], LARGE, "warned"),
-        (["--parallelism.tensor_parallel_degree=2"], LARGE, "warned"),
+        (["--parallelism.tensor_parallel_degree=2"], LARGE, "refused"),
+        (["--parallelism.tensor_parallel_degree=2", "--compile.enable"], LARGE, "warned"),
     ],
 )
 def test_only_what_surely_does_not_fit_is_refused(options, rank, verdict):

@@ -225,8 +225,8 @@ def count_sure(config: Config, rank: Rank) -> float:
     """Return what a rank takes even if the prediction is as much too high as it can be.
 
     Left out is what it is known to count too high: the activations of memory_budget and of float8,
-    under tensor parallelism logits and loss, and some of what compiled blocks and a compiled loss
-    keep. All that is counted lives at one moment, so the peak is no less than what remains.
+    and some of what compiled blocks and a compiled loss keep. All that is counted lives at one
+    moment, so the peak is no less than what remains.
     """
     compiled = config.compile.components if config.compile.enable else []
     doubtful = 0.0
@@ -234,8 +234,6 @@ def count_sure(config: Config, rank: Rank) -> float:
         doubtful += rank["activations"]
     elif "model" in compiled:
         doubtful += (1 - KEPT_COMPILED) * rank["activations"]
-    if config.parallelism.tensor_parallel_degree > 1:
-        doubtful += rank["logits_and_loss"]
-    elif "loss" in compiled:
+    if "loss" in compiled:
         doubtful += (1 - KEPT_COMPILED) * rank["logits_and_loss"]
     return SURE * (rank["total"] - doubtful)
