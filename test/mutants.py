@@ -24,6 +24,41 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
+    "torchtrain/tools/preflight/blocks.py": [
+        (
+            "a free block is lost when the one after it is taken",
+            "self._add(start + size, end)",
+            "pass",
+        ),
+        (
+            "free neighbors stay apart",
+            "first = self._starts.get(start, start)",
+            "first = start",
+        ),
+        (
+            "a segment leaves its free end where it is",
+            "start = self._starts.get(self.size, self.size)",
+            "start = self.size",
+        ),
+        ("small tensors are placed among the large ones", "if size <= SMALL:", "if size == 0:"),
+    ],
+    "torchtrain/tools/preflight/replay.py": [
+        (
+            "the replay keeps the weights of a layer gathered",
+            "            heap.free(gathered.pop())\n",
+            "            gathered.pop()\n",
+        ),
+        (
+            "the replay ends before most microbatches are under way",
+            "return actions[: 2 * begun]",
+            "return actions[:2]",
+        ),
+        (
+            "the replay frees at the inputs' half of a backward what the weights' half needs",
+            "if change.tensor not in saved]",
+            "]",
+        ),
+    ],
     "torchtrain/tools/preflight/walk.py": [
         (
             "preflight forgets the gradients of earlier microbatches",
@@ -37,8 +72,8 @@ MUTANTS = {
         ),
         (
             "preflight forgets what the allocator keeps for other streams",
-            "kept_for_streams=self.most.total() - self.worst.total",
-            "kept_for_streams=0",
+            "cached=self.most.total() - self.worst.total",
+            "cached=0",
         ),
         (
             "preflight forgets the gradients that are being reduced",
@@ -47,8 +82,8 @@ MUTANTS = {
         ),
         (
             "preflight takes the output to be freed after its forward",
-            "return self.resharding.output if is_output else self.resharding.blocks",
-            "return self.resharding.blocks",
+            "return resharding.output if is_output else resharding.blocks",
+            "return resharding.blocks",
         ),
         (
             "preflight has one microbatch alive in a pipeline",

@@ -127,7 +127,7 @@ def test_the_bound_is_what_parameters_gradients_and_states_take_and_no_more(rank
 def a_rank(**gib):
     kinds = {"parameters": 0, "activations": 0, "logits_and_loss": 0} | gib
     bytes_ = {kind: round(each * GIB) for kind, each in kinds.items()}
-    return {"kept_for_streams": 0, **bytes_, "total": sum(bytes_.values())}
+    return {"cached": 0, **bytes_, "total": sum(bytes_.values())}
 
 
 LARGE = a_rank(parameters=20, activations=60, logits_and_loss=20)

@@ -81,7 +81,7 @@ def test_what_other_streams_held_stays_with_the_allocator():
     # At the loss no gradient lives and nothing is gathered. The stream of the reduce-scatter gets
     # two gradients and the output of a third reduction, that of the gathers held two buffers.
     assert (rank.moment, rank.total) == ("loss", 3217)
-    assert rank.kept_for_streams == 1 + 1 + 2 + 10 + 10
+    assert rank.cached == 1 + 1 + 2 + 10 + 10
     assert rank.allocated == 3217 + 24
 
 

@@ -205,7 +205,7 @@ def judge(config: Config, ranks: list[Rank], memory: int) -> str | None:
         UserError: some rank surely takes more than `memory` bytes.
     """
     worst = max(ranks, key=lambda rank: rank["total"])
-    allocated = max(rank["total"] + rank["kept_for_streams"] for rank in ranks)
+    allocated = max(rank["total"] + rank["cached"] for rank in ranks)
     verdict = Verdict(reserved=allocated * (1 + ALLOCATOR_SHARE), memory=memory)
     amounts = (
         f"about {worst['total'] / GIB:.1f} GiB on a rank, of which its activations take "

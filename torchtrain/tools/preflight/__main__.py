@@ -185,8 +185,8 @@ def describe(
         if size:
             yield f"{size / GIB:10.2f} GiB  {name.replace('_', ' ')}"
     yield f"{worst.total / GIB:10.2f} GiB  tensors"
-    if worst.kept_for_streams:
-        yield f"{worst.kept_for_streams / GIB:10.2f} GiB  kept for other streams"
+    if worst.cached:
+        yield f"{worst.cached / GIB:10.2f} GiB  free blocks that the allocator keeps"
     beyond = worst.allocated * ALLOCATOR_SHARE
     yield f"{beyond / GIB:10.2f} GiB  reserved beyond them, {ALLOCATOR_SHARE:.0%} assumed"
     if len(ranks) > 1:

@@ -23,6 +23,7 @@ from torchtrain.models.document_masking import build_document_mask
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.shards import local
+from torchtrain.tools.preflight.blocks import Change
 from torchtrain.tools.preflight.live_bytes import LiveBytes
 from torchtrain.tools.preflight.specimen import (
     Kind,
@@ -48,6 +49,10 @@ class Trace:
     and what is computed again."""
     gradient: int
     """That of its input, after its backward."""
+    forward_changes: tuple[Change, ...] = ()
+    """The tensors that come and go in its forward; those that are left are `saved`."""
+    backward_changes: tuple[Change, ...] = ()
+    """And in its backward, of the output also in the loss; those that are left are gradients."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,13 @@ def trace_layer(layer: Callable[[Tensor], Tensor] | nn.Module, given: Tensor) ->
     with live:
         result = layer(given)
         saved, forward = live.now, live.begin_phase()
+        begun = len(live.changes)
         seeded = Seed.apply(result)
         del result
         seeded.backward()
     gradient = 0 if given.grad is None else given.grad.nbytes
-    return Trace(saved, forward, live.peak, gradient)
+    first, second = tuple(live.changes[:begun]), tuple(live.changes[begun:])
+    return Trace(saved, forward, live.peak, gradient, first, second)
 
 
 def trace_output(
@@ -144,12 +151,14 @@ def trace_output(
     with live:
         logits = part.output(part.norm(given))
         saved, forward = live.now, live.begin_phase()
+        begun = len(live.changes)
         logits.register_hook(lambda gradient: peaks.append(live.begin_phase()))
         loss = losses(logits, labels).sum()
         del logits
         loss.backward()
     gradient = 0 if given.grad is None else given.grad.nbytes
-    return Trace(saved, forward, live.peak, gradient), peaks[0]
+    first, second = tuple(live.changes[:begun]), tuple(live.changes[begun:])
+    return Trace(saved, forward, live.peak, gradient, first, second), peaks[0]
 
 
 class Seed(torch.autograd.Function):

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from torchtrain.tools.preflight.blocks import Change
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts what is allocated while it is entered, also of fake tensors, which have no memory.
@@ -23,7 +25,11 @@ class LiveBytes(TorchDispatchMode):
         """Bytes that are alive."""
         self.peak = 0
         """Most of them since the phase began."""
+        self.changes: list[Change] = []
+        """Tensors that came and went, in order."""
         self._sizes: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        """By which `changes` tells the storages that are alive apart."""
 
     def begin_phase(self) -> int:
         """Return the peak so far, and begin to look for that of what follows."""
@@ -53,19 +59,24 @@ class LiveBytes(TorchDispatchMode):
         """Take note that a storage has another size than it had, if it is counted."""
         key = id(storage)
         if key in self._sizes:
-            self.now += storage.nbytes() - self._sizes[key]
-            self._sizes[key] = storage.nbytes()
-            self.peak = max(self.peak, self.now)
+            self._remove(key)
+            self._count(key, storage.nbytes())
 
     def _add(self, storage: UntypedStorage) -> None:
         key = id(storage)
-        self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        self._count(key, storage.nbytes())
         weakref.finalize(storage, self._remove, key)
+
+    def _count(self, key: int, size: int) -> None:
+        self._sizes[key] = size
+        self._numbers[key] = len(self.changes)
+        self.changes.append(Change(len(self.changes), size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+        self.changes.append(Change(self._numbers.pop(key), 0))
 
 
 def list_tensors(values: Any) -> list[Tensor]:

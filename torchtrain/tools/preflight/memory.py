@@ -4,11 +4,12 @@ A step is walked through (`walk`): what lives from when to when is added up at e
 backward and reduction of gradients, at the loss and at the optimizer's step. What a layer takes is
 traced on the real model (`activations`), what its weights take follows from FSDP's groups
 (`states`), the optimizer takes a step on fake weights (`optimizer_states`), and the microbatches of
-a pipeline come and go in the schedule's own order (`live_microbatches`).
+a pipeline come and go in the schedule's own order (`live_microbatches`). What PyTorch's allocator
+keeps beside is found by taking the step once more, tensor by tensor (`replay`).
 
-Not in it: what the allocator reserves beyond the tensors (`verdict`), the device's context, and
-validation and text samples, which need no backward. A router is taken to share its rows evenly. A
-compiled block is taken for what it is without the compiler, which keeps less.
+Not in it: what is assumed to come on top (`verdict`), the device's context, and validation and text
+samples, which need no backward. A router is taken to share its rows evenly. A compiled block is
+taken for what it is without the compiler, which keeps less.
 """
 
 from torchtrain.catalog.schedules import stages_of
@@ -18,6 +19,7 @@ from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.tools.preflight.activations import Traces, trace_layers
 from torchtrain.tools.preflight.live_microbatches import list_actions
 from torchtrain.tools.preflight.optimizer_states import trace_optimizer
+from torchtrain.tools.preflight.replay import Heap, replay_pipeline, replay_step
 from torchtrain.tools.preflight.specimen import Request
 from torchtrain.tools.preflight.states import NO_WEIGHTS, Weights, weigh
 from torchtrain.tools.preflight.walk import (
@@ -32,6 +34,8 @@ from torchtrain.tools.preflight.walk import (
 
 INTEGER = 8
 """Bytes of a token."""
+STEPS = 2
+"""That are replayed without a pipeline: the second begins with the free blocks of the first."""
 
 
 def estimate_memory(config: Config, world_size: int, device_type: str = "cuda") -> list[RankMemory]:
@@ -84,15 +88,21 @@ class Run:
         ledger = Ledger(rank)
         ledger.hold(parameters=weights.parameters, inputs=self.count_inputs())
         ledger.hold(optimizer_states=self.count_states(numbers))
+        if plan.pipeline is not None:
+            ledger.hold(communication=self.count_passed_on(plan.pipeline, numbers))
+        heap = Heap(ledger.held.values())
         several = plan.batch.accumulation_steps > 1
         if plan.pipeline is None:
             reshard = Resharding.of(self.config.parallelism.fsdp_reshard_after_forward)
             Step(stages[0], root, reshard, several).walk(ledger)
+            for _ in range(STEPS):
+                replay_step(heap, stages[0], root, reshard)
         else:
-            ledger.hold(communication=self.count_passed_on(plan.pipeline, numbers))
             actions = list_actions(plan.pipeline, plan.degrees.pp)[rank]
             walk_pipeline(ledger, stages, actions, accumulates=several)
+            replay_pipeline(heap, stages, actions)
         ledger.look("optimizer step", working=round(self.optimizer.temporary * weights.parameters))
+        ledger.reserve(heap.reserved)
         return ledger.close()
 
     def build_stage(self, names: list[str]) -> Stage:

@@ -24,6 +24,8 @@ class Weights:
     take as much."""
     gathered: int = 0
     """Whole, in the compute precision."""
+    each_gathered: tuple[int, ...] = ()
+    """That, of each weight."""
     gradients: int = 0
     """Whole, in the compute precision: what a backward leaves."""
     gather_buffer: int = 0
@@ -81,6 +83,7 @@ def weigh_one(shape: torch.Size, ranks: int, replicas: int, training: Training) 
     return Weights(
         parameters=0 if training.enable_cpu_offload else shard * stored,
         gathered=padded * computed,
+        each_gathered=(padded * computed,),
         gradients=numbers * computed,
         gather_buffer=padded * computed if ranks > 1 else 0,
         reduce_buffer=padded * reduced,

@@ -9,9 +9,8 @@ if TYPE_CHECKING:  # the launcher needs this file, and not what that one imports
     from torchtrain.tools.preflight.walk import RankMemory
 
 ALLOCATOR_SHARE = 0.05
-"""What PyTorch's allocator reserves beyond the tensors, as a share of them. An assumption: joining
-blocks in virtual memory, as the expandable segments do that the launcher turns on, was measured to
-take away 15 % of fragmentation on average (GMLake, arXiv:2401.08156); some stays."""
+"""What is reserved beyond the tensors and the free blocks that are known of, as a share of both:
+kernels' workspaces, blocks that come back late since another stream used them. An assumption."""
 
 FITS_BELOW = 0.9
 """Share of the memory up to which a run surely fits: the device's context, NCCL's buffers and
@@ -23,7 +22,7 @@ class Verdict:
     """What a rank takes of a device's memory."""
 
     reserved: float
-    """Bytes of tensors and of what the allocator reserves beyond them."""
+    """Bytes that the allocator reserves."""
     memory: float
     """The device's, in bytes."""
 

@@ -20,9 +20,9 @@ class RankMemory:
     pipeline_rank: int
     moment: str
     """When that is."""
-    kept_for_streams: int = 0
-    """Beside the tensors: what PyTorch's allocator keeps on an accelerator for the streams of FSDP,
-    or for that of the computation, of the moments at which they held more."""
+    cached: int = 0
+    """Beside the tensors: free blocks that PyTorch's allocator keeps on an accelerator, for the
+    streams of FSDP or for that of the computation."""
     parameters: int = 0
     """This rank's shards."""
     optimizer_states: int = 0
@@ -59,8 +59,8 @@ class RankMemory:
 
     @property
     def allocated(self) -> int:
-        """The tensors, and what is kept for streams."""
-        return self.total + self.kept_for_streams
+        """The tensors, and the free blocks."""
+        return self.total + self.cached
 
 
 FSDP_STREAMS = ("gradients", "gather_buffers")
@@ -174,6 +174,11 @@ class Stage:
             kept[self.part_of(layer)] += layer.trace.saved
         return kept
 
+    def is_freed(self, layer: Layer, resharding: "Resharding") -> bool:
+        """Return whether the layer's weights are gathered again for the backward."""
+        is_output = layer is self.layers[-1]
+        return resharding.output if is_output else resharding.blocks
+
     def part_of(self, layer: Layer) -> str:
         """Return which part the layer's saved tensors belong to."""
         is_output = self.has_loss and layer is self.layers[-1]
@@ -207,10 +212,14 @@ class Ledger:
         if self.worst is None or parts.total() > self.worst.total:
             self.worst = RankMemory(pipeline_rank=self.pipeline_rank, moment=moment, **dict(parts))
 
+    def reserve(self, size: int) -> None:
+        """Take note that the computation's stream has blocks of so many bytes, free or in use."""
+        self.most |= Counter({"": size})
+
     def close(self) -> RankMemory:
         """Return the worst moment, with what the allocator keeps beside it."""
         assert self.worst is not None, "no moment was looked at"
-        return replace(self.worst, kept_for_streams=self.most.total() - self.worst.total)
+        return replace(self.worst, cached=self.most.total() - self.worst.total)
 
 
 @dataclass(frozen=True)
@@ -264,9 +273,7 @@ class Step:
             ledger.hold(gradients=root.parameters)
 
     def _is_freed(self, layer: Layer) -> bool:
-        """Return whether the layer's weights are gathered again for the backward."""
-        is_output = layer is self.stage.layers[-1]
-        return self.resharding.output if is_output else self.resharding.blocks
+        return self.stage.is_freed(layer, self.resharding)
 
     def _walk_forward(self, ledger: Ledger) -> None:
         before = 0
