@@ -54,9 +54,9 @@ MUTANTS = {
             "return actions[:2]",
         ),
         (
-            "the replay frees at the inputs' half of a backward what the weights' half needs",
-            "if change.tensor not in saved]",
-            "]",
+            "the replay gives the inputs' half of a backward no room",
+            "            self.heap.run_half_backward(layer)\n",
+            "            pass\n",
         ),
     ],
     "torchtrain/tools/preflight/walk.py": [

@@ -51,11 +51,10 @@ class Heap:
         self._segment.replay(layer.trace.backward_changes, saved)
         return list(saved.values())
 
-    def run_half_backward(self, layer: Layer, saved: dict[int, Block]) -> None:
+    def run_half_backward(self, layer: Layer) -> None:
         """Run a layer backward, and keep what was saved for the weights' half."""
-        changes = [change for change in layer.trace.backward_changes if change.tensor not in saved]
         blocks: dict[int, Block] = {}
-        self._segment.replay(changes, blocks)
+        self._segment.replay(layer.trace.backward_changes, blocks)
         self.free(blocks.values())
 
 
@@ -142,8 +141,8 @@ class Pass:
 
     def run_half_backward(self) -> None:
         """Run the backward, and keep all for the weights' half."""
-        for layer, saved in zip(reversed(self.stage.layers), reversed(self.saved), strict=True):
-            self.heap.run_half_backward(layer, saved)
+        for layer in reversed(self.stage.layers):
+            self.heap.run_half_backward(layer)
 
     def end(self) -> None:
         """Free what is left."""
