@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import quick
 from helpers.launching import environment, ranks_of, running, wait_for_step
 
 from torchtrain import orphans
@@ -89,23 +90,34 @@ def test_the_converter_ends_where_its_rank_is_dead_already():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trains", [False, True])
-def test_no_rank_is_left_when_the_launcher_is_killed(tmp_path, data, trains):
-    """Even as early as while they start, before they have asked for it."""
+def test_no_rank_is_left_when_the_launcher_is_killed_as_early_as_while_they_start(tmp_path, data):
+    """Before they have asked for it."""
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    count = 1 if trains else 2
-    with running(count, overrides) as process:
-        while len(ranks := ranks_of(process)) < count:
+    with running(2, overrides) as process:
+        while len(ranks := ranks_of(process)) < 2:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
-        if trains:
-            wait_for_step(lambda: process.poll() is None, tmp_path / "run", 1)
-        os.kill(process.pid, signal.SIGKILL)
-        try:
-            deadline = time.monotonic() + LEFT_S
-            while left := [rank for rank, pid in ranks.items() if alive(pid)]:
-                assert time.monotonic() < deadline, f"ranks {left} live on"
-                time.sleep(0.05)
-        finally:
-            for pid in filter(alive, ranks.values()):
-                os.kill(pid, signal.SIGKILL)
+        kill_and_wait_for(process, ranks.values())
+
+
+@pytest.mark.slow
+def test_no_rank_is_left_when_the_launcher_is_killed_while_they_train(tmp_path, data):
+    overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with quick.running(1, overrides) as process:
+        wait_for_step(lambda: process.poll() is None, tmp_path / "run", 1)
+        ranks = process.ranks()
+        assert len(ranks) == 1
+        kill_and_wait_for(process, ranks)
+
+
+def kill_and_wait_for(process, ranks):
+    """Kill the launcher alone; its ranks end too."""
+    os.kill(process.pid, signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + LEFT_S
+        while left := [pid for pid in ranks if alive(pid)]:
+            assert time.monotonic() < deadline, f"ranks {left} live on"
+            time.sleep(0.05)
+    finally:
+        for pid in filter(alive, ranks):
+            os.kill(pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 
 import pytest
 import torch
-from helpers import forking, launching
+from helpers import forking, launching, quick
 from helpers.forking import train
 from helpers.launching import metrics, wait_for_step
 from helpers.sameness import assert_same_state, curve, saved_tensors
@@ -183,7 +183,7 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_from_there(tmp_path,
     folder = tmp_path / "run"
     (tmp_path / "slow.py").write_text(SLOW_FROM_STEP_3)
     given = {"checkpoint.interval": 1000, "experimental.custom_import": tmp_path / "slow.py"}
-    with launching.running(1, saving(data, folder, **given)) as process:
+    with quick.running(1, saving(data, folder, **given)) as process:
         wait_for_step(lambda: process.poll() is None, folder, 2)
         process.send_signal(signal.SIGUSR2)
         output, _ = process.communicate(timeout=60)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import quick
 from helpers.corpora import open_corpus
+from helpers.forking import be_launcher
 from helpers.launching import ROOT, TINY, environment
 
 from torchtrain.catalog import datasets as registry
@@ -627,6 +629,12 @@ def test_a_dataset_of_the_users_own(logs):
     assert next(corpus.documents()).location == "my-logs:1"
 
 
+def launch_in(folder, variables, arguments):
+    """Be a launcher that is started in this folder."""
+    os.chdir(folder)
+    return be_launcher(variables, arguments)
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_a_dataset_of_the_users_own(logs):
     """The module is found from where the user starts; test_streams names one by its file."""
@@ -644,16 +652,8 @@ def test_a_run_trains_on_a_dataset_of_the_users_own(logs):
         for key, value in given.items()
         for text in (f"--{key}", str(value).lower() if value in (True, False) else str(value))
     ]
-    ended = subprocess.run(
-        [sys.executable, "-m", "torchtrain.tools.launch", *options],
-        cwd=logs,
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "my-logs logs: 2 documents" in ended.stdout + ended.stderr
+    launch = quick.Launch(launch_in, logs, environment(1), options)
+    assert "my-logs logs: 2 documents" in launch.output()
 
 
 def test_the_config_check_needs_no_torch_for_it(logs):

@@ -1,7 +1,7 @@
 """Ranks without their start: forks of one process that has imported everything, the trainer too.
 
-What a user starts, torchrun and its ranks, is for `launching`: for tests of the start, or of what
-ends a run. That forked ranks train as launched ones do, to the bit, is shown by test_training.
+A launcher and its ranks are for `quick`, or where the start itself is tested for `launching`. That
+forked ranks train as launched ones do, to the bit, is shown by test_launch.
 """
 
 import gc
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.launching import TIMEOUT_S, environment, options
+from helpers.launching import TIMEOUT_S, options
 
 import train as trainer
 from torchtrain.config_manager import JobConfig
@@ -162,12 +162,6 @@ def run_trainer(arguments):
 def train(world_size, overrides, expect=0):
     """Run a training run to its end and return what was printed."""
     return on_ranks(world_size, run_trainer, options(overrides), expect=expect)
-
-
-def launched(ranks, overrides, expect=0, **extra):
-    """Do what `launching.launched` does; the launcher is a fork, its ranks are real."""
-    given = environment(ranks, **extra), options(overrides)
-    return on_ranks(1, be_launcher, *given, expect=expect)
 
 
 def be_launcher(variables, arguments):

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from helpers import forking
+from helpers import forking, quick
 from helpers.forking import be_launcher, on_ranks, run_trainer, train
 from helpers.installed import install_wheel
 from helpers.launching import (
@@ -25,9 +24,6 @@ from helpers.launching import (
     launched,
     metrics,
     options,
-    ranks_of,
-    run_with_a_stopped_rank,
-    running,
     wait_for_step,
 )
 from helpers.sameness import curve
@@ -57,13 +53,38 @@ def launch_script(script, arguments, cwd, ranks=1, **extra):
     return process.returncode, output
 
 
+STOP = """
+import os
+import signal
+from torchtrain import attempts
+
+real = attempts.begin_step
+
+
+def begin_step(step):
+    real(step)
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+attempts.begin_step = begin_step  # before train.py imports it
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def stopped(tmp_path_factory, data):
-    """Exit status and output of a run of which one rank is stopped; it runs beside all others."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    overrides = {**data, "job.dump_folder": folder, "comm.train_timeout_seconds": 5}
-    with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(run_with_a_stopped_rank, 2, overrides)
+    """The launch of a run of which one rank is stopped; it runs beside all others."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "stop.py").write_text(STOP)
+    overrides = {
+        **data,
+        "job.dump_folder": folder / "run",
+        "training.steps": 100000,
+        "comm.train_timeout_seconds": 5,
+        "experimental.custom_import": folder / "stop.py",
+    }
+    with quick.running(2, overrides) as launch:
+        yield launch
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +307,10 @@ def test_a_rank_that_nccls_watchdog_ends_ends_the_run_quickly_with_what_took_too
         "training.steps": 100000,
         "experimental.custom_import": tmp_path / "fault.py",
     }
-    with running(2, given) as process:
+    with quick.running(2, given) as process:
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", 1)
-        ranks = ranks_of(process)
-        names = [Path(f"/proc/{pid}/comm").read_text() for pid in (process.pid, *ranks.values())]
+        ranks = process.ranks()
+        names = [Path(f"/proc/{pid}/comm").read_text() for pid in (process.pid, *ranks)]
         assert names[1:] == ["torchtrain\n"] * 2  # so that pkill finds the ranks by their name,
         assert names[0] != "torchtrain\n"  # and not the launcher, which the signal would end
         os.kill(ranks[0], signal.SIGUSR1)  # shows the stack and trains on
@@ -306,20 +327,12 @@ def test_a_rank_that_nccls_watchdog_ends_ends_the_run_quickly_with_what_took_too
     )
 
 
-@pytest.fixture
-def nohup():
-    """What is started ignores SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path, data, nohup):
+def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path, data):
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with running(1, overrides) as process:
+    with quick.running(1, overrides, ignored=[signal.SIGHUP]) as process:
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", 2)
-        ranks = ranks_of(process)
-        for pid in (process.pid, *ranks.values()):
+        ranks = process.ranks()
+        for pid in (process.pid, *ranks):
             os.kill(pid, signal.SIGHUP)
         last = metrics(tmp_path / "run")[-1]["step"]
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", last + 10)
@@ -330,7 +343,7 @@ def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path,
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=15)  # torchrun waits for 30 s
     assert process.returncode == 128 + signal.SIGINT, output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 def node(rank, port):
@@ -346,7 +359,7 @@ def node(rank, port):
 def test_one_node_whose_port_is_taken_says_so(tmp_path, data, free_port):
     overrides = {**data, "job.dump_folder": tmp_path / "run"}
     with socket.create_server(("", free_port)):
-        printed = forking.launched(1, overrides, expect=2, MASTER_PORT=str(free_port))
+        printed = quick.launched(1, overrides, expect=2, MASTER_PORT=str(free_port))
     assert printed == (
         f"MASTER_PORT = {free_port}: address already in use on this node. "
         "Set another, the same on all nodes.\n"
@@ -355,8 +368,8 @@ def test_one_node_whose_port_is_taken_says_so(tmp_path, data, free_port):
 
 def test_two_nodes_train_as_one_does(tmp_path, data, free_port, forked):
     overrides = {**data, "job.dump_folder": tmp_path / "two"}
-    with running(1, overrides, **node(0, free_port)) as first:
-        launched(1, overrides, **node(1, free_port))
+    with quick.running(1, overrides, **node(0, free_port)) as first:
+        quick.launched(1, overrides, **node(1, free_port))
         output, _ = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 0, output
     assert curve(tmp_path / "two") == forked[2][1]
@@ -407,8 +420,8 @@ def test_non_finite_loss_stops_before_the_weights(tmp_path, data):
 
 
 def test_a_stopped_rank_ends_the_run_within_the_training_timeout(stopped):
-    status, output = stopped.result()
-    assert status == 1
+    output, _ = stopped.communicate()
+    assert stopped.returncode == 1, output
     assert "rank 0 failed" in output
     *_, last = output.strip().splitlines()
     cause = (

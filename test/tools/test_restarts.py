@@ -14,19 +14,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import forking
+from helpers import quick
 from helpers.forking import train
 from helpers.launching import (
     ROOT,
-    TIMEOUT_S,
     environment,
     launched,
     options,
-    running,
     wait_for_step,
 )
 from helpers.runs import STEPS, saving
 from helpers.sameness import curve
+from torch.distributed import run as torchrun
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchtrain import attempts, ranks
@@ -86,60 +85,51 @@ def untouched(tmp_path_factory, data):
     return folders
 
 
-LAUNCH_WITH_STANDBYS = """
-import sys
-from torchtrain.tools import launch, restarts
-restarts.STANDBY_AFTER_S = 0.0
-sys.exit(launch.main(sys.argv[1:]))
-"""
-TELL_COMMAND = """
+STANDBYS_AT_ONCE = """
+import traceback
 from pathlib import Path
-with open(FILE, "a") as file:
-    file.write(Path("/proc/self/cmdline").read_text().replace(chr(0), " ") + chr(10))
+
+if "RANK" in os.environ:
+    files = [Path(frame.filename).name for frame in traceback.extract_stack()]
+    with open(FILE, "a") as file:
+        file.write(f"{'standby.py' in files}\\n")
+else:
+    from torchtrain.tools import restarts
+
+    restarts.STANDBY_AFTER_S = 0.0
 """
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path, data, untouched):
     """By ranks that were there before it was killed."""
-    folder, commands = tmp_path / "run", tmp_path / "commands"
+    folder, told = tmp_path / "run", tmp_path / "told"
     once = killed_once(tmp_path, ranks=2)
     with open(tmp_path / "fault.py", "a") as file:
-        file.write(TELL_COMMAND.replace("FILE", repr(str(commands))))
-    ran = subprocess.run(
-        [sys.executable, "-c", LAUNCH_WITH_STANDBYS, *options(saving(data, folder, **once))],
-        env=environment(2, MAX_RESTARTS="1"),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    output = ran.stdout + ran.stderr
-    assert ran.returncode == 0, output
+        file.write(STANDBYS_AT_ONCE.replace("FILE", repr(str(told))))
+    output = quick.launched(2, saving(data, folder, **once), MAX_RESTARTS="1")
     cause = "rank 1 was ended by SIGKILL in step 8"
     assert f"{cause}; all ranks are started again (restart 1 of 1)" in output
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
     assert_same_run(folder, untouched[2], tmp_path)
-    of_ranks = [line for line in commands.read_text().splitlines() if "train.py" in line]
-    assert ["torchtrain/tools/standby.py " in line for line in of_ranks] == [True] * 4
+    assert told.read_text() == "True\n" * 4
+
+
+def be_torchrun(variables, arguments):
+    """Be torchrun itself, in this environment."""
+    os.environ.clear()
+    os.environ.update(variables)
+    torchrun.main(arguments)
 
 
 @pytest.mark.slow
 def test_torchrun_alone_does_it_too(tmp_path, data, untouched):
     folder = tmp_path / "run"
-    once = killed_once(tmp_path, ranks=1)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"]
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", *torchrun, str(ROOT / "train.py")),
-            *options(saving(data, folder, **once)),
-        ],
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    output = ran.stdout + ran.stderr
-    assert ran.returncode == 0, output
+    given = options(saving(data, folder, **killed_once(tmp_path, ranks=1)))
+    its_own = ["--standalone", "--nproc-per-node=1", "--max-restarts=1"]
+    program = str(ROOT / "train.py")
+    launch = quick.Launch(be_torchrun, environment(1), [*its_own, program, *given])
+    output = launch.output()
     assert "restart 1 of 1: goes on after step 5; 2 steps taken again" in output
     assert_same_run(folder, untouched[1], tmp_path)
 
@@ -149,7 +139,7 @@ def test_a_stop_after_a_restart_has_the_status_of_a_stop(tmp_path, data):
     """Not that of the rank which had died before."""
     folder = tmp_path / "run"
     endless = killed_once(tmp_path, ranks=1) | {"training.steps": 100000}
-    with running(1, saving(data, folder, **endless), MAX_RESTARTS="1") as process:
+    with quick.running(1, saving(data, folder, **endless), MAX_RESTARTS="1") as process:
         wait_for_step(lambda: process.poll() is None, folder, 9)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
@@ -199,7 +189,7 @@ def test_what_a_restart_does_not_mend_is_not_started_again(tmp_path, data):
     bad.write_text('{"text": "fine"}\n{"text": 3}\n')
     user_error = {"training.dataset": "jsonl", "training.dataset_path": bad}
     given = saving(data, tmp_path / "run", **user_error)
-    output = forking.launched(1, given, expect=2, MAX_RESTARTS="3")
+    output = quick.launched(1, given, expect=2, MAX_RESTARTS="3")
     assert output.count("bad.jsonl:2") == 1
     assert "Traceback" not in output
     assert "started again" not in output
