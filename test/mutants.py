@@ -115,6 +115,11 @@ MUTANTS = {
             "parameters=shard * stored,",
         ),
         (
+            "preflight takes what is gathered in float8 for whole numbers",
+            "gathered = FLOAT8 if name in in_float8 else computed",
+            "gathered = computed",
+        ),
+        (
             "preflight forgets what uneven shards are filled up with",
             "rows = shape[0] if is_even else math.ceil(shape[0] / ranks) * ranks",
             "rows = shape[0]",

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from helpers.counted import Counting, lonely_rank
 from helpers.fsdp import parameter_groups
 from helpers.launching import ROOT
 from helpers.measured import measure, predict
@@ -12,10 +14,13 @@ from torchtrain.models.decoder import load_decoder
 from torchtrain.parallelisms.apply import Techniques, build_parts
 from torchtrain.parallelisms.fsdp import find_fsdp_modules
 from torchtrain.parallelisms.mesh import Mesh
+from torchtrain.set_up import set_up_model
 from torchtrain.tools.memory_check import count_least
 from torchtrain.tools.preflight import __main__ as preflight
-from torchtrain.tools.preflight.memory import estimate_memory, make_plan
-from torchtrain.tools.preflight.specimen import fake_ranks
+from torchtrain.tools.preflight.activations import trace_layers
+from torchtrain.tools.preflight.memory import Run, estimate_memory, make_plan
+from torchtrain.tools.preflight.specimen import Request, fake_ranks
+from torchtrain.tools.preflight.states import NO_WEIGHTS
 
 SMALL = [
     "--model.dim=128",
@@ -70,6 +75,45 @@ def test_shards_are_those_of_fsdp(file, ranks, options):
     (rank,) = estimate_memory(config, ranks)
     assert rank.parameters == shards_of_fsdp(config, ranks)
     assert 0.7 < count_least(config, ranks) / (2 * rank.parameters + rank.optimizer_states) <= 1
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_in_float8_take_what_fsdp_gathers(ranks):
+    """Uneven shards are filled up; the output is not in float8 where it is the embedding, too."""
+    options = [
+        "--model.converters=quantize.linear.float8",
+        "--quantize.linear.float8.emulate",
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+        "--quantize.linear.float8.filter_fqns=layers.1.feed_forward.w2",
+        "--training.mixed_precision_param=bfloat16",
+        *([TWO, "--model.tied_embeddings"] if ranks == 1 else [TWO]),
+    ]
+    config = read("debug_model", ranks, *options)
+    plan = make_plan(config, ranks)
+    request = Request.of(config, plan, "cpu")
+    run = Run(config, plan, request, trace_layers(request))
+    expected = {f"layers.{layer}": run.weigh_block(layer)[0] for layer in (0, 1)}
+    expected[""] = run.weigh_layer("tok_embeddings", "norm")
+    if ranks == 3:
+        expected[""] = NO_WEIGHTS
+        expected["tok_embeddings"] = run.weigh_layer("tok_embeddings")
+        expected["norm"] = run.weigh_layer("norm", "output")
+    found = {}
+    with lonely_rank(ranks):
+        (part,) = set_up_model(config, plan, torch.device("cpu")).parts.values()
+        for module in find_fsdp_modules(part):
+            name = next(name for name, each in part.named_modules() if each is module)
+            with Counting() as counting:
+                module.unshard()
+            weights = [
+                w for group in parameter_groups(module._get_fsdp_state()) for w in group.fsdp_params
+            ]
+            gathered = sum(w.all_gather_outputs[0].untyped_storage().nbytes() for w in weights)
+            found[name] = gathered, counting.bytes["FSDP's", "all_gather"]
+    found.pop("output", None)  # whose state is the norm's
+    assert found == {n: (w.gathered, w.gather_buffer) for n, w in expected.items()}
+    first, second = expected["layers.0"], expected["layers.1"]
+    assert first.gathered < second.gathered < second.gradients + 2000
 
 
 def test_a_rank_of_fewer_layers_holds_less():

@@ -26,6 +26,8 @@ ROWS = {
     "8B, 8 x H100, compiled": (77.0, OP),
     "8B, 128 x H100": (67.0, OP),
     "8B, 128 x H100, compiled": (62.0, OP),
+    "8B, 32 x H200, compiled, float8": (47.96, OP),
+    "8B, 64 x H200, compiled, float8": (46.97, OP),
     "70B, 256 x H100, TP 8, compiled, float8": (71.9, FULL),
     "405B, 512 x H100, TP 8, PP 8 1F1B, compiled, async, float8": (82.5, FULL),
     "405B, 512 x H100, TP 8, PP 8 interleaved, compiled, async, float8": (72.7, FULL),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torchtrain.config.layout import Degrees
 from torchtrain.config.plans import plan_run
 from torchtrain.config.schema import Config
 from torchtrain.models.llama import Transformer
+from torchtrain.parallelisms import float8_gather
 from torchtrain.tools.preflight.block_work import Unit
 from torchtrain.tools.preflight.devices import find_device
 from torchtrain.tools.preflight.links import Exchange, Group, Links, list_groups
-from torchtrain.tools.preflight.step_time import predict_step
+from torchtrain.tools.preflight.sharding import Sharding
+from torchtrain.tools.preflight.step_time import TYPICAL, find_speeds, predict_step
 
 H100 = find_device("h100")
 
@@ -177,6 +180,40 @@ def test_fsdp_bytes_are_what_a_rank_calls():
     # All but the last group, the output with its norm, are gathered again for the backward.
     assert counted["FSDP's", "all_gather"] == 4 * (2 * (2 * block + matrix) + matrix + DENSE.dim)
     assert counted["FSDP's", "reduce_scatter"] == 4 * (2 * block + 2 * matrix + DENSE.dim)
+
+
+def test_what_is_gathered_in_float8_is_a_byte_a_number():
+    """And each weight's scale is found by an all-reduce of its own, where they are not at once."""
+    float8 = {
+        "model.converters": "quantize.linear.float8",
+        "quantize.linear.float8.emulate": True,
+        "quantize.linear.float8.enable_fsdp_float8_all_gather": True,
+        "quantize.linear.float8.filter_fqns": "layers.0.attention,layers.1.attention.wq",
+    }
+    config = read({**SMALL, "model.n_experts": 0, "training.global_batch_size": 2 * B, **float8}, 2)
+    unit = unit_of(config, 2)
+    block, _ = unit.count_parameters(sparse=False)
+    matrix = unit.matrix_parameters()
+    links = Links(H100, node_share=1.0, network_share=1.0)
+    speeds = replace(find_speeds(config, H100, TYPICAL), links=links)
+    sharding = Sharding.of(config, unit, speeds, list_groups(unit.degrees))
+    share = sharding.share(sparse=False)
+    attention = sum(p.inner * p.columns for p in unit.list_products(sparse=False)[:4])
+    assert share.weights == 3 + 3 / 2
+    assert share.numbers == block - 2 * DENSE.dim - attention + (attention - DENSE.dim**2) / 2
+    with patch.object(float8_gather, "find_scales", wraps=float8_gather.find_scales) as finding:
+        counted = count_step(config, 2)
+    whole = 4 * (2 * (2 * block + matrix) + matrix + DENSE.dim)
+    assert counted["FSDP's", "all_gather"] == whole - 3 * (2 * 2 * share.numbers + matrix)
+    assert finding.call_count == 2 * 2 * share.weights + 1
+    pair = Group(2, 1)
+    scale = links.seconds(Exchange("all_reduce", 4), pair)
+    size = 4 * block - 3 * share.numbers
+    alone = links.seconds(Exchange("all_gather", size), pair)
+    assert sharding.gather(sparse=False) == pytest.approx(alone + share.weights * scale)
+    at_once = replace(sharding, scales_apart=False)
+    assert at_once.gather(sparse=False) == pytest.approx(alone)
+    assert at_once.gather_output < at_once.gather_embedding
 
 
 # Links

@@ -12,11 +12,16 @@ samples, which need no backward. A router is taken to share its rows evenly. A c
 taken for what it is without the compiler, which keeps less.
 """
 
+from collections.abc import Iterable, Mapping
+
+import torch
+
 from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import PipelinePlan, RunPlan, find_tokenizer, plan_run, plan_shape
 from torchtrain.config.schema import Config
 from torchtrain.datasets.tokenizer import load_tokenizer
 from torchtrain.tools.preflight.activations import Traces, trace_layers
+from torchtrain.tools.preflight.float8 import find_in_float8
 from torchtrain.tools.preflight.live_microbatches import list_actions
 from torchtrain.tools.preflight.optimizer_states import trace_optimizer
 from torchtrain.tools.preflight.replay import Heap, replay_pipeline, replay_step
@@ -75,6 +80,7 @@ class Run:
         self.request = request
         self.traces = traces
         self.optimizer = trace_optimizer(config.optimizer.model_dump_json())
+        self.in_float8 = find_in_float8(config, plan.shape, plan.degrees.tp).names
         self.is_tied = plan.shape.tied_embeddings and plan.pipeline is None
 
     def walk(self, rank: int) -> RankMemory:
@@ -127,24 +133,31 @@ class Run:
         shapes = dict(self.traces.local_shapes)
         shapes.setdefault("output.weight", shapes["tok_embeddings.weight"])
         names = [f"{module}.weight" for module in modules]
-        return weigh(shapes, names, self.plan.degrees, self.config.training)
+        return self.weigh(shapes, names)
+
+    def weigh(self, shapes: Mapping[str, torch.Size], names: Iterable[str]) -> Weights:
+        """Return what the weights of these names take."""
+        return weigh(shapes, names, self.plan.degrees, self.config.training, self.in_float8)
 
     def weigh_block(self, number: int) -> tuple[Weights, ...]:
         """Return what the groups of a block's weights take."""
-        names = self.list_weights(number)
-        degrees, training = self.plan.degrees, self.config.training
-        experts = [name for name in names if ".experts." in name]
+        shapes = self.list_shapes(number)
+        degrees = self.plan.degrees
+        experts = [name for name in shapes if ".experts." in name]
         is_apart = degrees.ep > 1 or degrees.tp > 1
         if not experts or not is_apart:
-            return (weigh(self.traces.local_shapes, names, degrees, training),)
-        rest = [name for name in names if name not in experts]
-        groups = (rest, experts)
-        return tuple(weigh(self.traces.local_shapes, each, degrees, training) for each in groups)
+            return (self.weigh(shapes, shapes),)
+        rest = [name for name in shapes if name not in experts]
+        return self.weigh(shapes, rest), self.weigh(shapes, experts)
 
-    def list_weights(self, number: int) -> list[str]:
-        """Return the names of the weights of the traced block that is of this one's kind."""
-        traced = self.request.choose_blocks()[self.request.kind_of(number)]
-        return [name for name in self.traces.local_shapes if name.startswith(f"layers.{traced}.")]
+    def list_shapes(self, number: int) -> dict[str, torch.Size]:
+        """Return the shapes of a block's weights: those of the traced one of its kind."""
+        traced = f"layers.{self.request.choose_blocks()[self.request.kind_of(number)]}."
+        return {
+            f"layers.{number}.{name.removeprefix(traced)}": shape
+            for name, shape in self.traces.local_shapes.items()
+            if name.startswith(traced)
+        }
 
     def count_states(self, numbers: list[int]) -> int:
         """Return the bytes of the optimizer's states for the stages of these numbers."""
@@ -162,12 +175,11 @@ class Run:
         """Return the weights that the optimizer updates in a layer, and their shards' bytes."""
         if layer == "output" and self.plan.shape.tied_embeddings:
             return []
-        names = [f"{layer}.weight"]
         if layer.startswith("layers."):
-            names = self.list_weights(int(layer.split(".")[1]))
-        degrees, training = self.plan.degrees, self.config.training
-        shapes = self.traces.local_shapes
-        return [(name, weigh(shapes, [name], degrees, training).parameters) for name in names]
+            shapes = self.list_shapes(int(layer.split(".")[1]))
+        else:
+            shapes = {f"{layer}.weight": self.traces.local_shapes[f"{layer}.weight"]}
+        return [(name, self.weigh(shapes, [name]).parameters) for name in shapes]
 
     def count_inputs(self) -> int:
         """Return the bytes of what a rank reads in a step: tokens and labels, and documents."""

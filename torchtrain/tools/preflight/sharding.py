@@ -14,13 +14,17 @@ from torchtrain.config.schema import Config
 from torchtrain.dtypes import DTYPES
 from torchtrain.tools.preflight.block_time import EAGER_TRAFFIC, PassTime, Speeds
 from torchtrain.tools.preflight.block_work import Unit
+from torchtrain.tools.preflight.float8 import InFloat8, Share, find_in_float8
 from torchtrain.tools.preflight.links import HOP_S, START_S, Exchange, Group, Groups
+from torchtrain.tools.preflight.states import FLOAT8
 
 PASSES = {"fused": 10, "foreach": 10 * EAGER_TRAFFIC, "for-loop": 10 * EAGER_TRAFFIC}
 """Tensors as large as the parameters that a step of AdamW and the clipping before it read or write:
 three for norm and scale, seven for the update, which fused reads and writes each state once."""
 SMALL_COLLECTIVES = 6
 """Of a step: labels counted, the norm over each dimension of the mesh, the ranks' metrics."""
+NO_SHARE = Share()
+SCALE_BYTES = 4.0
 HOST_MEMORY = 20e9
 """Bytes per second at which one rank's share of a host updates what is kept there."""
 
@@ -66,19 +70,34 @@ class Sharding:
     groups: Groups
     reduce_bytes: int
     """Of an element of the gradients that are reduced."""
+    in_float8: InFloat8
+    """What is gathered so."""
+    scales_apart: bool
+    """Whether the scale of each weight in float8 takes an exchange of its own."""
 
     @classmethod
     def of(cls, config: Config, unit: Unit, speeds: Speeds, groups: Groups) -> "Sharding":
         """Describe a run's."""
         reduce_bytes = DTYPES[config.training.mixed_precision_reduce].itemsize
-        return cls(unit, speeds, groups, reduce_bytes)
+        return cls(
+            unit,
+            speeds,
+            groups,
+            reduce_bytes,
+            find_in_float8(config, unit.shape, unit.degrees.tp),
+            not config.quantize_linear_float8.precompute_float8_dynamic_scale_for_fsdp,
+        )
 
     def gather(self, *, sparse: bool) -> float:
         """Return the seconds of gathering a block's parameters."""
         dense, experts = self.unit.count_parameters(sparse=sparse)
-        return self._gather(dense, self.groups.fsdp) + self._gather(
+        return self._gather(dense, self.groups.fsdp, self.share(sparse=sparse)) + self._gather(
             experts, self.groups.fsdp_experts
         )
+
+    def share(self, *, sparse: bool) -> Share:
+        """Return what of a block is gathered in float8."""
+        return self.in_float8.sparse if sparse else self.in_float8.dense
 
     def reduce(self, *, sparse: bool) -> float:
         """Return the seconds of reducing a block's gradients, over replicas too."""
@@ -87,11 +106,17 @@ class Sharding:
             experts, self.groups.fsdp_experts
         )
 
-    def _gather(self, parameters: float, group: Group) -> float:
+    def _gather(self, parameters: float, group: Group, share: Share = NO_SHARE) -> float:
         if parameters == 0:
             return 0.0
-        size = parameters * self.unit.compute_bytes
-        return self.speeds.links.seconds(Exchange("all_gather", size), group)
+        links = self.speeds.links
+        size = parameters * self.unit.compute_bytes - self._count_saved(share)
+        seconds = links.seconds(Exchange("all_gather", size), group)
+        if self.scales_apart:
+            scale = Exchange("all_reduce", SCALE_BYTES)
+            sharing = (group, self.groups.tp)
+            seconds += share.weights * sum(links.seconds(scale, each) for each in sharing)
+        return seconds
 
     def _reduce(self, parameters: float, group: Group) -> float:
         if parameters == 0:
@@ -103,9 +128,14 @@ class Sharding:
         return within + links.seconds(own, self.groups.replicas)
 
     @property
-    def gather_matrix(self) -> float:
-        """Seconds of gathering the embedding, or the output."""
+    def gather_embedding(self) -> float:
+        """Seconds of gathering the embedding."""
         return self._gather(self.unit.matrix_parameters(), self.groups.fsdp)
+
+    @property
+    def gather_output(self) -> float:
+        """Seconds of gathering the output."""
+        return self._gather(self.unit.matrix_parameters(), self.groups.fsdp, self.in_float8.output)
 
     @property
     def reduce_matrix(self) -> float:
@@ -122,9 +152,9 @@ class Sharding:
             hiding = blocks[sparse].forward.total()
             waits += count * max(0.0, self.gather(sparse=sparse) - hiding)
             if stage.heads:
-                waits += max(0.0, self.gather_matrix - hiding) / len(stage.kinds)
+                waits += max(0.0, self.gather_output - hiding) / len(stage.kinds)
         if stage.embeds:
-            return waits + self.gather_matrix
+            return waits + self.gather_embedding
         return waits + max((self.gather(sparse=sparse) for _, sparse in stage.kinds), default=0.0)
 
     def wait_backward(self, stage: Stage, blocks: dict[bool, PassTime], *, gathers: bool) -> float:
@@ -153,6 +183,15 @@ class Sharding:
         both_tied = self.unit.shape.tied_embeddings and stage.embeds and stage.heads
         matrices = 1 if both_tied else stage.embeds + stage.heads
         return own + matrices * self.unit.matrix_parameters() / self.groups.fsdp.size
+
+    def count_saved(self, stage: Stage) -> float:
+        """Return the bytes that a stage's gathered parameters do not take because of float8."""
+        shares = [(count, self.share(sparse=sparse)) for count, sparse in stage.kinds]
+        shares += [(1, self.in_float8.output)] if stage.heads else []
+        return sum(count * self._count_saved(share) for count, share in shares)
+
+    def _count_saved(self, share: Share) -> float:
+        return share.numbers * (self.unit.compute_bytes - FLOAT8)
 
 
 def time_update(config: Config, plan: RunPlan, speeds: Speeds, own: float) -> float:

@@ -5,7 +5,7 @@ Source of what FSDP allocates when: torch/distributed/fsdp/_fully_shard, `_fsdp_
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ import torch
 from torchtrain.config.layout import Degrees
 from torchtrain.config.schema import Training
 from torchtrain.dtypes import DTYPES
+
+FLOAT8 = 1
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Weights:
     """Sharded: what the optimizer updates; 0 where that is in the host's memory. Their gradients
     take as much."""
     gathered: int = 0
-    """Whole, in the compute precision."""
+    """Whole, in the compute precision or in float8."""
     each_gathered: tuple[int, ...] = ()
     """That, of each weight."""
     gradients: int = 0
@@ -50,7 +53,11 @@ NO_WEIGHTS = Weights()
 
 
 def weigh(
-    shapes: Mapping[str, torch.Size], names: Iterable[str], degrees: Degrees, training: Training
+    shapes: Mapping[str, torch.Size],
+    names: Iterable[str],
+    degrees: Degrees,
+    training: Training,
+    in_float8: Collection[str] = (),
 ) -> Weights:
     """Return what the weights of these names take.
 
@@ -59,18 +66,31 @@ def weigh(
         names: of the weights.
         degrees: of the run.
         training: the precisions.
+        in_float8: names of those that are gathered in float8.
     """
+    computed = DTYPES[training.mixed_precision_param].itemsize
     total = NO_WEIGHTS
     for name in names:
         ranks = degrees.dp_shard * degrees.cp
         if ".experts." in name and (degrees.ep > 1 or degrees.tp > 1):
             ranks = degrees.expert_shard
-        total += weigh_one(shapes[name], ranks, degrees.dp_replicate, training)
+        gathered = FLOAT8 if name in in_float8 else computed
+        total += weigh_one(shapes[name], ranks, degrees.dp_replicate, training, gathered)
     return total
 
 
-def weigh_one(shape: torch.Size, ranks: int, replicas: int, training: Training) -> Weights:
-    """Return what one weight takes on the rank that has the most of it."""
+def weigh_one(
+    shape: torch.Size, ranks: int, replicas: int, training: Training, gathered: int
+) -> Weights:
+    """Return what one weight takes on the rank that has the most of it.
+
+    Args:
+        shape: of a tensor-parallel rank's part.
+        ranks: that shard it.
+        replicas: of these.
+        training: the precisions.
+        gathered: bytes of a number that is gathered.
+    """
     stored = DTYPES[training.dtype].itemsize
     computed = DTYPES[training.mixed_precision_param].itemsize
     reduced = DTYPES[training.mixed_precision_reduce].itemsize
@@ -82,10 +102,10 @@ def weigh_one(shape: torch.Size, ranks: int, replicas: int, training: Training) 
     shard = padded // ranks
     return Weights(
         parameters=0 if training.enable_cpu_offload else shard * stored,
-        gathered=padded * computed,
-        each_gathered=(padded * computed,),
+        gathered=padded * gathered,
+        each_gathered=(padded * gathered,),
         gradients=numbers * computed,
-        gather_buffer=padded * computed if ranks > 1 else 0,
+        gather_buffer=padded * gathered if ranks > 1 else 0,
         reduce_buffer=padded * reduced,
         reduced=shard * reduced,
         accumulated=numbers * reduced,

@@ -183,6 +183,7 @@ class Bounds:
         parts = Parts.of(config, unit, self.speeds, self.groups)
         self.own = parts.sharding.count_own(self.whole) / degrees.pp
         self.gathered = self.own * self.groups.fsdp.size * unit.compute_bytes
+        self.gathered -= parts.sharding.count_saved(self.whole) / degrees.pp
         # A pipeline's gradients stay whole until the last microbatch.
         self.gradients = self.own * self.groups.fsdp.size * parts.sharding.reduce_bytes
         self.activations = self._count_activations(unit)
