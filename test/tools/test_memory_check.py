@@ -125,9 +125,9 @@ def test_the_bound_is_what_parameters_gradients_and_states_take_and_no_more(rank
 
 
 def a_rank(**gib):
-    kinds = {"parameters": 0, "activations": 0, "logits_and_loss": 0} | gib
+    kinds = {"parameters": 0, "activations": 0, "logits_and_loss": 0, "cached": 0} | gib
     bytes_ = {kind: round(each * GIB) for kind, each in kinds.items()}
-    return {"cached": 0, **bytes_, "total": sum(bytes_.values())}
+    return {**bytes_, "total": sum(bytes_.values()) - bytes_["cached"]}
 
 
 LARGE = a_rank(parameters=20, activations=60, logits_and_loss=20)
@@ -157,6 +157,13 @@ def test_only_what_surely_does_not_fit_is_refused(options, rank, verdict):
         return
     warning = memory_check.judge(config, [small, rank], 80 * GIB) or ""
     assert warning.startswith("memory may not suffice") == (verdict == "warned")
+
+
+def test_what_is_said_is_what_was_judged():
+    """What the allocator caches is a part of it; the worst rank is that with the most of both."""
+    ranks = [a_rank(parameters=60), a_rank(parameters=58, activations=1, cached=16)]
+    warning = memory_check.judge(read([*DEBUG], 2), ranks, 80 * GIB)
+    assert "about 75.0 GiB on a rank, of which its activations take 1.0" in warning
 
 
 def test_a_prediction_that_fails_stops_no_run(start, monkeypatch, capfd):

@@ -204,11 +204,11 @@ def judge(config: Config, ranks: list[Rank], memory: int) -> str | None:
     Raises:
         UserError: some rank surely takes more than `memory` bytes.
     """
-    worst = max(ranks, key=lambda rank: rank["total"])
-    allocated = max(rank["total"] + rank["cached"] for rank in ranks)
+    worst = max(ranks, key=lambda rank: rank["total"] + rank["cached"])
+    allocated = worst["total"] + worst["cached"]
     verdict = Verdict(reserved=allocated * (1 + ALLOCATOR_SHARE), memory=memory)
     amounts = (
-        f"about {worst['total'] / GIB:.1f} GiB on a rank, of which its activations take "
+        f"about {allocated / GIB:.1f} GiB on a rank, of which its activations take "
         f"{worst['activations'] / GIB:.1f}, and a GPU here has {memory / GIB:.1f} GiB"
     )
     if max(count_sure(config, rank) for rank in ranks) > memory:
