@@ -159,4 +159,4 @@ def test_another_programs_port_is_one_message(monkeypatch):
     assert isinstance(taken, UserError)
     assert str(taken).startswith(f"MASTER_PORT = {port}: address already in use on this node")
     assert isinstance(silent, UserError)
-    assert str(silent) == f"127.0.0.1:{port}: what answers there is not node 0 of this run"
+    assert str(silent) == f"127.0.0.1:{port}: what listens there does not answer as node 0"

@@ -423,7 +423,7 @@ class ActivationCheckpoint(Section):
     mode: Literal["none", "full", "selective", "memory_budget"] = "none"
     """Recompute nothing, each block, some of it, or what the compiler chooses within a budget."""
     selective_ac_option: Annotated[str, Field(pattern=r"^(op|op_all|[1-9][0-9]*)$")] = "2"
-    """selective recomputes every n-th block ("2"), or all but every second matrix product ("op") or
+    """selective recomputes every n-th block ("2"), all but every second matrix product ("op"), or
     all but the matrix products ("op_all")."""
     memory_budget: Fraction = 0.5
     """Fraction of the activations that memory_budget may keep: 0 is full, 1 is none."""

@@ -187,7 +187,7 @@ def connect(nodes: Nodes, waiting: Waiting) -> TCPStore:
     thread.start()
     thread.join(min(STORE_TIMEOUT_S, waiting.deadline - time.monotonic()))
     if not stores:
-        raise UserError(f"{nodes.endpoint}: what answers there is not node 0 of this run")
+        raise UserError(f"{nodes.endpoint}: what listens there does not answer as node 0")
     return stores[0]
 
 
