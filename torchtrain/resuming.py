@@ -284,8 +284,9 @@ def make_up_validation(
         lambda: metrics is not None and lacks_validation(metrics.run_folder, step)
     )
     if lacks_it and trainer.validator.is_due(step):
-        results, _ = trainer.validator.run(losses_of)
-        free_gathered(trainer.parts.values())
+        with trainer.scale_context():
+            results, _ = trainer.validator.run(losses_of)
+            free_gathered(trainer.parts.values())
         if metrics is not None:
             metrics.amend(step, results)
 

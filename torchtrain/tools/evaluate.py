@@ -54,7 +54,8 @@ def evaluate(given: argparse.Namespace, of_run: list[str]) -> dict[str, float | 
     )
     validator = Validator(plan, samples, model.plan.degrees, model.mesh.data_rank, device)
     logger.info(f"evaluating {samples.describe()}")
-    results, _ = validator.run(partial(losses_of, model))
+    with model.scale_context():
+        results, _ = validator.run(partial(losses_of, model))
     loss = results["val_loss"]
     assert loss is not None
     return {

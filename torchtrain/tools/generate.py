@@ -70,19 +70,20 @@ def write_texts(
     writer = Writer(loaded, encoded[0])
     started = time.monotonic()
     parts = loaded.model.parts
-    continued = continue_prompts(
-        parts[0],
-        encoded,
-        Sampling(
-            temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, seed=given.seed
-        ),
-        Limits(
-            max_new_tokens=given.max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
-        ),
-        on_tokens=writer.add if as_made else lambda tokens: None,
-    )
+    with loaded.model.scale_context():
+        continued = continue_prompts(
+            parts[0],
+            encoded,
+            Sampling(
+                temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, seed=given.seed
+            ),
+            Limits(
+                max_new_tokens=given.max_new_tokens,
+                eos_id=tokenizer.eos_id,
+                vocab_size=tokenizer.vocab_size,
+            ),
+            on_tokens=writer.add if as_made else lambda tokens: None,
+        )
     seconds = time.monotonic() - started
     if as_made:
         writer.finish()
