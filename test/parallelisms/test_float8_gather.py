@@ -17,7 +17,7 @@ from torchtrain.config_manager import JobConfig
 from torchtrain.models.llama import Transformer
 from torchtrain.parallelisms import float8_gather
 from torchtrain.parallelisms.float8 import describe_float8
-from torchtrain.parallelisms.float8_gather import Cast, Float8Shard, find_inner
+from torchtrain.parallelisms.float8_gather import Cast, Float8Shard, find_inner, kept_scales
 from torchtrain.set_up import set_up
 from torchtrain.shards import local
 
@@ -27,11 +27,15 @@ BF16 = {"training.mixed_precision_param": "bfloat16"}
 
 
 def take_steps(overrides, steps=2):
-    """Return all losses, gradients and weights of a run, this rank's part, and its trainer."""
+    """Return all losses, gradients and weights of a run, this rank's part, and its trainer.
+
+    The scales of every second step are found at once, whatever the config asks for.
+    """
     trainer = set_up(JobConfig().parse_args(options(overrides)), torch.device("cpu"))
     found = []
     for step in range(1, steps + 1):
-        with trainer.scale_context():
+        at_once = kept_scales(trainer.weights.values())
+        with at_once if step % 2 == 0 else trainer.scale_context():
             loss = train.forward_backward(trainer, trainer.loader.step_batches(step))
         found += [loss.own, *(local(w.grad).clone() for w in trainer.weights.values())]
         train.clip_gradients(trainer)
@@ -59,44 +63,43 @@ def find_shards(trainer):
 def compare(runs):
     """Be a rank: each run has the same numbers whether float8 is gathered or not."""
     for name, overrides in runs.items():
-        expected, _ = take_steps(overrides)
-        for given in (GATHER, ONCE):
-            exchanges = []
-            find_scales = float8_gather.find_scales
-
-            def count(shards, seen=exchanges, do=find_scales):
-                seen.append(len(shards))
-                return do(shards)
-
-            with patch.object(float8_gather, "find_scales", count):
-                found, trainer = take_steps({**overrides, **given})
-            require_equal(found, expected, f"{name} {given}")
-            gathered = find_shards(trainer).values()
-            assert all(shard.scale is None for shard in gathered)
-            if given is ONCE:
-                assert exchanges == [len(gathered)] * 2, name  # one for each step
-            else:
-                assert set(exchanges) == {1}
+        (expected, trainer), plain, exchanges = take_counted_steps(overrides)
+        assert not find_shards(trainer)
+        (found, trainer), sent, exchanges = take_counted_steps({**overrides, **GATHER})
+        require_equal(found, expected, name)
+        shards = find_shards(trainer)
+        assert all(shard.scale is None for shard in shards.values())
+        # Of one weight for each gather of the first step, and of all weights before the second.
+        assert exchanges == [*[1] * (len(exchanges) - 1), len(shards)], name
+        if name == "recomputing":
+            require_bytes(trainer, shards, plain, sent)
 
 
-@pytest.mark.slow
-def test_numbers_stay_and_a_gather_moves_a_byte_a_number(data):
-    base = {**data, **SIZES, **FLOAT8, **BF16}
-    layouts = {
-        "recomputing": RECOMPUTING,
-        "tensor-parallel": {TP: 2},
-        "pipeline": {**PIPELINE, "training.mixed_precision_param": "float32"},
-    }
-    runs = {name: {**base, **layout} for name, layout in layouts.items()}
-    in_group(2, compare_and_count, runs, base)
+def take_counted_steps(overrides):
+    """Take steps; return the bytes that each gather moves, and how many scales are found at once.
+
+    The second step's, which are found before it, come last.
+    """
+    sent, exchanges = [], []
+    gather, find_scales = DefaultAllGather.__call__, float8_gather.find_scales
+
+    def count_bytes(self, output_tensor, input_tensor, *rest, **named):
+        sent.append(input_tensor.nbytes)
+        return gather(self, output_tensor, input_tensor, *rest, **named)
+
+    def count_scales(shards):
+        exchanges.append(len(shards))
+        return find_scales(shards)
+
+    with (
+        patch.object(DefaultAllGather, "__call__", count_bytes),
+        patch.object(float8_gather, "find_scales", count_scales),
+    ):
+        return take_steps(overrides), sent, exchanges
 
 
-def compare_and_count(runs, sharded):
-    """Be one of two ranks."""
-    compare(runs)
-    plain, _ = count_gathered(sharded)
-    sent, trainer = count_gathered({**sharded, **ONCE})
-    shards = find_shards(trainer)
+def require_bytes(trainer, shards, plain, sent):
+    """Each group's gather, of bf16, moves a byte less for each number in float8."""
     assert len(shards) == 15
     expected = set()
     for group in ("tok_embeddings.", "layers.0.", "layers.1.", ("norm.", "output.")):
@@ -108,35 +111,32 @@ def compare_and_count(runs, sharded):
 
 
 @pytest.mark.slow
+def test_numbers_stay_and_a_gather_moves_a_byte_a_number(data):
+    base = {**data, **SIZES, **FLOAT8, **BF16}
+    layouts = {
+        "recomputing": RECOMPUTING,
+        "tensor-parallel": {TP: 2, "model.n_layers": 1, "training.local_batch_size": 4},
+        "pipeline": {**PIPELINE, "training.mixed_precision_param": "float32"},
+    }
+    in_group(2, compare, {name: {**base, **layout} for name, layout in layouts.items()})
+
+
+@pytest.mark.slow
 def test_numbers_stay_where_shards_are_uneven(data):
     """32 and 64 rows over three ranks."""
-    run = {**data, **SIZES, **FLOAT8, "training.global_batch_size": 6}
+    run = {**data, **SIZES, **FLOAT8, "model.n_layers": 1, "training.global_batch_size": 6}
     in_group(3, compare, {"uneven": run})
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_compiled_model_has_the_same_numbers(data):
     """One block is compiled; the output, whose weight is the embedding's, is not gathered so."""
-    run = {**data, **SIZES, **FLOAT8, "compile.enable": True, "compile.backend": "aot_eager"}
-    run |= {"model.tied_embeddings": True, "model.n_layers": 1}
-    expected, _ = take_steps(run, steps=1)
-    found, trainer = take_steps({**run, **ONCE}, steps=1)
+    run = {**data, **SIZES, **FLOAT8, "model.tied_embeddings": True, "model.n_layers": 1}
+    expected, _ = take_steps(run)
+    compiled = {"compile.enable": True, "compile.backend": "aot_eager"}
+    found, trainer = take_steps({**run, **ONCE, **compiled})
     require_equal(found, expected, "compiled")
     assert len(find_shards(trainer)) == 7
-
-
-def count_gathered(overrides):
-    """Return the bytes that each gather of a step moves, and the trainer."""
-    sent = []
-    gather = DefaultAllGather.__call__
-
-    def count(self, output_tensor, input_tensor, *rest, **named):
-        sent.append(input_tensor.nbytes)
-        return gather(self, output_tensor, input_tensor, *rest, **named)
-
-    with patch.object(DefaultAllGather, "__call__", count):
-        _, trainer = take_steps(overrides, steps=1)
-    return sent, trainer
 
 
 @pytest.mark.parametrize(("rows", "scale"), [(11, None), (3, 7.0), (0, 7.0)])
@@ -199,25 +199,21 @@ def test_a_resumed_run_has_the_files_of_one_without(data, tmp_path):
     run = {**data, **SIZES, **FLOAT8, "checkpoint.enable": True, "checkpoint.interval": 2}
     run |= {"validation.enable": True, "validation.freq": 1, "validation.steps": 1}
     run["lr_scheduler.total_steps"] = 3
-    for name, launches in {
-        "plain": ((3, {}),),
-        "gathered": ((2, ONCE), (3, ONCE)),
-        "changed": ((1, GATHER), (2, {}), (3, ONCE)),
-    }.items():
+    for name, launches in {"plain": [(3, {})], "changed": [(1, ONCE), (2, {}), (3, ONCE)]}.items():
         for steps, given in launches:
             folder = {"job.dump_folder": tmp_path / name, "training.steps": steps}
             arguments = options({**run, **given, **folder})
             train.run(JobConfig().parse_args(arguments, world_size=1), torch.device("cpu"))
-    expected = read(tmp_path / "plain")
-    assert len(expected[0]) == 3
-    assert expected[1]
-    assert read(tmp_path / "gathered") == expected
-    assert read(tmp_path / "changed") == expected
+    lines, files = read(tmp_path / "plain")
+    assert len(lines) == 3
+    assert all(None not in line for line in lines)
+    assert files
+    assert read(tmp_path / "changed") == (lines, files)
 
 
 def read(folder):
     """Return what a run has logged of each step, and its last checkpoint's tensors by digest."""
-    keys = ("step", "loss", "grad_norm", "validation/loss")
+    keys = ("step", "loss", "grad_norm", "val_loss")
     lines = [[line.get(key) for key in keys] for line in metrics(folder)]
     files = sorted((folder / "checkpoint" / "step-3").glob("*.distcp"))
     return lines, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
