@@ -145,8 +145,6 @@ def gather_in_float8(model: Decoder, compute_dtype: torch.dtype) -> None:
     """
     from torchao.float8.float8_linear import Float8Linear
 
-    # FSDP pads uneven shards, in new storage, at its first forward, or when weights are loaded.
-    model.load_state_dict({}, strict=False)
     for name, module in model.named_modules():
         if not isinstance(module, Float8Linear) or is_tied(model, name):
             continue
