@@ -142,6 +142,11 @@ def require_package(name: str, asked_by: str, install: str | None = None) -> Non
         raise UserError(f"{asked_by} needs the package {package}: pip install {package}")
 
 
+def wants_help(args: list[str]) -> bool:
+    """Return whether the command line asks for help, anywhere."""
+    return "-h" in args or "--help" in args
+
+
 def count_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous import (
 from torchtrain.attempts import STEP
 from torchtrain.errors import PeerFault, UserError
 from torchtrain.logging_utils import logger
-from torchtrain.tools import elastic, launch
+from torchtrain.tools import elastic, launch, launch_checks
 from torchtrain.tools.elastic import ElasticMeeting, RunOver
 from torchtrain.tools.nodes import Nodes
 
@@ -224,11 +224,11 @@ def test_what_cannot_be_elastic_is_one_line(capfd, data, given, overrides, text)
 def test_the_numbers_of_nodes_that_divide_the_batch_are_found(capsys, data):
     nodes = Nodes(6, 0, "127.0.0.1", 1, static=True, least=2)
     given = options({**data, "training.global_batch_size": 24})
-    assert launch.find_usable(given, nodes, processes=1) == [2, 3, 4, 6]
+    assert launch_checks.find_usable(given, nodes, processes=1) == [2, 3, 4, 6]
     assert "of 2 to 6 nodes, this config can be shared by 2, 3, 4, 6" in capsys.readouterr().out
-    assert launch.find_usable(given, nodes, processes=4) == [2, 3, 6]
+    assert launch_checks.find_usable(given, nodes, processes=4) == [2, 3, 6]
     capsys.readouterr()
-    assert launch.find_usable(given, Nodes(5, 0, "", 1, static=True, least=5), 1) == [5]
+    assert launch_checks.find_usable(given, Nodes(5, 0, "", 1, static=True, least=5), 1) == [5]
     assert not capsys.readouterr().out  # that it is refused says the config check
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 from helpers.launching import TIMEOUT_S, environment
 
+from torchtrain.installation import PROGRAM
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.tools import standby
 from torchtrain.tools.restarts import Handler
@@ -107,6 +108,49 @@ def test_modules_are_looked_for_where_a_new_process_does(
         _, (_, words, of_standby) = handle(command, standbys, capfd)
     assert "standby" in words
     assert of_standby == of_new
+
+
+STARTS = """
+import sys
+from torchtrain.tools import launch
+
+def report(standbys, first_rank, at_most=None):
+    print(first_rank, at_most, "pydantic" in sys.modules, flush=True)
+
+launch.Standbys.start = report
+launch.meet = lambda *given: 0
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_one_rank_alone_begins_its_imports_before_the_config_is_read(is_refused):
+    """What a refused config of very many ranks has started is one process."""
+    options = ["--training.lowest", "1"] if is_refused else ["--training.global_batch_size", "600"]
+    command = [sys.executable, "-c", STARTS, *options]
+    launched = subprocess.run(
+        command,
+        cwd=PROGRAM,
+        env=environment(600),
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT_S,
+    )
+    starts = launched.stdout.splitlines()
+    if is_refused:
+        assert (launched.returncode, starts) == (2, ["0 1 False"]), launched.stderr
+    else:
+        assert (launched.returncode, starts) == (0, ["0 1 False", "0 None True"]), launched.stderr
+
+
+def test_the_first_starts_alone_and_the_others_later(command, without_torch):
+    with closing(Standbys(command, 3)) as standbys:
+        standbys.start(0, at_most=1)
+        assert list(standbys.waiting) == [0]
+        first = standbys.waiting[0].process
+        standbys.start(0)
+        assert list(standbys.waiting) == [0, 1, 2]
+        assert standbys.waiting[0].process is first
 
 
 @pytest.mark.parametrize("refused", ["pipe", "fork"])

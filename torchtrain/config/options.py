@@ -104,11 +104,6 @@ def _texts_in_words(schemas: list[dict[str, Any]]) -> str:
     return words
 
 
-def wants_help(args: list[str]) -> bool:
-    """Return whether the command line asks for help, anywhere."""
-    return "-h" in args or "--help" in args
-
-
 def print_help() -> None:
     """Print the help; a reader that has seen enough (`--help | head`) is not a fault."""
     try:

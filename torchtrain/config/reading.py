@@ -14,12 +14,12 @@ from torchtrain.config import torchtitan_keys
 from torchtrain.config.checks import NAMED_BY_USERS, check
 from torchtrain.config.faults import Fault, unknown_key, unknown_section, value_fault
 from torchtrain.config.notes import find_idle_options
-from torchtrain.config.options import Option, options, print_help, wants_help
+from torchtrain.config.options import Option, options, print_help
 from torchtrain.config.schema import SECTIONS, Config
 from torchtrain.config.toml import quoted, shortened
 from torchtrain.errors import ConfigError, UserError
 from torchtrain.installation import PROGRAM
-from torchtrain.utils import expand_user, plural
+from torchtrain.utils import expand_user, plural, wants_help
 
 STEPS = "training.steps"
 TOKENS = "training.tokens"

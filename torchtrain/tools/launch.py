@@ -22,8 +22,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchtrain.early_interrupt import end_on_interrupt, end_watch
 from torchtrain.imports import begin_imports, end_imports
@@ -32,17 +33,17 @@ if __name__ == "__main__":
     end_on_interrupt(before="the ranks started")  # while the imports below are made
     begin_imports()
 
-from torchtrain.config.options import print_help, wants_help
-from torchtrain.config_manager import JobConfig, parse_or_exit
-from torchtrain.errors import ConfigError, PeerFault, UserError
+from torchtrain.errors import PeerFault, UserError
 from torchtrain.installation import PROGRAM
-from torchtrain.open_files import allow_open_files
 from torchtrain.orphans import LAUNCHER_PID
 from torchtrain.stopping import STARTED
 from torchtrain.tools.interfaces import choose_interface
 from torchtrain.tools.nodes import Nodes, read_nodes
 from torchtrain.tools.standby import Standbys
-from torchtrain.utils import count_cores
+from torchtrain.utils import count_cores, wants_help
+
+if TYPE_CHECKING:
+    from torchtrain.config_manager import JobConfig
 
 RENDEZVOUS_VARIABLES = (
     "NNODES",
@@ -85,14 +86,16 @@ ALLOCATOR_VARIABLES = (
 
 def main(trainer_args: list[str]) -> int:
     """Check, launch, wait. Returns the exit status described above."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_watch()
     if not any(arg.split("=")[0] == "--job.config_file" for arg in trainer_args):
         config_file = os.environ.get("CONFIG_FILE", "train_configs/debug_model.toml")
         trainer_args = ["--job.config_file", config_file, *trainer_args]
     if wants_help(trainer_args):
+        from torchtrain.config.options import print_help
+
         print_help()
         return 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_watch()
     for name in (*RENDEZVOUS_VARIABLES, "RDZV_CONF"):
         if name in os.environ:
             os.environ.setdefault(f"PET_{name}", os.environ[name])
@@ -101,13 +104,19 @@ def main(trainer_args: list[str]) -> int:
         gpus = visible_gpus()
         nodes = read_nodes(os.environ)
         processes = count_processes(gpus)
-        with silent_torch():  # a module of the user's own may import it
-            usable = find_usable(trainer_args, nodes, processes)
-            world_size = processes * usable[-1]
-            check_log_rank(world_size)
-            config = check_config(trainer_args, world_size, nodes, restarts, on_gpus=gpus > 0)
         set_up_environment(processes, os.environ, on_cpu=gpus == 0)
-        return launch(config, trainer_args, nodes, usable, processes, restarts)
+        program = [str(PROGRAM / "train.py"), *trainer_args]
+        first_rank = nodes.rank * processes
+        with closing(Standbys([sys.executable, "-u", *program], processes)) as standbys:
+            may_wait = "PYTHON_EXEC" not in os.environ  # torchrun's: ranks start by another command
+            if may_wait:
+                # Nothing takes as long as a rank's imports, so the first begins its own at once.
+                # No other does: a config that is refused may be for thousands of ranks.
+                standbys.start(first_rank, at_most=1)
+            config, usable = read_and_check(trainer_args, nodes, processes, restarts, gpus)
+            if may_wait:
+                standbys.start(first_rank)
+            return meet(config, nodes, usable, restarts, program, standbys)
     except UserError as fault:
         print(fault, file=sys.stderr)
         return 2
@@ -117,6 +126,23 @@ def main(trainer_args: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by SIGINT before the ranks started", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def read_and_check(
+    trainer_args: list[str], nodes: Nodes, processes: int, restarts: int, gpus: int
+) -> tuple["JobConfig", list[int]]:
+    """Return the config, and the numbers of nodes that can share it. A refused one ends this."""
+    # Beside the imports of the first rank: it takes a sixth of a second.
+    from torchtrain.tools.launch_checks import check_config, check_log_rank, find_usable
+
+    with silent_torch():  # a module of the user's own may import it
+        usable = find_usable(trainer_args, nodes, processes)
+        world_size = processes * usable[-1]
+        check_log_rank(world_size)
+        # Not under WSL, where a GPU's tensors may go on in the host's memory.
+        on_nvidia = gpus > 0 and Path(NVIDIA).exists()
+        config = check_config(trainer_args, world_size, nodes, restarts, on_nvidia=on_nvidia)
+    return config, usable
 
 
 def count_processes(gpus: int) -> int:
@@ -143,79 +169,6 @@ def count_restarts() -> int:
     if not given.isdigit():
         raise UserError(f"MAX_RESTARTS = {given!r}: must be a whole number, at least 0")
     return int(given)
-
-
-def check_log_rank(world_size: int) -> None:
-    """Check that LOG_RANK names ranks of this run.
-
-    Raises:
-        UserError: it does not.
-    """
-    given = os.environ.get("LOG_RANK", "0")
-    for rank in given.split(","):
-        if not rank.strip().isdigit() or int(rank) >= world_size:
-            raise UserError(
-                f"LOG_RANK = {given!r}: must be ranks from 0 to {world_size - 1}, "
-                "separated by commas"
-            )
-
-
-def find_usable(trainer_args: list[str], nodes: Nodes, processes: int) -> list[int]:
-    """Return the numbers of nodes that can share the config, ascending.
-
-    The largest alone, where the number of nodes is fixed or none can: `check_config` says why.
-    """
-    usable = []
-    for count in range(nodes.least, nodes.count + 1) if nodes.is_elastic else []:
-        with suppress(ConfigError):
-            JobConfig().parse_args(trainer_args, processes * count)
-            usable.append(count)
-    unusable = nodes.count + 1 - nodes.least - len(usable)
-    if usable and unusable and nodes.rank == 0:
-        numbers = ", ".join(map(str, usable))
-        print(f"of {nodes.least} to {nodes.count} nodes, this config can be shared by {numbers}")
-    return usable or [nodes.count]
-
-
-def check_config(
-    trainer_args: list[str], world_size: int, nodes: Nodes, restarts: int, *, on_gpus: bool
-) -> JobConfig:
-    """Read the config. A refused one ends this process, after a word to the nodes that wait.
-
-    Raises:
-        UserError: restarts are wanted, but there will be no checkpoints to go on from; or nodes may
-            come and go, which takes restarts and one global batch size; or too few files may be
-            open for so many ranks; or the run surely does not fit into the memory of the GPUs.
-    """
-    try:
-        config = parse_or_exit(trainer_args, world_size)
-        elastic = f"NNODES = {nodes.least}:{nodes.count} needs "
-        if nodes.is_elastic and config.training.global_batch_size == -1:
-            raise UserError(
-                f"{elastic}training.global_batch_size: -1 would depend on how many nodes are there"
-            )
-        if nodes.is_elastic and restarts == 0:
-            raise UserError(f"{elastic}MAX_RESTARTS: each loss of a node takes one of them")
-        if restarts and not config.checkpoint.enable:
-            raise UserError(
-                f"MAX_RESTARTS = {restarts} needs checkpoint.enable: without checkpoints every "
-                "restart would begin at step 1 again"
-            )
-        # The ranks inherit it; and all of them connect to the launcher of node 0.
-        if warning := allow_open_files(world_size):
-            print(f"warning: {warning}", file=sys.stderr)
-        # Not under WSL, where a GPU's tensors may go on in the host's memory.
-        if on_gpus and Path(NVIDIA).exists():
-            from torchtrain.tools.memory_check import check_memory
-
-            check_memory(config, trainer_args, world_size)
-        return config
-    except (SystemExit, UserError):
-        if nodes.meet_here:
-            from torchtrain.tools.meeting import tell_refused
-
-            tell_refused(nodes)
-        raise
 
 
 def visible_gpus() -> int:
@@ -258,37 +211,21 @@ def silent_torch() -> Iterator[None]:
             del os.environ[CPP_LOG_LEVEL]
 
 
-def launch(
-    config: JobConfig,
-    trainer_args: list[str],
-    nodes: Nodes,
-    usable: list[int],
-    processes: int,
-    restarts: int,
-) -> int:
-    """Start `processes` ranks on this node, wait. Returns the exit status.
-
-    Raises:
-        UserError: node 0 cannot be where it should be.
-        PeerFault: another node does not come.
-    """
-    os.environ[STARTED] = str(time.time())
-    program = [str(PROGRAM / "train.py"), *trainer_args]
-    with closing(Standbys([sys.executable, "-u", *program], processes)) as standbys:
-        if "PYTHON_EXEC" not in os.environ:  # torchrun's: ranks are started by another command
-            standbys.start(first_rank=nodes.rank * processes)
-        return meet(config, nodes, usable, restarts, program, standbys)
-
-
 def meet(
-    config: JobConfig,
+    config: "JobConfig",
     nodes: Nodes,
     usable: list[int],
     restarts: int,
     program: list[str],
     standbys: Standbys,
 ) -> int:
-    """Meet the other nodes, give each its ranks, wait. Returns the exit status."""
+    """Meet the other nodes, give each its ranks, wait. Returns the exit status.
+
+    Raises:
+        UserError: node 0 cannot be where it should be.
+        PeerFault: another node does not come.
+    """
+    os.environ[STARTED] = str(time.time())
     logging.disable(logging.ERROR)  # torchrun's own: the ranks say what failed
     import_torch()
     from torchtrain.tools import elastic

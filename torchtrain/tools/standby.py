@@ -71,16 +71,18 @@ class Standbys:
         self.errors = RankErrors()
         """What those that wait, and the ranks, write to stderr."""
 
-    def start(self, first_rank: int | None = None) -> None:
+    def start(self, first_rank: int | None = None, at_most: int | None = None) -> None:
         """Start those that are not there. Where the host refuses, ranks are new processes.
 
         Args:
             first_rank: this node's, where the ranks start for the first time: a rank may be
                 interrupted before its imports are done, and rank 0 alone then says so.
+            at_most: so many of those that wait, the first; None: one for each rank.
         """
         script = next(place for place, word in enumerate(self.command) if word.endswith(".py"))
         python, rank_command = self.command[:script], self.command[script:]
-        for local_rank in range(self.count if self.are_of_use else 0):
+        wanted = self.count if at_most is None else at_most
+        for local_rank in range(wanted if self.are_of_use else 0):
             if local_rank in self.waiting:
                 continue
             environment = dict(os.environ)
