@@ -2974,6 +2974,11 @@ MUTANTS = {
     ],
     "torchtrain/hangs.py": [
         (
+            "ranks that find scales wait in a place without a name",
+            '    "__enter__": "scales of float8 weights",\n',
+            "",
+        ),
+        (
             "a rank that waits itself is blamed",
             "return sorted(behind - ahead or behind)",
             "return sorted(behind)",

@@ -1,6 +1,7 @@
 """Who had not arrived, by what the ranks tell of themselves; where the loop is, by its stack."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,14 +94,21 @@ def test_the_place_is_the_function_that_the_loop_has_called():
         found.append(find_place(loop.__code__, here))
         validate()
         [None].sort(key=lambda _: found.append(find_place(loop.__code__, here)))
+        with scale_context():
+            pass
+
+    @contextmanager
+    def scale_context():
+        found.append(find_place(loop.__code__, here))
+        yield
 
     loop()
-    assert found == ["find_place", "validation", "<lambda>"]
+    assert found == ["find_place", "validation", "<lambda>", "scales of float8 weights"]
 
 
 def test_places_are_parts_of_the_loop():
     """A function that is named anew must be so in the table of places."""
-    called = {*train.train.__code__.co_names, "__exit__"}
+    called = {*train.train.__code__.co_names, "__enter__", "__exit__"}
     assert hangs.PLACES.keys() <= called
     assert set(hangs.PATIENT_PLACES) <= set(hangs.PLACES.values())
 

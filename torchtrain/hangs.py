@@ -21,6 +21,7 @@ HANG_FOLDER = "hang"
 
 PLACES = {
     "read": "reading data",
+    "__enter__": "scales of float8 weights",
     "forward_backward": "forward and backward",
     "clip_gradients": "gradient norm",
     "combine_ranks": "combining metrics",
