@@ -63,7 +63,7 @@ def find_shards(trainer):
 def compare(runs):
     """Be a rank: each run has the same numbers whether float8 is gathered or not."""
     for name, overrides in runs.items():
-        (expected, trainer), plain, exchanges = take_counted_steps(overrides)
+        (expected, trainer), plain, _ = take_counted_steps(overrides)
         assert not find_shards(trainer)
         (found, trainer), sent, exchanges = take_counted_steps({**overrides, **GATHER})
         require_equal(found, expected, name)
@@ -76,9 +76,9 @@ def compare(runs):
 
 
 def take_counted_steps(overrides):
-    """Take steps; return the bytes that each gather moves, and how many scales are found at once.
+    """Take steps; return what they give, the bytes of each gather and the weights of each exchange.
 
-    The second step's, which are found before it, come last.
+    The second step's one exchange, before it, comes last.
     """
     sent, exchanges = [], []
     gather, find_scales = DefaultAllGather.__call__, float8_gather.find_scales
