@@ -96,6 +96,11 @@ MUTANTS = {
             "        if kind == schedules.BACKWARD_WEIGHT:\n            continue",
         ),
         (
+            "preflight frees what is sent with its microbatch",
+            "        ledger.hold(communication=stage.output_sent)\n",
+            "",
+        ),
+        (
             "preflight forgets a pipeline's whole gradients",
             "ledger.hold(unsharded_gradients=stage.weights.accumulated)",
             "ledger.hold(unsharded_gradients=0)",

@@ -9,6 +9,7 @@ from helpers.fsdp import parameter_groups
 from helpers.launching import ROOT
 from helpers.measured import measure, predict
 
+from torchtrain.catalog.schedules import stages_of
 from torchtrain.config_manager import JobConfig
 from torchtrain.models.decoder import load_decoder
 from torchtrain.parallelisms.apply import Techniques, build_parts
@@ -126,6 +127,33 @@ def test_a_rank_of_fewer_layers_holds_less():
     assert last.total > 0
     shards = first.parameters + last.parameters
     assert shards == pytest.approx(2 * alone.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "outputs", "gradients"),
+    [
+        ("1F1B", [False, False], [False, False]),
+        ("GPipe", [True, False], [False, True]),
+        ("Interleaved1F1B", [True, True, True, False], [False, True, True, True]),
+        ("ZBVZeroBubble", [True, False, True, False], [False, True, False, True]),
+    ],
+)
+def test_what_goes_to_another_rank_is_held_while_a_schedule_waits_for_all_at_once(
+    schedule, outputs, gradients
+):
+    """In the V the second rank has stages 1 and 2."""
+    options = ["pipeline_parallel_degree=2", f"pipeline_parallel_schedule={schedule}"]
+    config = read("debug_model", 2, *(f"--parallelism.{option}" for option in options))
+    plan = make_plan(config, 2)
+    request = Request.of(config, plan, "cpu")
+    run = Run(config, plan, request, trace_layers(request))
+    stages = {}
+    for rank in range(2):
+        numbers = stages_of(rank, schedule, len(plan.stages), 2)
+        stages |= {number: run.build_stage(number, numbers) for number in numbers}
+    size = plan.pipeline.microbatch_size * 128 * 256 * 2
+    assert [stages[n].output_sent for n in range(len(stages))] == [size * each for each in outputs]
+    assert [stages[n].gradient_sent for n in range(len(stages))] == [size * g for g in gradients]
 
 
 def test_the_optimizer_keeps_states_for_all_stages_of_a_rank():

@@ -104,12 +104,13 @@ def test_weights_that_stay_gathered_are_not_gathered_twice():
     assert kept.sums[7] == 1207 + 30 + 500, "nothing is on its way"
 
 
-def pipe(*kinds):
+def pipe(*kinds, **sent):
     """Walk through a stage of one block: F, B, or the two halves of a backward, I and W."""
     meant = {"F": FORWARD, "B": FULL_BACKWARD, "I": BACKWARD_INPUT, "W": BACKWARD_WEIGHT}
     actions = [_Action(0, meant[kind[0]], int(kind[1])) for kind in kinds]
     diary = Diary(0)
-    walk_pipeline(diary, {0: Stage((FIRST,), shared=7, loss=0)}, actions, accumulates=False)
+    stage = Stage((FIRST,), shared=7, loss=0, **sent)
+    walk_pipeline(diary, {0: stage}, actions, accumulates=False)
     assert diary.held.total() == 1, "the gradients"
     return diary.sums
 
@@ -127,6 +128,18 @@ def test_each_microbatch_under_way_keeps_its_activations():
 
 def test_half_a_backward_keeps_all_for_the_other():
     assert pipe("F0", "I0", "F1", "W0", "I1", "W1")[3] == 10 + 107 + 7 + 150
+
+
+def test_what_is_sent_is_held_until_all_microbatches_have_passed():
+    kinds = ["F0", "I0", "F1", "W0", "B1"]
+    held = zip(pipe(*kinds, output_sent=3, gradient_sent=5), pipe(*kinds), strict=True)
+    assert [with_sent - without for with_sent, without in held] == [
+        *[0, 0],
+        0,  # the backward of the first, of which the gradient is then sent
+        5,
+        5 + 3,  # its output is no longer kept for the other half
+        2 * (5 + 3),
+    ]
 
 
 def test_of_a_sharded_tensor_only_the_ranks_own_part_counts():

@@ -88,7 +88,7 @@ class Run:
         plan = self.plan
         schedule = self.config.parallelism.pipeline_parallel_schedule
         numbers = stages_of(rank, schedule, len(plan.stages), plan.degrees.pp)
-        stages = {number: self.build_stage(plan.stages[number]) for number in numbers}
+        stages = {number: self.build_stage(number, numbers) for number in numbers}
         root = self.weigh_layer("tok_embeddings", "norm") if self.is_tied else NO_WEIGHTS
         weights = sum((stage.weights for stage in stages.values()), root)
         ledger = Ledger(rank)
@@ -111,22 +111,38 @@ class Run:
         ledger.reserve(heap.reserved)
         return ledger.close()
 
-    def build_stage(self, names: list[str]) -> Stage:
-        """Return the layers of a stage."""
+    def build_stage(self, number: int, own: list[int]) -> Stage:
+        """Return the layers of a stage, of which its rank may have others of its `own`."""
+        names = self.plan.stages[number]
         layers = []
         if "tok_embeddings" in names:
             weights = () if self.is_tied else (self.weigh_layer("tok_embeddings"),)
             layers.append(Layer("the embedding", self.traces.embedding, weights))
         for name in names:
             if name.startswith("layers."):
-                number = int(name.split(".")[1])
-                trace = self.traces.blocks[self.request.kind_of(number)]
-                layers.append(Layer(f"block {number}", trace, self.weigh_block(number)))
+                block = int(name.split(".")[1])
+                trace = self.traces.blocks[self.request.kind_of(block)]
+                layers.append(Layer(f"block {block}", trace, self.weigh_block(block)))
         if "output" in names:
             weights = () if self.is_tied else (self.weigh_layer("norm", "output"),)
             layers.append(Layer("the output", self.traces.output, weights))
         loss = self.traces.loss if "output" in names else 0
-        return Stage(tuple(layers), self.traces.rotations, loss)
+        sent = self.traces.passed_on if self.holds_sends() else 0
+        return Stage(
+            tuple(layers),
+            self.traces.rotations,
+            loss,
+            output_sent=sent if number + 1 not in [*own, len(self.plan.stages)] else 0,
+            gradient_sent=sent if number - 1 not in [*own, -1] else 0,
+        )
+
+    def holds_sends(self) -> bool:
+        """Return whether the schedule keeps what it has sent until all microbatches have passed.
+
+        PyTorch's wait then for all sends at once, and the handle of each holds its tensor; those of
+        1F1B wait for each before the next (torch/distributed/pipelining/schedules.py).
+        """
+        return self.config.parallelism.pipeline_parallel_schedule != "1F1B"
 
     def weigh_layer(self, *modules: str) -> Weights:
         """Return what the weights of the embedding, the norm or the output take."""

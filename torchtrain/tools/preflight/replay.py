@@ -137,15 +137,18 @@ class Pass:
         """Run the backward, which ends it."""
         for layer in reversed(self.stage.layers):
             self.heap.free(self.heap.run_backward(layer, self.saved.pop()))
+        self.heap.take(self.stage.gradient_sent)
         self.end()
 
     def run_half_backward(self) -> None:
         """Run the backward, and keep all for the weights' half."""
         for layer in reversed(self.stage.layers):
             self.heap.run_half_backward(layer)
+        self.heap.take(self.stage.gradient_sent)
 
     def end(self) -> None:
-        """Free what is left."""
+        """Free what is left, but for what is sent."""
         for saved in self.saved:
             self.heap.free(saved.values())
         self.heap.free(self.shared)
+        self.heap.take(self.stage.output_sent)

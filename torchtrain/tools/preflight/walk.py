@@ -117,6 +117,15 @@ class Stage:
     """What the blocks of a forward share, the rotations and a mask."""
     loss: int
     """What the loss takes at most, with the logits; 0 where the output is in another stage."""
+    output_sent: int = 0
+    """Of a microbatch's output, what its way to another rank holds until all have passed."""
+    gradient_sent: int = 0
+    """The same of the gradient of its input."""
+
+    @property
+    def sent(self) -> int:
+        """Both."""
+        return self.output_sent + self.gradient_sent
 
     @property
     def has_loss(self) -> bool:
@@ -338,11 +347,12 @@ def walk_pipeline(
     """
     if accumulates:
         ledger.hold(gradients=sum(stage.weights.parameters for stage in stages.values()))
-    left = Counter(
+    passed = Counter(
         action.stage_index
         for action in actions
         if action.computation_type in (FULL_BACKWARD, schedules.BACKWARD_WEIGHT)
     )
+    left = passed.copy()
     begun: set[int] = set()
     ledger.hold(gathered_parameters=sum(stage.weights.gathered for stage in stages.values()))
     buffers = [layer.weights.gather_buffer for stage in stages.values() for layer in stage.layers]
@@ -360,10 +370,11 @@ def walk_pipeline(
             ledger.free(**stage.kept)
             highest = max(stage.backward_peaks, key=lambda peak: peak.total)
             ledger.look(f"{highest.moment}, stage {number}", **highest.parts)
-            ledger.hold(**stage.kept)
+            ledger.hold(**stage.kept, communication=stage.gradient_sent)
         if kind == schedules.BACKWARD_INPUT:
             continue  # all is kept for the weights' half
         ledger.free(**stage.kept)
+        ledger.hold(communication=stage.output_sent)
         if number not in begun:
             begun.add(number)
             ledger.hold(unsharded_gradients=stage.weights.accumulated)
@@ -371,6 +382,8 @@ def walk_pipeline(
         if left[number] == 0:
             _reduce(ledger, stage, number)
             ledger.hold(gradients=0 if accumulates else stage.weights.parameters)
+    sent = sum(stages[number].sent * count for number, count in passed.items())
+    ledger.free(communication=sent)
 
 
 def _reduce(ledger: Ledger, stage: Stage, number: int) -> None:
