@@ -129,16 +129,17 @@ def files_under(
             subfolders.clear()
             continue
         entered.add(real)
-        below = Path(folder).relative_to(path)
+        # As text, which is faster than a Path: a corpus may have very many files.
+        prefix = os.path.join(folder, "").removeprefix(os.path.join(path, ""))
         hidden = [name for name in subfolders if name.startswith(".")]
-        passed_over += [f"{(below / name).as_posix()}/" for name in hidden]
+        passed_over += [f"{prefix}{name}/" for name in hidden]
         subfolders[:] = sorted({*subfolders} - {*hidden} - leave_out)
         for name in names:
-            file = Path(folder, name)
+            file = os.path.join(folder, name)
             counts = counting.search(name) and not name.startswith(".")
             # Pipes and sockets would block; a dangling link stays, to be named when it is opened.
-            is_read = counts and (file.is_file() or not file.exists())
-            (found if is_read else passed_over).append((below / name).as_posix())
+            is_read = counts and (os.path.isfile(file) or not os.path.exists(file))
+            (found if is_read else passed_over).append(f"{prefix}{name}")
     if other is not None:
         other += sorted(passed_over)
     return [path / name for name in sorted(found)]
