@@ -1988,8 +1988,8 @@ MUTANTS = {
         ),
         (
             "gathered weights stay after a pipeline's evaluation",
-            "        free_gathered(self.parts.values())\n        return losses",
-            "        return losses",
+            "REDUCE_GRAD)\n    return [action",
+            "REDUCE_GRAD, schedules.RESHARD)\n    return [action",
         ),
         ("a tied output's gradient is not handed in", "        self.tied.hand_in_gradient()\n", ""),
         (

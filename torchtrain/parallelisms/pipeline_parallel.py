@@ -27,7 +27,7 @@ from torchtrain.catalog.schedules import stages_of
 from torchtrain.config.plans import PipelinePlan, RunPlan
 from torchtrain.models.decoder import Decoder
 from torchtrain.models.rotary import RotaryPositions
-from torchtrain.parallelisms.fsdp import find_fsdp_modules, free_gathered
+from torchtrain.parallelisms.fsdp import find_fsdp_modules
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.overlap import Lanes, let_lanes_take_turns, overlap_pairs
 from torchtrain.shards import local
@@ -118,11 +118,12 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return the losses as `forward_backward` does, of a batch of the evaluation's sizes."""
+        """Return the losses as `forward_backward` does, of a batch of the evaluation's sizes.
+
+        The schedule frees what it has gathered.
+        """
         self.of_logits = self.sequence_losses
-        losses = self._pass(self.forward_only.eval, tokens, labels, documents)
-        free_gathered(self.parts.values())
-        return losses
+        return self._pass(self.forward_only.eval, tokens, labels, documents)
 
     @torch.no_grad()
     def compute(
@@ -138,7 +139,7 @@ class Pipeline:
             labels: the same.
 
         Returns:
-            [B] on ranks that have the last stage; zeros on the others. Weights may stay gathered.
+            [B] on ranks that have the last stage; zeros on the others.
         """
         schedule = self.one_by_one.get(tokens.shape)
         if schedule is None:
