@@ -68,6 +68,8 @@ def run(alone, data, log):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     gc.unfreeze()
+    gc.collect()  # what the runs have left
+    gc.freeze()  # as conftest has: the next one's collections need not walk what was imported
     gc.enable()
 
 

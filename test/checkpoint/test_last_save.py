@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torchtrain.config.plans import DEBUG_TOKENIZER
 from torchtrain.config_manager import JobConfig
 from torchtrain.errors import CheckpointError, UserError
 from torchtrain.logging_utils import init_logging
+from torchtrain.tools import convert
 
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 2}
 ALONE = {**SAVES, "checkpoint.last_save_model_only": True}
@@ -132,8 +134,17 @@ def test_weights_alone_start_another_run(run, tmp_path):
 # ---- Hugging Face's form ----
 
 
+def convert_in_a_fork(command, **given):
+    """Do what the tool does in a process of its own, without its start."""
+    assert command[:3] == [sys.executable, "-m", "torchtrain.tools.convert"]
+    printed = forking.on_ranks(1, convert.main, command[3:])
+    return subprocess.CompletedProcess(command, 0, printed, "")
+
+
 @pytest.mark.slow
-def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path):
+def test_the_last_checkpoint_is_in_hugging_faces_form_too(run, tmp_path, monkeypatch):
+    """By the tool itself in test_ranks_export_their_weights_whole."""
+    monkeypatch.setattr(exporting.subprocess, "run", convert_in_a_fork)
     given = {**IN_HF, "checkpoint.export_dtype": "float16"}
     printed = run("run", **given, **{"checkpoint.keep_latest_k": 1})
     step = tmp_path / "run" / "checkpoint" / "step-4"
