@@ -44,7 +44,8 @@ def start(monkeypatch, tmp_path):
         started = []
         monkeypatch.setattr(launch, "visible_gpus", lambda: 2)
         monkeypatch.setattr(launch, "NVIDIA", str(driver))
-        monkeypatch.setattr(launch, "launch", lambda *_: started.append(True) or 0)
+        monkeypatch.setattr(launch, "meet", lambda *_: started.append(True) or 0)
+        monkeypatch.setattr(launch.Standbys, "start", lambda *_, **__: None)
         with patch.dict(os.environ, environment(2, PATH=path) | variables, clear=True):
             status = launch.main(arguments)
         return status, bool(started), asked.exists()
