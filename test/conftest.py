@@ -71,6 +71,15 @@ LONGEST = (
 )
 
 
+def pytest_sessionstart(session):
+    """In xdist's workers, fork the process of which ranks are forks, before a test is imported."""
+    # Whoever runs a few tests may need none; and CUDA outlives no fork.
+    if hasattr(session.config, "workerinput") and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        from helpers.forking import fork_server
+
+        fork_server()
+
+
 def pytest_collection_modifyitems(config, items):
     """Set the order of files for xdist's workers; its --no-loadscope-reorder keeps it."""
     if hasattr(config, "workerinput"):

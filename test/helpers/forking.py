@@ -4,16 +4,22 @@ A launcher and its ranks are for `quick`, or where the start itself is tested fo
 forked ranks train as launched ones do, to the bit, is shown by test_launch.
 """
 
+import faulthandler
 import gc
+import importlib
+import logging
 import multiprocessing
 import os
+import stat
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, util
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -38,6 +44,61 @@ IMPORTED = (
     "pytest",
 )
 FORKS.set_forkserver_preload(list(IMPORTED))
+
+
+def fork_server():
+    """Make the process of which ranks are forks a fork of this one, which has to import that too.
+
+    Multiprocessing would start another Python for it. No test has been imported yet, so that ranks
+    have what they would have there.
+    """
+    for name in IMPORTED:
+        importlib.import_module(name)
+    start_python = util.spawnv_passfds
+
+    def fork(python, arguments, kept):
+        code = arguments[-1]
+        if "forkserver" not in code:
+            return start_python(python, arguments, kept)
+        pid = os.fork()
+        if pid == 0:
+            run_as_python(code, kept)
+        return pid
+
+    with patch.object(util, "spawnv_passfds", fork):
+        forkserver.ensure_running()
+
+
+def run_as_python(code, kept):
+    """Be `python -c CODE` in this fork, which writes nothing to pytest's files."""
+    faulthandler.disable()
+    logging.root.handlers.clear()
+    captured, sys.stdout = sys.stderr, open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    for reference in logging._handlerList:  # torch's have been made while pytest captured that
+        handler = reference()
+        if vars(handler).get("stream") is captured:
+            handler.setStream(sys.stderr)
+    close_pipes_but({0, 1, 2, *kept})
+    try:
+        exec(code, {"__name__": "__main__"})
+    except SystemExit:
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def close_pipes_but(kept):
+    """Close the pipes and sockets that a new process would not have: somebody waits for their end.
+
+    Other files stay: a stream that has one may be written to.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the list's own is closed
+            kind = os.fstat(int(name)).st_mode
+            if int(name) not in kept and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+                os.close(int(name))
 
 
 def enter(rank, world_size, port, printed, action, arguments):

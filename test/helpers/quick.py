@@ -14,10 +14,10 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from helpers.forking import FORKS, be_launcher
+from helpers.forking import FORKS, be_launcher, close_pipes_but
 from helpers.launching import TIMEOUT_S, environment, kill_group, options
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
@@ -48,7 +48,7 @@ class ForkedPython(subprocess.Popen):
 def run_script(command, env, inherited):
     """Run a script as Python runs it in a new process, but for what is imported already."""
     os.setsid()
-    close_all_but({0, 1, 2, *inherited})
+    close_pipes_but({0, 1, 2, *inherited})
     os.environ.clear()
     os.environ.update(env)
     logging.disable(logging.NOTSET)
@@ -62,14 +62,6 @@ def run_script(command, env, inherited):
     sys.argv = list(command)
     sys.path.insert(0, os.path.dirname(command[0]))
     runpy.run_path(command[0], run_name="__main__")
-
-
-def close_all_but(kept):
-    """Close the files that a new process would not have."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            with suppress(OSError):  # that of the list itself
-                os.close(int(name))
 
 
 def end_as(action):
