@@ -151,12 +151,14 @@ def four_ranks(scratch):
             "drift": largest_drift(model),
         }
         if name in RESUMED:
-            checkpointer(scratch, name).save(
+            saver = checkpointer(scratch, name)
+            saver.save(
                 dict(model.named_parameters()),
                 optimizer,
                 Progress(step=STEPS, tokens_seen=0, data={}, config={}),
             )
             found[f"{name}, continued"] = train(case, model, optimizer, first=STEPS)
+            saver.finish()
     if dist.get_rank() == 0:
         torch.save(found, scratch / "four.pt")
 

@@ -327,6 +327,12 @@ def test_a_rank_that_nccls_watchdog_ends_ends_the_run_quickly_with_what_took_too
     )
 
 
+def read_signals(pid):
+    """Return a process's state, T where it is stopped, and the mask of the signals that wait."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return re.search(r"State:\s*(\w)", status)[1], int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+
+
 def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path, data):
     overrides = {**data, "job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with quick.running(1, overrides, ignored=[signal.SIGHUP]) as process:
@@ -337,9 +343,13 @@ def test_nohup_holds_and_a_second_ctrl_c_ends_ranks_that_do_not_answer(tmp_path,
         last = metrics(tmp_path / "run")[-1]["step"]
         wait_for_step(lambda: process.poll() is None, tmp_path / "run", last + 10)
         os.kill(ranks[0], signal.SIGSTOP)
+        while read_signals(ranks[0])[0] != "T":
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        time.sleep(1)
-        assert process.poll() is None, "it waits for the rank, which cannot stop"
+        # Of two that come before the first is handled, a process sees one.
+        while not read_signals(ranks[0])[1] & 1 << signal.SIGINT - 1:
+            assert process.poll() is None, "it waits for the rank, which cannot stop"
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=15)  # torchrun waits for 30 s
     assert process.returncode == 128 + signal.SIGINT, output
