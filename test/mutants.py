@@ -24,7 +24,7 @@ NAMED = (
 """Those that passed all tests of the suite once; they are run first."""
 
 MUTANTS = {
-    "torchtrain/tools/preflight/blocks.py": [
+    "torchtrain/tools/preflight/allocator.py": [
         (
             "a free block is lost when the one after it is taken",
             "self._add(start + size, end)",

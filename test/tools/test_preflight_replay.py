@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchtrain.tools.preflight.activations import Trace, trace_layer
-from torchtrain.tools.preflight.blocks import SMALL, Change, Segment
+from torchtrain.tools.preflight.allocator import SMALL, Change, Segment
 from torchtrain.tools.preflight.replay import Heap, replay_pipeline, replay_step
 from torchtrain.tools.preflight.states import NO_WEIGHTS, Weights
 from torchtrain.tools.preflight.walk import Layer, Resharding, Stage

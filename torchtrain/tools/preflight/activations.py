@@ -23,7 +23,7 @@ from torchtrain.models.document_masking import build_document_mask
 from torchtrain.parallelisms.mesh import Mesh
 from torchtrain.parallelisms.tensor_parallel import loss_context
 from torchtrain.shards import local
-from torchtrain.tools.preflight.blocks import Change
+from torchtrain.tools.preflight.allocator import Change
 from torchtrain.tools.preflight.live_bytes import LiveBytes
 from torchtrain.tools.preflight.specimen import (
     Kind,

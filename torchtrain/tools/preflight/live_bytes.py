@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from torchtrain.tools.preflight.blocks import Change
+from torchtrain.tools.preflight.allocator import Change
 
 
 class LiveBytes(TorchDispatchMode):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _Action
 
-from torchtrain.tools.preflight.blocks import Block, Segment
+from torchtrain.tools.preflight.allocator import Block, Segment
 from torchtrain.tools.preflight.states import Weights
 from torchtrain.tools.preflight.walk import Layer, Resharding, Stage
 
